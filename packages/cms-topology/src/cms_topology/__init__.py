@@ -1,3 +1,46 @@
 """CMSBlockLinear: a drop-in nn.Linear whose block topology changes while the network learns."""
 
+from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
+from cms_topology._clock import CMSClock
+from cms_topology._config import ScoringConfig
+from cms_topology._convert import densify, sparse_layers, sparsify
+from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
+from cms_topology._linear import CMSBlockLinear, accumulate_scores, resolve_row_group
+from cms_topology._manager import Logger, StepReport, TopologyManager
+from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
+from cms_topology._scorer import (
+    TopologyScorer,
+    compute_column_entropy,
+    compute_gradient_frobenius_norms,
+)
+from cms_topology._seeding import decision_generator
+from cms_topology._selection import Selection, select_top_k
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "AgeHistogram",
+    "CMSBlockLinear",
+    "CMSClock",
+    "Logger",
+    "NewbornStepCorrection",
+    "ScoringConfig",
+    "Selection",
+    "StepReport",
+    "TopologyDecisionResult",
+    "TopologyDivergenceError",
+    "TopologyManager",
+    "TopologyScorer",
+    "TopologyStats",
+    "accumulate_scores",
+    "compute_column_entropy",
+    "compute_gradient_frobenius_norms",
+    "decision_generator",
+    "densify",
+    "reset_optimizer_state",
+    "resolve_row_group",
+    "select_top_k",
+    "sparse_layers",
+    "sparsify",
+    "sync_topology_scores",
+]

@@ -1,0 +1,79 @@
+"""How a layer scores its blocks and how freely it may swap them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+CANDIDATE_SCORES = ("gradient", "outer")
+KEEP_SCORES = ("gradient", "magnitude", "taylor")
+BIRTHS = ("kaiming", "zeros")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """Settings of block scoring, selection and birth. All fields are keyword-only.
+
+    Raises:
+        ValueError: a field is outside its range; the message names field, value and rule.
+    """
+
+    candidate_score: str = "gradient"
+    """Score of absent blocks. "gradient": exact Frobenius norms of the gradient they would get, on
+    sampled steps (RigL, Evci et al. 2020, section 3). "outer": error norm times activation norm,
+    nearly free; an upper bound that ranks columns alike in every row."""
+
+    keep_score: str = "gradient"
+    """Score of present blocks. "gradient": moving average of the gradient's Frobenius norm.
+    "magnitude": Frobenius norm of the weights. "taylor": moving average of |<W, G>|, the first
+    order change of the loss on removal (Molchanov et al. 2019, section 3.1)."""
+
+    ema_decay: float = 0.95
+    """Weight of the past in the moving average; 0.95 averages over about 20 steps. In [0, 1)."""
+
+    swap_threshold: float = 1.5
+    """A candidate replaces a present block only if its score exceeds this multiple. >= 1."""
+
+    epsilon: float = 0.05
+    """Share of swaps whose newcomer is a random absent column instead of the best. In [0, 1]."""
+
+    max_swap_frac: float = 0.05
+    """At most this share of a layer's live blocks is swapped in one decision (rounded down, but
+    never below one block of one row group unless it is 0). In [0, 1]."""
+
+    max_row_swap_frac: float = 0.25
+    """The same limit within one row, so that no output loses its inputs at once. In [0, 1]."""
+
+    grace_decisions: int = 1
+    """A newborn block cannot be dropped at this many decisions after its birth. >= 0."""
+
+    birth: str = "kaiming"
+    """Weights of a newborn block. "kaiming": uniform in +-birth_scale/sqrt(fan_in). "zeros": the
+    layer's function does not change at birth."""
+
+    birth_scale: float = 0.1
+    """Scale of a newborn block's weights relative to a fresh layer's. >= 0."""
+
+    def __post_init__(self) -> None:
+        _choice("candidate_score", self.candidate_score, CANDIDATE_SCORES)
+        _choice("keep_score", self.keep_score, KEEP_SCORES)
+        _choice("birth", self.birth, BIRTHS)
+        if not 0.0 <= self.ema_decay < 1.0:
+            raise ValueError(f"ema_decay (={self.ema_decay}) must be in [0, 1).")
+        if not self.swap_threshold >= 1.0:
+            raise ValueError(
+                f"swap_threshold (={self.swap_threshold}) must be at least 1: below it a block "
+                "would be replaced by a worse one."
+            )
+        for name in ("epsilon", "max_swap_frac", "max_row_swap_frac"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"{name} (={value}) must be in [0, 1].")
+        if self.grace_decisions < 0:
+            raise ValueError(f"grace_decisions (={self.grace_decisions}) must be 0 or more.")
+        if not self.birth_scale >= 0.0:
+            raise ValueError(f"birth_scale (={self.birth_scale}) must be 0 or more.")
+
+
+def _choice(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} (={value!r}) must be one of {', '.join(map(repr, allowed))}.")

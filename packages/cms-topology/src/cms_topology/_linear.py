@@ -1,0 +1,485 @@
+"""CMSBlockLinear: a linear layer whose blocks come and go.
+
+Legend: R block rows, C block columns, K slots per row (live ones first, then spare), B tile side,
+N tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+import blockell_format as fmt
+from blockell_format import num_blocks_for_density
+from blockell_kernels import block_ell_linear, probe_size
+from cms_topology import _distributed as dist_sync
+from cms_topology._birth import reset_optimizer_state, write_newborn_values
+from cms_topology._config import ScoringConfig
+from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
+from cms_topology._scorer import (
+    TopologyScorer,
+    all_finite,
+    compute_column_entropy,
+    compute_gradient_frobenius_norms,
+    update_gradient_emas,
+)
+from cms_topology._seeding import decision_generator
+
+TILE_SIZES = (8, 16, 32, 64, 128)
+
+
+class CMSBlockLinear(nn.Module):
+    """Drop-in `nn.Linear` with a block-sparse weight whose topology changes while it trains.
+
+    The weight is stored in Block-ELL form: `values` [R, K, B, B] and `col_indices` int32 [R, K].
+    Blocks are scored at every optimizer step and swapped at the slow level of a continuum memory
+    system. `TopologyManager` runs that clock; without it call, after each optimizer step,
+    `accumulate_scores()`, now and then `score_step()`, and rarely `topology_step()`.
+
+    Args:
+        in_features: size of the last dimension of the input; a multiple of `tile_size`.
+        out_features: size of the last dimension of the output; a multiple of `tile_size`.
+        bias: learn an additive bias.
+        tile_size: side B of the square blocks: 8, 16, 32, 64 or 128.
+        density: share of blocks present, in (0, 1]; the actual one is `self.density`.
+        max_density: share of blocks there is storage for; above `density` it is spare capacity for
+            `grow`. Default: `density`.
+        row_group: rows of blocks that share their columns; a divisor of R. "auto" takes the
+            largest with row_group * tile_size <= 128, which is what makes small tiles fast; 1 lets
+            every row choose freely.
+        scoring: how blocks are scored and swapped.
+        seed: seed of the decisions made without a `TopologyManager` or generator.
+        backend: see `blockell_kernels.block_ell_linear`.
+        generator: source of the initial topology and weights. Default: torch's global generator,
+            as for `nn.Linear`.
+        device, dtype: of the parameters.
+
+    Shapes: input [..., in_features], output [..., out_features].
+
+    Raises:
+        ValueError: sizes that the tile does not divide, a density outside its range, an unknown
+            tile size, a row group that does not divide R.
+    """
+
+    values: nn.Parameter
+    bias: nn.Parameter | None
+    col_indices: Tensor
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        tile_size: int = 16,
+        density: float = 0.5,
+        max_density: float | None = None,
+        row_group: int | str = "auto",
+        scoring: ScoringConfig | None = None,
+        seed: int = 0,
+        backend: str | None = None,
+        generator: torch.Generator | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if tile_size not in TILE_SIZES:
+            raise ValueError(f"tile_size (={tile_size}) must be one of {TILE_SIZES}.")
+        _check_divisible("in_features", in_features, tile_size)
+        _check_divisible("out_features", out_features, tile_size)
+        if max_density is None:
+            max_density = density
+        if max_density < density:
+            raise ValueError(f"max_density (={max_density}) must be at least density (={density}).")
+        self.in_features, self.out_features = in_features, out_features
+        self.R, self.C, self.B = out_features // tile_size, in_features // tile_size, tile_size
+        self.num_live = num_blocks_for_density(self.C, density)
+        self.K = num_blocks_for_density(self.C, max_density)
+        self.row_group = resolve_row_group(row_group, self.R, tile_size)
+        self.seed = seed
+        self.backend = backend
+        self.collect_candidates = True
+        """Collect statistics of absent blocks in the backward pass. They cost about one more
+        weight-gradient product; `TopologyManager` turns them on only just before a decision."""
+
+        kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.values = nn.Parameter(torch.empty(self.R, self.K, self.B, self.B, **kwargs))
+        if bias:
+            self.bias = nn.Parameter(torch.empty(out_features, **kwargs))
+        else:
+            self.register_parameter("bias", None)
+        indices = torch.full((self.R, self.K), -1, dtype=torch.int32, device=device)
+        self.register_buffer("col_indices", indices)
+        self.scorer = TopologyScorer(self.R, self.C, self.K, self.B, scoring, device)
+        self._make_derived()
+        self.reset_parameters(generator)
+        self.register_load_state_dict_post_hook(_after_load)
+
+    # -- construction -------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Draw a random topology and weights with the output variance of a fresh `nn.Linear`."""
+        self.scorer.initialize_scores()
+        live = fmt.create_random_topology(
+            self.R, self.C, self.num_live, generator, self.row_group, self.col_indices.device
+        )
+        self.col_indices.fill_(-1)[:, : self.num_live] = live
+        # fan-in of a row is what reaches it, not in_features
+        bound = 1.0 / math.sqrt(self.num_live * self.B)
+        self.values.zero_()
+        self.values[:, : self.num_live].uniform_(-bound, bound, generator=generator)
+        if self.bias is not None:
+            self.bias.uniform_(-bound, bound, generator=generator)
+        self._refresh_derived()
+
+    @classmethod
+    @torch.no_grad()
+    def from_dense(
+        cls,
+        linear: nn.Linear,
+        *,
+        tile_size: int = 16,
+        density: float = 0.5,
+        max_density: float | None = None,
+        row_group: int | str = "auto",
+        **kwargs: Any,
+    ) -> CMSBlockLinear:
+        """A sparse layer that keeps, in every row (group), the blocks of largest Frobenius norm.
+
+        Takes device, dtype and training mode of `linear`; further arguments as in the constructor.
+        """
+        layer = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            tile_size=tile_size,
+            density=density,
+            max_density=max_density,
+            row_group=row_group,
+            device=linear.weight.device,
+            dtype=linear.weight.dtype,
+            **kwargs,
+        )
+        kept = fmt.from_dense(
+            linear.weight.detach(), layer.B, layer.num_live / layer.C, layer.row_group
+        )
+        layer.values[:, : layer.num_live] = kept.values
+        layer.col_indices[:, : layer.num_live] = kept.col_indices
+        if layer.bias is not None:
+            layer.bias.copy_(linear.bias)
+        layer._refresh_derived()
+        return layer.train(linear.training)
+
+    @torch.no_grad()
+    def to_linear(self) -> nn.Linear:
+        """A dense `nn.Linear` with the same function, device, dtype and training mode."""
+        linear = nn.Linear(
+            self.in_features,
+            self.out_features,
+            self.bias is not None,
+            device=self.values.device,
+            dtype=self.values.dtype,
+        )
+        linear.weight.copy_(self.to_dense())
+        if self.bias is not None:
+            linear.bias.copy_(self.bias)
+        return linear.train(self.training)
+
+    # -- the layer ----------------------------------------------------------------------------
+
+    def forward(self, x: Tensor) -> Tensor:
+        """y = x W^T + b: [..., in_features] -> [..., out_features]."""
+        if not torch.compiler.is_compiling():
+            self._refresh_if_stale()
+        sampling = self.collect_candidates and self.training and torch.is_grad_enabled()
+        kind = "gradient" if self.scorer.config.candidate_score == "gradient" else "norms"
+        return block_ell_linear(
+            x,
+            self.values,
+            self.col_indices,
+            self.bias,
+            row_group=self.row_group,
+            num_live=self.num_live,
+            index=self._index,
+            probe=self._probe if sampling else None,
+            sample=kind if sampling else "none",
+            backend=self.backend,
+        )
+
+    @property
+    def density(self) -> float:
+        """Live blocks over all positions."""
+        return self.num_live / self.C
+
+    def get_density(self) -> float:
+        """Live blocks over all positions; differs from the asked one by rounding to blocks."""
+        return self.density
+
+    def to_dense(self) -> Tensor:
+        """The weight as a dense [out_features, in_features] tensor; differentiable."""
+        live = self.num_live
+        return fmt.to_dense(
+            self.values[:, :live], self.col_indices[:, :live], self.R, self.C, live, self.B
+        )
+
+    # -- the three levels of the clock --------------------------------------------------------
+
+    def accumulate_scores(self) -> None:
+        """Level 0, after every optimizer step and before gradients are cleared."""
+        accumulate_scores([self])
+
+    def score_step(self) -> None:
+        """Level 1: turn what was collected since the last call into mean statistics."""
+        self.scorer.fold()
+
+    @torch.no_grad()
+    def topology_step(
+        self,
+        generator: torch.Generator | None = None,
+        global_step: int | None = None,
+        optimizer: torch.optim.Optimizer | None = None,
+    ) -> TopologyDecisionResult:
+        """Level 2: replace weak blocks by promising absent ones, in place.
+
+        A newcomer takes the slot of the block it replaces; survivors keep slot, weights, score, age
+        and optimizer state to the bit. No host synchronisation.
+
+        Args:
+            generator: source of exploration and new weights; the same on every rank. Default: one
+                made from `seed`, `global_step` and the number of decisions so far.
+            global_step: optimizer step, recorded in the result.
+            optimizer: if given, its state of the replaced slots is reset.
+        """
+        dist_sync.sync_topology_scores([self])
+        if generator is None:
+            step = global_step if global_step is not None else int(self.scorer.num_decisions)
+            generator = decision_generator(self.seed, step, "")
+        result = self._decide(generator, global_step)
+        if optimizer is not None:
+            reset_optimizer_state([optimizer], self.values, result.swapped)
+        return result
+
+    @torch.no_grad()
+    def _decide(
+        self, generator: torch.Generator, global_step: int | None
+    ) -> TopologyDecisionResult:
+        scorer, config = self.scorer, self.scorer.config
+        scorer.fold()
+        live = self.col_indices[:, : self.num_live]
+        before = live.clone()
+        selection, candidates = scorer.select_top_k(
+            self.values, live, row_group=self.row_group, generator=generator
+        )
+        write_newborn_values(
+            self.values,
+            selection.swapped,
+            max_swaps=selection.max_swaps,
+            scale=config.birth_scale if config.birth == "kaiming" else 0.0,
+            fan_in=self.num_live * self.B,
+            generator=generator,
+        )
+        live.copy_(selection.columns)
+        scorer.record_decision(selection.swapped, candidates.gather(1, live.long()))
+        self._refresh_derived()
+        return TopologyDecisionResult(selection.swapped, before, live.clone(), global_step)
+
+    @torch.no_grad()
+    def grow(self, density: float, generator: torch.Generator | None = None) -> int:
+        """Bring spare slots to life until the layer has `density`; returns new blocks per row.
+
+        The new blocks start at zero, so the layer's function does not change; no live slot is
+        touched and no tensor changes its shape. Every row (group) grows where its candidate scores
+        are largest; without statistics the columns are drawn from `generator`.
+
+        Raises:
+            ValueError: `density` is below the present one or above `max_density`.
+        """
+        target = num_blocks_for_density(self.C, density)
+        if not self.num_live <= target <= self.K:
+            raise ValueError(
+                f"density (={density}, {target} of {self.C} blocks per row) must be between the "
+                f"present one ({self.num_live} blocks) and max_density ({self.K} blocks); build "
+                "the layer with a larger max_density to grow further."
+            )
+        new = slice(self.num_live, target)
+        if target == self.num_live:
+            return 0
+        live = self.col_indices[:, : self.num_live].long()
+        self.scorer.fold()
+        scores = self.scorer.compute_candidate_scores()
+        grouped = scores.view(-1, self.row_group, self.C).square().sum(1)
+        source = generator.device if generator is not None else grouped.device
+        noise = torch.rand(grouped.shape, generator=generator, device=source).to(grouped.device)
+        if not bool((grouped > 0).any() and grouped.isfinite().all()):
+            grouped = noise
+        grouped = grouped.scatter(1, live.view(-1, self.row_group, live.shape[1])[:, 0], -1.0)
+        order = grouped.argsort(dim=1, descending=True, stable=True)[:, : target - self.num_live]
+        columns = order.repeat_interleave(self.row_group, 0)
+        self.values[:, new] = 0.0
+        self.col_indices[:, new] = columns.to(torch.int32)
+        self.scorer.block_age[:, new] = 0
+        self.scorer.block_grace[:, new] = self.scorer.config.grace_decisions
+        # never measured: no score yet, and the bias correction of the average starts afresh
+        self.scorer.score_ema[:, new] = 0.0
+        self.scorer.score_weight[:, new] = 0.0
+        self._refresh_derived()
+        return target - (new.start or 0)
+
+    # -- statistics ---------------------------------------------------------------------------
+
+    def block_scores(self) -> Tensor:
+        """Keep scores of the live blocks, float32 [R, num_live]; NaN where not yet measured."""
+        return self.scorer.present_scores(self.values.detach())[:, : self.num_live]
+
+    def get_topology_stats(self) -> TopologyStats:
+        """Density, mean score and age, column entropy, number of blocks. Copies to the host."""
+        live = self.num_live
+        return TopologyStats(
+            density=self.density,
+            avg_block_score=float(self.block_scores().nanmean().nan_to_num(0.0)),
+            avg_block_age=float(self.scorer.block_age[:, :live].float().mean()),
+            column_entropy=float(compute_column_entropy(self.col_indices, self.C)),
+            num_blocks=self.R * live,
+        )
+
+    def get_block_age_distribution(self, bins: int = 20) -> AgeHistogram:
+        """Histogram of the live blocks' ages in optimizer steps since birth."""
+        if bins < 1:
+            raise ValueError(f"bins (={bins}) must be at least 1.")
+        ages = self.scorer.block_age[:, : self.num_live].cpu().numpy()
+        counts, edges = np.histogram(ages, bins=bins, range=(0, max(1, int(ages.max()))))
+        return AgeHistogram(counts.astype(np.int64), edges)
+
+    def swap_rates(self) -> list[float]:
+        """Swap rates of the layer's last decisions (at most 64), oldest first."""
+        return self.scorer.swap_rates()
+
+    def topology_checksum(self) -> str:
+        """Digest of indices, ages and weights: equal on all ranks, or they have diverged."""
+        return fmt.topology_checksum(
+            self.col_indices.cpu().numpy(),
+            self.scorer.block_age.cpu().numpy(),
+            self.values.detach().float().cpu().numpy(),
+        )
+
+    def sync_topology_scores(self) -> None:
+        """Average scores and statistics over all ranks of torch.distributed, if it is in use."""
+        dist_sync.sync_topology_scores([self])
+
+    def extra_repr(self) -> str:
+        spare = f", spare={self.K - self.num_live}" if self.num_live < self.K else ""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, tile_size={self.B}, density={self.density:.3g}, "
+            f"row_group={self.row_group}{spare}"
+        )
+
+    # -- derived tensors ----------------------------------------------------------------------
+    # Plain attributes, rebuilt from col_indices: not state, so not trusted from a file, and not
+    # buffers, which some loaders fill with garbage.
+
+    def _make_derived(self) -> None:
+        device = self.col_indices.device
+        self._index = fmt.transposed_index(self.col_indices.clamp(min=-1), self.C)
+        self._probe = torch.zeros(probe_size(self.R, self.C), device=device, requires_grad=True)
+        self._index_version = -1
+
+    def _refresh_derived(self) -> None:
+        """Rebuild the transposed index in place, so that compiled graphs see it."""
+        if self.col_indices.device.type != "meta":
+            fmt.transposed_index(self.col_indices, self.C, out=self._index)
+            self._index_version = _version(self.col_indices)
+
+    def _refresh_if_stale(self) -> None:
+        """Notice writes to `col_indices` that went around this class (some loaders do that)."""
+        if _version(self.col_indices) != self._index_version:
+            self._check_topology()
+
+    def _check_topology(self) -> None:
+        """Validate indices that came from outside and rebuild what depends on them."""
+        if self.col_indices.device.type == "meta":
+            return
+        host = self.col_indices.cpu().numpy()
+        fmt.validate_col_indices(host, self.C, self.row_group)
+        self.num_live = int((host[0] >= 0).sum())
+        self._refresh_derived()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMSBlockLinear:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        # a cast (.half(), .to(dtype)) leaves the indices alone; a move takes the derived along
+        if self._probe.device != self.col_indices.device:
+            self._make_derived()
+        self._index_version = -1
+        return self
+
+
+def accumulate_scores(layers: list[CMSBlockLinear]) -> Tensor | None:
+    """Level 0 for many layers in few launches; returns a 0-d bool, False if the step was skipped.
+
+    Takes the gradients of `values` and the statistics of absent blocks collected since the last
+    call. A step in which any of them is not finite contributes nothing to any layer. Layers without
+    a gradient (frozen, or not used in this step) are left out; None if that is all of them.
+    """
+    with torch.no_grad():
+        active = [layer for layer in layers if layer.values.grad is not None]
+        if not active:
+            return None
+        scores = [_block_scores_of_step(layer) for layer in active]
+        stats = [layer._probe.grad for layer in active]
+        finite = all_finite([*scores, *(s for s in stats if s is not None)])
+        update_gradient_emas([layer.scorer for layer in active], scores, finite)
+        for layer, collected in zip(active, stats, strict=True):
+            if collected is not None:
+                layer.scorer.accumulate_statistics(collected, finite.to(collected.device))
+                layer._probe.grad = None
+        return finite
+
+
+def _block_scores_of_step(layer: CMSBlockLinear) -> Tensor:
+    grad = layer.values.grad
+    assert grad is not None
+    if layer.scorer.config.keep_score == "taylor":
+        return (layer.values.detach() * grad).sum((2, 3), dtype=torch.float32).abs()
+    return compute_gradient_frobenius_norms(grad)
+
+
+def resolve_row_group(row_group: int | str, R: int, tile_size: int) -> int:
+    """The number of block rows that share their columns.
+
+    "auto" is the largest divisor of R with row_group * tile_size <= 128.
+    """
+    if row_group == "auto":
+        limit = max(1, 128 // tile_size)
+        return max(g for g in range(1, min(limit, R) + 1) if R % g == 0)
+    if isinstance(row_group, str) or row_group < 1 or R % row_group:
+        raise ValueError(
+            f"row_group (={row_group!r}) must be 'auto' or a divisor of the number of block rows "
+            f"(={R}); possible: {[g for g in range(1, R + 1) if R % g == 0]}."
+        )
+    return row_group
+
+
+def _check_divisible(name: str, value: int, tile_size: int) -> None:
+    if value >= tile_size and value % tile_size == 0:
+        return
+    below = value // tile_size * tile_size
+    nearest = f"{below} or {below + tile_size}" if below > 0 else f"{tile_size}"
+    raise ValueError(
+        f"{name} (={value}) must be a multiple of tile_size (={tile_size}); nearest: {nearest}."
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    # tensors made in inference mode count no versions; they cannot be changed in place either
+    return -2 if tensor.is_inference() else tensor._version
+
+
+def _after_load(module: nn.Module, _incompatible: object) -> None:
+    assert isinstance(module, CMSBlockLinear)
+    module._check_topology()

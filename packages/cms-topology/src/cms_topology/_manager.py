@@ -1,0 +1,342 @@
+"""TopologyManager: runs the topology of any model under any optimizer."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+import blockell_format as fmt
+from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
+from cms_topology import _distributed as dist_sync
+from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
+from cms_topology._clock import CMSClock
+from cms_topology._convert import sparse_layers
+from cms_topology._linear import CMSBlockLinear, accumulate_scores
+from cms_topology._result import TopologyDecisionResult
+from cms_topology._scorer import compute_column_entropy
+from cms_topology._seeding import decision_generator
+
+
+class Logger(Protocol):
+    """Anything that takes metrics: `blockell_format.snapshots.SnapshotWriter` does."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one call of `TopologyManager.step` did."""
+
+    step: int
+    """Optimizer steps so far, this one included."""
+    due_levels: tuple[int, ...]
+    """Levels of the clock that were due: 0 accumulate, 1 score, 2 decide."""
+    sampled: bool
+    """Whether this step's backward pass collected statistics of absent blocks."""
+    overhead_s: float
+    """Seconds of host time spent in the call."""
+    swaps: dict[str, TopologyDecisionResult] = field(default_factory=dict)
+    """Per layer, the outcome of the decision; empty when none was due."""
+
+    @property
+    def swap_rate(self) -> float | None:
+        """Share of all live blocks that were swapped; None when no decision was due."""
+        return _swap_rate(self.swaps) if self.swaps else None
+
+
+class TopologyManager:
+    """Finds the sparse layers of a model and runs their clock.
+
+    ```python
+    manager = TopologyManager(model, optimizer)
+    ...
+    optimizer.step()
+    manager.step()        # between optimizer.step() and optimizer.zero_grad()
+    optimizer.zero_grad()
+    ```
+
+    Args:
+        model: any module; wrapped by DDP or torch.compile or not.
+        optimizer: the optimizer (or several) of the layers' `values`; its state of replaced blocks
+            is reset. None if there is no such state.
+        periods: optimizer steps between two score accumulations, foldings and decisions.
+        seed: of exploration and new weights; the same on every rank.
+        sample_steps: how many steps before each decision collect statistics of absent blocks.
+            Default: 1 for exact gradient norms, 10 for the outer product (at most `periods[1]`).
+        freeze_after: no more decisions after this step; None decides for ever.
+        correct_newborn_steps: see `NewbornStepCorrection`.
+        writer: records a snapshot at every decision (rank 0 only).
+        logger: receives swap rate, column entropy and mean age at every decision (rank 0 only).
+
+    Raises:
+        ValueError: the model has no `CMSBlockLinear`, or a setting is outside its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None = None,
+        *,
+        periods: Sequence[int] = (1, 10, 100),
+        seed: int = 0,
+        sample_steps: int | None = None,
+        freeze_after: int | None = None,
+        correct_newborn_steps: bool = True,
+        writer: SnapshotWriter | None = None,
+        logger: Logger | None = None,
+    ) -> None:
+        self.layers = sparse_layers(model)
+        if not self.layers:
+            raise ValueError(
+                f"model (={type(model).__name__}) has no CMSBlockLinear layer; "
+                "make some with cms_topology.sparsify(model)."
+            )
+        if optimizer is None:
+            self._optimizers: list[torch.optim.Optimizer] = []
+        elif isinstance(optimizer, torch.optim.Optimizer):
+            self._optimizers = [optimizer]
+        else:
+            self._optimizers = list(optimizer)
+        self.clock = CMSClock(tuple(periods))  # type: ignore[arg-type]
+        if sample_steps is not None and not 1 <= sample_steps <= self.clock.periods[2]:
+            raise ValueError(
+                f"sample_steps (={sample_steps}) must be between 1 and the decision period "
+                f"(={self.clock.periods[2]})."
+            )
+        self.seed = seed
+        self.writer, self.logger = writer, logger
+        self.freeze_after = freeze_after
+        self.overhead_seconds = 0.0
+        """Host seconds spent in `step` so far."""
+        self._sample_steps = sample_steps
+        self._correction = NewbornStepCorrection() if correct_newborn_steps else None
+        self._step = 0
+        self._warned_no_grad = False
+        self._arm_sampling()
+
+    @property
+    def global_step(self) -> int:
+        """Optimizer steps so far."""
+        return self._step
+
+    @property
+    def swap_rate(self) -> float | None:
+        """Mean share of blocks swapped per decision over the last ten; None before the first."""
+        total = sum(layer.R * layer.num_live for layer in self.layers.values())
+        rates = {name: layer.swap_rates()[-10:] for name, layer in self.layers.items()}
+        counts = [sum(r) / len(r) * self._blocks(name) for name, r in rates.items() if r]
+        return sum(counts) / total if counts else None
+
+    # -- the clock ----------------------------------------------------------------------------
+
+    def step(self) -> StepReport:
+        """Advance by one optimizer step; call it after `optimizer.step()`, before `zero_grad()`.
+
+        Raises:
+            TopologyDivergenceError: the ranks hold different topologies after a decision.
+        """
+        started = time.perf_counter()
+        self._step += 1
+        due = self.clock.due(self._step)
+        sampled = any(layer.collect_candidates for layer in self.layers.values())
+        layers = list(self.layers.values())
+        if 0 in due:
+            finite = accumulate_scores(layers)
+            if finite is None:
+                self._warn_no_grad()
+            elif self._correction is not None:
+                self._correct_newborns()
+        if 1 in due:
+            for layer in layers:
+                layer.score_step()
+        swaps: dict[str, TopologyDecisionResult] = {}
+        if 2 in due and not self._frozen(self._step):
+            swaps = self._decide()
+        self._arm_sampling()
+        spent = time.perf_counter() - started
+        self.overhead_seconds += spent
+        return StepReport(self._step, due, sampled, spent, swaps)
+
+    def _correct_newborns(self) -> None:
+        assert self._correction is not None
+        for layer in self.layers.values():
+            for optimizer in self._optimizers:
+                self._correction.apply(
+                    optimizer, layer.values, layer.scorer.block_age, layer.num_live
+                )
+
+    def _decide(self) -> dict[str, TopologyDecisionResult]:
+        layers = list(self.layers.values())
+        dist_sync.sync_topology_scores(layers)
+        swaps = {}
+        for name, layer in self.layers.items():
+            generator = decision_generator(self.seed, self._step, name)
+            swaps[name] = layer._decide(generator, self._step)
+            reset_optimizer_state(self._optimizers, layer.values, swaps[name].swapped)
+        recording = self.writer is not None or self.logger is not None
+        if recording or dist_sync.world_size() > 1:
+            self._record(swaps)
+        return swaps
+
+    def _record(self, swaps: dict[str, TopologyDecisionResult]) -> None:
+        counts = torch.stack([result.swapped.sum() for result in swaps.values()]).tolist()
+        for result, count in zip(swaps.values(), counts, strict=True):
+            result._host["num_swaps"] = int(count)
+        checksums = self._checksums(swaps)
+        if dist_sync.rank() == 0:
+            if self.logger is not None:
+                self.logger.log(self._metrics(swaps), self._step)
+            if self.writer is not None:
+                self.writer.write(
+                    self._step,
+                    self.snapshot(swaps),
+                    checksums=checksums,
+                    swap_counts={name: result.num_swaps for name, result in swaps.items()},
+                )
+        # after the record is on disk, so that the evidence survives
+        dist_sync.raise_on_divergence(self._step, checksums)
+
+    def _checksums(self, swaps: dict[str, TopologyDecisionResult]) -> dict[str, list[str]]:
+        """Digests of indices, ages and newborn weights: per layer one per rank."""
+        mine = []
+        for name, result in swaps.items():
+            layer = self.layers[name]
+            newborn = layer.values.detach()[:, : layer.num_live][result.swapped]
+            mine.append(
+                fmt.topology_checksum(
+                    layer.col_indices.cpu().numpy(),
+                    layer.scorer.block_age.cpu().numpy(),
+                    newborn.float().cpu().numpy(),
+                )
+            )
+        device = next(iter(self.layers.values())).col_indices.device
+        return dict(zip(swaps, dist_sync.gather_checksums(mine, device), strict=True))
+
+    def _metrics(self, swaps: dict[str, TopologyDecisionResult]) -> dict[str, float]:
+        metrics = {"topology/swap_rate": _swap_rate(swaps)}
+        for name, result in swaps.items():
+            layer = self.layers[name]
+            entropy = float(compute_column_entropy(layer.col_indices, layer.C))
+            metrics[f"topology/{name}/swap_rate"] = result.swap_rate
+            metrics[f"topology/{name}/column_entropy"] = entropy
+        entropies = [v for k, v in metrics.items() if k.endswith("/column_entropy")]
+        metrics["topology/column_entropy"] = sum(entropies) / len(entropies)
+        return metrics
+
+    def _frozen(self, step: int) -> bool:
+        return self.freeze_after is not None and step > self.freeze_after
+
+    def _arm_sampling(self) -> None:
+        """Let the next backward pass collect statistics only if a decision is near."""
+        coming = self._step + 1
+        wait = self.clock.steps_to_decision(coming)
+        for layer in self.layers.values():
+            layer.collect_candidates = wait < self._samples(layer) and not self._frozen(
+                coming + wait
+            )
+
+    def _samples(self, layer: CMSBlockLinear) -> int:
+        if self._sample_steps is not None:
+            return self._sample_steps
+        if layer.scorer.config.candidate_score == "gradient":
+            return 1
+        return min(10, self.clock.periods[1])
+
+    def _blocks(self, name: str) -> int:
+        return self.layers[name].R * self.layers[name].num_live
+
+    def _warn_no_grad(self) -> None:
+        if not self._warned_no_grad:
+            self._warned_no_grad = True
+            warnings.warn(
+                "TopologyManager.step found no gradient in any sparse layer, so nothing was scored;"
+                " call it after optimizer.step() and before optimizer.zero_grad().",
+                stacklevel=3,
+            )
+
+    # -- records ------------------------------------------------------------------------------
+
+    def layer_table(self) -> list[LayerInfo]:
+        """The layers as a run's layer table, for `SnapshotWriter`."""
+        return [
+            LayerInfo(name=name, R=x.R, C=x.C, K=x.K, B=x.B, row_group=x.row_group)
+            for name, x in self.layers.items()
+        ]
+
+    def snapshot(
+        self, swaps: Mapping[str, TopologyDecisionResult] | None = None
+    ) -> dict[str, LayerSnapshot]:
+        """Topology, ages and scores of every layer, with what `swaps` (if any) changed."""
+        result = swaps or {}
+        return {name: _snapshot(layer, result.get(name)) for name, layer in self.layers.items()}
+
+    def write_snapshot(self) -> None:
+        """Record the present topology outside a decision, for example at the start of a run."""
+        if self.writer is None or dist_sync.rank() != 0:
+            return
+        self.writer.write(
+            self._step,
+            self.snapshot(),
+            checksums={name: [x.topology_checksum()] for name, x in self.layers.items()},
+            swap_counts=dict.fromkeys(self.layers, 0),
+        )
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step, seed and periods; scores and ages are in the model's own state_dict."""
+        seen = {layer.values: name for name, layer in self.layers.items()}
+        return {
+            "step": self._step,
+            "seed": self.seed,
+            "periods": list(self.clock.periods),
+            "corrected_steps": self._correction.state_dict(seen) if self._correction else {},
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken.
+
+        Raises:
+            ValueError: seed or periods differ from this manager's.
+        """
+        for name, mine in (("seed", self.seed), ("periods", list(self.clock.periods))):
+            if state[name] != mine:
+                raise ValueError(
+                    f"{name} (={mine}) differs from the checkpoint's (={state[name]}): decisions "
+                    f"would not continue as they began; build the manager with {name}="
+                    f"{state[name]}."
+                )
+        self._step = int(state["step"])
+        if self._correction is not None:
+            parameters: dict[str, Tensor] = {n: x.values for n, x in self.layers.items()}
+            self._correction.load_state_dict(state.get("corrected_steps", {}), parameters)
+        self._arm_sampling()
+
+
+def _swap_rate(swaps: Mapping[str, TopologyDecisionResult]) -> float:
+    blocks = sum(result.swapped.numel() for result in swaps.values())
+    return sum(result.num_swaps for result in swaps.values()) / blocks
+
+
+def _snapshot(layer: CMSBlockLinear, result: TopologyDecisionResult | None) -> LayerSnapshot:
+    columns = layer.col_indices.cpu().numpy()
+    score = layer.scorer.present_scores(layer.values.detach()).nan_to_num(0.0)
+    swapped = torch.zeros(layer.R, layer.K, dtype=torch.bool)
+    previous = layer.col_indices.cpu().clone()
+    if result is not None:
+        live = result.swapped.shape[1]
+        swapped[:, :live] = result.swapped.cpu()
+        previous[:, :live] = result.old_columns.cpu()
+    return LayerSnapshot(
+        col_indices=columns,
+        block_age_steps=layer.scorer.block_age.cpu().numpy(),
+        block_score=score.cpu().numpy(),
+        swapped=swapped.numpy(),
+        previous_columns=previous.numpy(),
+    )

@@ -1,0 +1,320 @@
+"""Scores of present and absent blocks on one scale.
+
+Legend: R block rows, C block columns, K slots per row, B tile side; G_rc the gradient block (r, c)
+gets, or would get if it were present.
+
+State comes in two kinds. What is equal on every rank by construction (gradients are averaged by
+DDP) lives in buffers. What is a rank's own (sums over its tokens) must be out of reach of DDP's
+broadcast of buffers, which would overwrite it at the next forward: it lives in plain tensors that
+travel in `state_dict` through `get_extra_state`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cms_topology._config import ScoringConfig
+from cms_topology._selection import Selection, select_top_k
+
+HISTORY_DECISIONS = 64
+"""Length of the swap-rate history a layer keeps."""
+
+
+def compute_gradient_frobenius_norms(grad: Tensor) -> Tensor:
+    """Frobenius norm of every block's gradient: [R, K, B, B] -> float32 [R, K]."""
+    return torch.linalg.vector_norm(grad, dim=(2, 3), dtype=torch.float32)
+
+
+def compute_column_entropy(col_indices: Tensor, C: int) -> Tensor:
+    """Entropy of column usage over log C, in [0, 1], as a 0-d tensor on the indices' device.
+
+    Spare slots (-1) do not count. C = 1 gives 1.
+    """
+    if C == 1:
+        return torch.ones((), device=col_indices.device)
+    flat = col_indices.flatten().long()
+    live = (flat >= 0).float()
+    usage = torch.zeros(C, device=flat.device).scatter_add_(0, flat.clamp(min=0), live)
+    p = usage / usage.sum()
+    return torch.special.entr(p).sum() / math.log(C)
+
+
+class TopologyScorer(nn.Module):
+    """Keeps the scores, ages and statistics of one layer's blocks and selects swaps.
+
+    Args:
+        R, C, K, B: block rows, block columns, slots per row, tile side.
+        config: thresholds, caps and kinds of score.
+        device: where the state lives.
+
+    Buffers: `score_ema`, `score_weight` float32 [R, K] (moving average and its bias correction
+    1 - decay^t), `block_age` int32 [R, K] in optimizer steps since birth, `block_grace` int32
+    [R, K] in decisions, `num_decisions` int64, `swap_history` float32 (a ring of swap rates).
+    """
+
+    score_ema: Tensor
+    score_weight: Tensor
+    block_age: Tensor
+    block_grace: Tensor
+    num_decisions: Tensor
+    swap_history: Tensor
+
+    def __init__(
+        self,
+        R: int,
+        C: int,
+        K: int,
+        B: int,
+        config: ScoringConfig | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__()
+        self.R, self.C, self.K, self.B = R, C, K, B
+        self.config = config if config is not None else ScoringConfig()
+        self.register_buffer("score_ema", torch.zeros(R, K, device=device))
+        self.register_buffer("score_weight", torch.zeros(R, K, device=device))
+        self.register_buffer("block_age", torch.zeros(R, K, dtype=torch.int32, device=device))
+        self.register_buffer("block_grace", torch.zeros(R, K, dtype=torch.int32, device=device))
+        self.register_buffer("num_decisions", torch.zeros((), dtype=torch.int64, device=device))
+        self.register_buffer("swap_history", torch.zeros(HISTORY_DECISIONS, device=device))
+        size = R + C + R * C + 1
+        # sums over the sampled steps since the last fold, and their means after it; layout:
+        # error norms [R], activation norms [C], candidate norms [R * C], number of sampled steps
+        self._sums = torch.zeros(size, device=device)
+        self._means = torch.zeros(size, device=device)
+
+    # -- collecting ---------------------------------------------------------------------------
+
+    def initialize_scores(self) -> None:
+        """Forget everything: scores, ages, statistics, history."""
+        for buffer in self.buffers():
+            buffer.zero_()
+        self._sums.zero_()
+        self._means.zero_()
+
+    def update_gradient_ema(self, norms: Tensor, finite: Tensor | None = None) -> None:
+        """Fold one optimizer step's block scores into the moving average and age the blocks.
+
+        `ema = decay * ema + (1 - decay) * norms`, with the bias correction 1 - decay^t kept per
+        block (a newborn starts its own).
+
+        Args:
+            norms: float32 [R, K].
+            finite: 0-d bool; False skips the step. Default: whether `norms` is finite everywhere.
+        """
+        update_gradient_emas([self], [norms], finite)
+
+    def accumulate_statistics(self, stats: Tensor, finite: Tensor | None = None) -> None:
+        """Add one step's squared norms [R + C + R * C] (rows, columns, all blocks)."""
+        if finite is None:
+            finite = stats.isfinite().all()
+        step = torch.cat((stats.sqrt(), stats.new_ones(1)))
+        self._sums += torch.where(finite, step, 0.0)
+
+    def fold(self) -> None:
+        """Turn the sums since the last fold into means; with no sample since, keep the old ones."""
+        count = self._sums[-1]
+        means = torch.cat((self._sums[:-1] / count.clamp(min=1), count.view(1)))
+        self._means = torch.where(count > 0, means, self._means)
+        self._sums.zero_()
+
+    # -- scores -------------------------------------------------------------------------------
+
+    @property
+    def error_norm(self) -> Tensor:
+        """float32 [R]: norm of the output gradient per block row, mean of the sampled steps."""
+        return self._means[: self.R]
+
+    @property
+    def activation_norm(self) -> Tensor:
+        """float32 [C]: norm of the input per block column, mean of the sampled steps."""
+        return self._means[self.R : self.R + self.C]
+
+    @property
+    def candidate_norm(self) -> Tensor:
+        """float32 [R, C]: ||G_rc||_F of all positions, mean of the sampled steps."""
+        return self._means[self.R + self.C : -1].view(self.R, self.C)
+
+    @property
+    def num_samples(self) -> Tensor:
+        """0-d float32: steps behind the means."""
+        return self._means[-1]
+
+    def present_scores(self, values: Tensor) -> Tensor:
+        """Keep scores of all slots, float32 [R, K]; not a number where nothing was measured yet."""
+        if self.config.keep_score == "magnitude":
+            return compute_gradient_frobenius_norms(values)
+        return self.score_ema / self.score_weight
+
+    def compute_candidate_scores(self) -> Tensor:
+        """Scores of all positions before calibration, float32 [R, C].
+
+        "outer": error_norm[r] * activation_norm[c], an upper bound of ||G_rc||_F by
+        Cauchy-Schwarz, typically far too large. "gradient": the norms themselves.
+        """
+        if self.config.candidate_score == "outer":
+            return torch.outer(self.error_norm, self.activation_norm)
+        return self.candidate_norm
+
+    def calibrate(self, candidates: Tensor, present: Tensor, col_indices: Tensor) -> Tensor:
+        """Scale candidates so that on the present blocks, where both are known, sums agree.
+
+        The ratio also cancels a loss scale, the number of tokens and the number of micro-batches,
+        and turns gradient norms into the unit of the keep score, so that `swap_threshold` means the
+        same for all of them.
+
+        Args:
+            candidates: float32 [R, C].
+            present: float32 [R, k], keep scores of the first k slots.
+            col_indices: int32 [R, k].
+        """
+        known = candidates.gather(1, col_indices.long())
+        usable = present.isfinite() & known.isfinite()
+        ratio = torch.where(usable, present, 0.0).sum() / torch.where(usable, known, 0.0).sum()
+        return candidates * ratio
+
+    def should_swap(self, candidate: Tensor, present: Tensor) -> Tensor:
+        """Elementwise: does the candidate beat the present block by the threshold, strictly?"""
+        won = candidate > self.config.swap_threshold * present
+        return won & candidate.isfinite() & present.isfinite()
+
+    def select_top_k(
+        self,
+        values: Tensor,
+        col_indices: Tensor,
+        *,
+        row_group: int = 1,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Selection, Tensor]:
+        """Swaps of one decision and the calibrated candidate scores [R, C] behind them.
+
+        Args:
+            values: [R, K, B, B], all slots.
+            col_indices: int32 [R, k], the live slots.
+            row_group: rows that share their columns.
+            generator: source of the exploration.
+        """
+        k = col_indices.shape[1]
+        present = self.present_scores(values)[:, :k]
+        candidates = self.calibrate(self.compute_candidate_scores(), present, col_indices)
+        selection = select_top_k(
+            present,
+            candidates,
+            col_indices,
+            self.config,
+            row_group=row_group,
+            protected=self.block_grace[:, :k] > 0,
+            generator=generator,
+        )
+        return selection, candidates
+
+    # -- the life of a block ------------------------------------------------------------------
+
+    def record_decision(self, swapped: Tensor, newborn_scores: Tensor) -> None:
+        """Start the newborns' lives and write the swap rate into the history.
+
+        Args:
+            swapped: bool [R, k].
+            newborn_scores: float32 [R, k], candidate scores of the slots' columns.
+        """
+        k = swapped.shape[1]
+        scores = newborn_scores.nan_to_num(0.0, 0.0, 0.0)
+        self.block_grace.sub_(1).clamp_(min=0)
+        self.block_age[:, :k].masked_fill_(swapped, 0)
+        self.block_grace[:, :k].masked_fill_(swapped, self.config.grace_decisions)
+        self.score_ema[:, :k].copy_(torch.where(swapped, scores, self.score_ema[:, :k]))
+        self.score_weight[:, :k].masked_fill_(swapped, 1.0)
+        position = (self.num_decisions % HISTORY_DECISIONS).view(1)
+        self.swap_history.index_copy_(0, position, swapped.float().mean().view(1))
+        self.num_decisions += 1
+
+    def swap_rates(self) -> list[float]:
+        """Swap rates of the last decisions (at most 64), oldest first. Copies to the host."""
+        n = int(self.num_decisions)
+        rates = [float(rate) for rate in self.swap_history.tolist()]
+        if n <= HISTORY_DECISIONS:
+            return rates[:n]
+        start = n % HISTORY_DECISIONS
+        return rates[start:] + rates[:start]
+
+    # -- torch's protocols --------------------------------------------------------------------
+
+    def get_extra_state(self) -> Tensor:
+        """A rank's own statistics as one float64 tensor (float32 values, held exactly)."""
+        return torch.cat((self._sums, self._means)).double().cpu()
+
+    def set_extra_state(self, state: Tensor) -> None:
+        expected = 2 * self._sums.numel()
+        if not isinstance(state, Tensor) or state.numel() != expected:
+            found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
+            raise ValueError(
+                f"extra state (={found}) must be a tensor of {expected} elements for a layer with "
+                f"R={self.R}, C={self.C}; the checkpoint belongs to another configuration."
+            )
+        sums, means = state.to(self._sums).chunk(2)
+        self._sums, self._means = sums.clone(), means.clone()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopologyScorer:
+        """Follow the module to another device, but keep float32 when it is cast to bf16 or half."""
+        originals: dict[str, Tensor] = dict(self._buffers)  # type: ignore[arg-type]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, original in originals.items():
+            moved = self._buffers[name]
+            assert moved is not None
+            if moved.dtype != original.dtype:
+                self._buffers[name] = original.to(moved.device)
+        for name in ("_sums", "_means"):
+            original = getattr(self, name)
+            moved = fn(original)
+            keep = moved.dtype == original.dtype
+            setattr(self, name, moved if keep else original.to(moved.device))
+        return self
+
+    def extra_repr(self) -> str:
+        return (
+            f"candidate_score={self.config.candidate_score!r}, "
+            f"keep_score={self.config.keep_score!r}"
+        )
+
+
+def update_gradient_emas(
+    scorers: Sequence[TopologyScorer], scores: Sequence[Tensor], finite: Tensor | None = None
+) -> None:
+    """`update_gradient_ema` of many layers in a handful of launches.
+
+    Args:
+        scorers: layers to update; those with equal `ema_decay` share launches.
+        scores: float32 [R, K] of each.
+        finite: 0-d bool; False skips the step for all. Default: whether all scores are finite.
+    """
+    if not scorers:
+        return
+    if finite is None:
+        finite = all_finite(scores)
+    by_decay: dict[tuple[float, Any], list[int]] = {}
+    for i, scorer in enumerate(scorers):
+        key = (scorer.config.ema_decay, scorer.score_ema.device)
+        by_decay.setdefault(key, []).append(i)
+    for (decay, device), members in by_decay.items():
+        here = finite.to(device)
+        emas = [scorers[i].score_ema for i in members]
+        weights = [scorers[i].score_weight for i in members]
+        # a skipped step lerps every entry to itself, which changes no bit
+        targets = [torch.where(here, scores[i], scorers[i].score_ema) for i in members]
+        torch._foreach_lerp_(emas, targets, 1.0 - decay)
+        # where a product with a 0-d tensor would need one launch per layer, reuse the same trick
+        ones = [torch.where(here, 1.0, weight) for weight in weights]
+        torch._foreach_lerp_(weights, ones, 1.0 - decay)
+        torch._foreach_add_([scorers[i].block_age for i in members], here.to(torch.int32))
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """0-d bool: are all entries of all tensors finite? No host synchronisation."""
+    totals = torch._foreach_norm(list(tensors), float("inf"))
+    device = totals[0].device
+    return torch.stack([total.to(device) for total in totals]).isfinite().all()
