@@ -6,7 +6,8 @@ Legend: R block rows, K slots per row, B tile side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -132,11 +133,11 @@ class NewbornStepCorrection:
             step = -step
         part.copy_(torch.where(young, part + step, part))
 
-    def state_dict(self, names: dict[Tensor, str]) -> dict[str, float]:
+    def state_dict(self, names: Mapping[Any, str]) -> dict[str, float]:
         """Optimizer steps seen per layer name."""
         return {names[p]: float(t) for p, t in self._last_step.items() if p in names}
 
-    def load_state_dict(self, state: dict[str, float], parameters: dict[str, Tensor]) -> None:
+    def load_state_dict(self, state: Mapping[str, float], parameters: Mapping[str, Tensor]) -> None:
         self._last_step = {
             parameters[name]: torch.tensor(t, device=parameters[name].device)
             for name, t in state.items()
@@ -144,7 +145,7 @@ class NewbornStepCorrection:
         }
 
 
-def _group_of(optimizer: torch.optim.Optimizer, values: Tensor) -> dict[str, object] | None:
+def _group_of(optimizer: torch.optim.Optimizer, values: Tensor) -> dict[str, Any] | None:
     for group in optimizer.param_groups:
         if any(p is values for p in group["params"]):
             return group

@@ -114,7 +114,7 @@ def densify(model: ModuleT) -> ModuleT:
 def _replace(model: ModuleT, new: dict[str, Any]) -> ModuleT:
     for name, module in new.items():
         if name == "":
-            return module  # type: ignore[no-any-return]
+            return module
         parent, _, child = name.rpartition(".")
         setattr(model.get_submodule(parent), child, module)
     return model

@@ -411,7 +411,7 @@ class CMSBlockLinear(nn.Module):
         self._refresh_derived()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMSBlockLinear:
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         # a cast (.half(), .to(dtype)) leaves the indices alone; a move takes the derived along
         if self._probe.device != self.col_indices.device:
             self._make_derived()

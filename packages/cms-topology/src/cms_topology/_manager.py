@@ -65,7 +65,7 @@ class TopologyManager:
         model: any module; wrapped by DDP or torch.compile or not.
         optimizer: the optimizer (or several) of the layers' `values`; its state of replaced blocks
             is reset. None if there is no such state.
-        periods: optimizer steps between two score accumulations, foldings and decisions.
+        periods: optimizer steps between two score accumulations (always 1), foldings and decisions.
         seed: of exploration and new weights; the same on every rank.
         sample_steps: how many steps before each decision collect statistics of absent blocks.
             Default: 1 for exact gradient norms, 10 for the outer product (at most `periods[1]`).
@@ -104,6 +104,11 @@ class TopologyManager:
         else:
             self._optimizers = list(optimizer)
         self.clock = CMSClock(tuple(periods))  # type: ignore[arg-type]
+        if self.clock.periods[0] != 1:
+            raise ValueError(
+                f"periods[0] (={self.clock.periods[0]}) must be 1: scores and block ages count "
+                "every optimizer step."
+            )
         if sample_steps is not None and not 1 <= sample_steps <= self.clock.periods[2]:
             raise ValueError(
                 f"sample_steps (={sample_steps}) must be between 1 and the decision period "

@@ -262,7 +262,7 @@ class TopologyScorer(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopologyScorer:
         """Follow the module to another device, but keep float32 when it is cast to bf16 or half."""
         originals: dict[str, Tensor] = dict(self._buffers)  # type: ignore[arg-type]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        super()._apply(fn, recurse)
         for name, original in originals.items():
             moved = self._buffers[name]
             assert moved is not None

@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from cms_topology import CMSBlockLinear, ScoringConfig
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+Backward = Callable[..., Tensor]
+
+
+@pytest.fixture(scope="session")
+def backward() -> Backward:
+    """One backward pass with inputs whose scale varies by block column and output row."""
+
+    def run(layer: CMSBlockLinear, tokens: int = 32) -> Tensor:
+        layer.zero_grad()
+        scale = torch.linspace(0.1, 3.0, layer.in_features)
+        y = layer(torch.randn(tokens, layer.in_features) * scale)
+        weight = torch.linspace(0.5, 2.0, layer.out_features)
+        loss = (y * torch.randn(tokens, layer.out_features) * weight).sum()
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+@pytest.fixture
+def trained_layer(backward: Backward) -> Callable[..., CMSBlockLinear]:
+    """A layer that has seen a few real backward passes, so that scores and statistics exist."""
+
+    def make(steps: int = 3, **kwargs: object) -> CMSBlockLinear:
+        kwargs.setdefault("scoring", ScoringConfig(max_swap_frac=0.3, max_row_swap_frac=0.5))
+        layer = CMSBlockLinear(96, 64, tile_size=8, density=0.5, **kwargs)  # type: ignore[arg-type]
+        for _ in range(steps):
+            backward(layer)
+            layer.accumulate_scores()
+        return layer
+
+    return make

@@ -1,0 +1,87 @@
+"""sparsify and densify."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from cms_topology import CMSBlockLinear, densify, sparse_layers, sparsify
+
+
+def mlp() -> nn.Sequential:
+    return nn.Sequential(
+        nn.Linear(64, 128), nn.GELU(), nn.Sequential(nn.Linear(128, 128)), nn.Linear(128, 64)
+    )
+
+
+def test_sparsify_and_back_at_full_density_keep_the_function() -> None:
+    model = mlp()
+    x = torch.randn(5, 64)
+    before = model(x)
+    assert sparsify(model, density=1.0) is model
+    assert set(sparse_layers(model)) == {"0", "2.0", "3"}
+    torch.testing.assert_close(model(x), before)
+    densify(model)
+    assert not sparse_layers(model)
+    assert type(model[0]) is nn.Linear
+    torch.testing.assert_close(model(x), before)
+
+
+def test_include_exclude_and_arguments() -> None:
+    model = sparsify(mlp(), include=["0", "2.*"], exclude="0", density=0.25, tile_size=32)
+    layers = sparse_layers(model)
+    assert set(layers) == {"2.0"}
+    assert layers["2.0"].density == 0.25
+    assert layers["2.0"].B == 32
+
+
+def test_names_do_not_depend_on_wrappers() -> None:
+    model = sparsify(mlp())
+    compiled = torch.compile(model)
+    assert list(sparse_layers(compiled)) == list(sparse_layers(model))
+
+
+def test_indivisible_layers_stay_dense_with_one_warning() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 10))
+    with pytest.warns(UserWarning, match=r"left \['1'\] dense: .* tile_size \(=16\)") as caught:
+        sparsify(model)
+    assert len(caught) == 1
+    assert type(model[1]) is nn.Linear
+
+
+class Tied(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(64, 32)
+        self.hidden = nn.Linear(32, 32)
+        self.head = nn.Linear(32, 64, bias=False)
+        self.head.weight = self.embedding.weight
+
+
+def test_tied_weights_and_subclasses_are_left_alone() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = sparsify(Tied())
+        assert list(sparse_layers(model)) == ["hidden"]
+        attention = sparsify(nn.TransformerEncoderLayer(32, 2, 64))
+        assert sorted(sparse_layers(attention)) == ["linear1", "linear2"]
+
+
+def test_a_bare_linear() -> None:
+    layer = sparsify(nn.Linear(64, 64))
+    assert isinstance(layer, CMSBlockLinear)
+    assert type(densify(layer)) is nn.Linear
+
+
+def test_nothing_to_replace() -> None:
+    with pytest.raises(ValueError, match=r"include \(='x\*'\).*linear layers of the model: \['0',"):
+        sparsify(mlp(), include="x*")
+    with pytest.raises(ValueError, match=r"linear layers of the model: none"):
+        sparsify(nn.Sequential(nn.ReLU()))
+    model = mlp()
+    with pytest.raises(ValueError, match=r"row_group \(=3\)"):
+        sparsify(model, row_group=3)
+    assert not sparse_layers(model), "a refused call changes nothing"

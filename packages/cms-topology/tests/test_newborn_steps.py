@@ -1,0 +1,107 @@
+"""Adam's first steps of a newborn block are those of a fresh parameter."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import nn
+
+from cms_topology import CMSBlockLinear, NewbornStepCorrection, reset_optimizer_state
+
+ADAM: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, foreach=True),
+    "adamw fused": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, fused=True),
+    "adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
+    "adam maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
+    "adam short memory": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
+}
+
+
+def run(name: str, corrected: bool) -> tuple[CMSBlockLinear, torch.Tensor, nn.Parameter]:
+    """50 steps, then one block is reborn; 40 more steps beside a fresh parameter like it."""
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8, row_group=1)
+    optimizer = ADAM[name]([layer.values])
+    correction = NewbornStepCorrection()
+    generator = torch.Generator().manual_seed(0)
+    born = torch.zeros(2, 2, dtype=torch.bool)
+    born[1, 0] = True
+    fresh: nn.Parameter | None = None
+    for step in range(90):
+        if step == 50:
+            reset_optimizer_state([optimizer], layer.values, born)
+            layer.scorer.block_age.masked_fill_(born, 0)
+            fresh = nn.Parameter(layer.values.detach()[1, 0].clone())
+            fresh_optimizer = ADAM[name]([fresh])
+        layer.values.grad = torch.randn(layer.values.shape, generator=generator)
+        optimizer.step()
+        layer.scorer.block_age += 1
+        if corrected:
+            correction.apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+        if fresh is not None:
+            fresh.grad = layer.values.grad[1, 0].clone()
+            fresh_optimizer.step()
+    assert fresh is not None
+    return layer, born, fresh
+
+
+@pytest.mark.parametrize("name", ADAM)
+def test_newborn_follows_a_fresh_parameter_and_survivors_do_not_move(name: str) -> None:
+    plain, born, _ = run(name, corrected=False)
+    torch.manual_seed(0)
+    layer, _, fresh = run(name, corrected=True)
+    torch.testing.assert_close(layer.values[1, 0], fresh, atol=2e-6, rtol=1e-4)
+    assert torch.equal(layer.values[~born], plain.values[~born])
+    assert not torch.allclose(plain.values[1, 0], fresh, atol=1e-2), "the correction matters"
+
+
+def test_the_uncorrected_step_is_too_long_by_the_known_factor() -> None:
+    lengths = []
+    for corrected in (False, True):
+        layer = CMSBlockLinear(8, 8, bias=False, tile_size=8, density=1.0)
+        optimizer = torch.optim.AdamW([layer.values], lr=1.0, weight_decay=0.0)
+        correction = NewbornStepCorrection()
+        moves = []
+        for step in range(20000, 20025):
+            if step == 20000:
+                layer.values.grad = torch.zeros_like(layer.values)
+                optimizer.step()
+                optimizer.state[layer.values]["step"].fill_(20000)
+                layer.scorer.block_age.zero_()
+            layer.values.grad = torch.ones_like(layer.values)
+            before = layer.values.detach().clone()
+            optimizer.step()
+            layer.scorer.block_age += 1
+            if corrected:
+                correction.apply(optimizer, layer.values, layer.scorer.block_age, 1)
+            moves.append(float((before - layer.values).abs().max()))
+        lengths.append(max(moves))
+    assert lengths[0] == pytest.approx(6.6, abs=0.1)
+    assert lengths[1] == pytest.approx(1.0, abs=0.01)
+
+
+def test_a_skipped_step_is_not_corrected() -> None:
+    """GradScaler skips optimizer.step() when gradients overflow."""
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8)
+    optimizer = torch.optim.AdamW([layer.values])
+    correction = NewbornStepCorrection()
+    for _ in range(5):
+        layer.values.grad = torch.randn_like(layer.values)
+        optimizer.step()
+        layer.scorer.block_age += 1
+        correction.apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+    layer.scorer.block_age[0, 0] = 1
+    before = layer.values.detach().clone()
+    correction.apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+    assert torch.equal(layer.values, before)
+
+
+def test_other_optimizers_are_left_alone() -> None:
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8)
+    optimizer = torch.optim.SGD([layer.values], lr=0.1, momentum=0.9)
+    layer.values.grad = torch.randn_like(layer.values)
+    optimizer.step()
+    before = layer.values.detach().clone()
+    NewbornStepCorrection().apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+    assert torch.equal(layer.values, before)
