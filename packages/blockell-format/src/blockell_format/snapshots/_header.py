@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from ._files import MAX_STEP, open_regular, read_exactly
 from ._json import dumps, loads
@@ -19,6 +19,10 @@ MAX_HEADER_BYTES = 16 << 20
 _FIRST_READ_BYTES = 32 << 10
 _METADATA_FIRST = '{"__metadata__":'
 _DECODER = json.JSONDecoder()
+_DIGITS = re.compile("[0-9]{1,19}")
+
+
+RankSums: TypeAlias = str | tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -29,21 +33,26 @@ class Header:
     attempt: int
     world_size: int
     created: float
-    swap_counts: dict[str, int]
-    checksums: dict[str, tuple[str, ...]]
-    """Per layer one string per rank, or a single one that stands for all."""
+    swap_counts: tuple[int, ...]
+    """Per layer, in the order of the layer table."""
+    checksums: tuple[RankSums, ...]
+    """Per layer one string per rank, or a single string where all ranks agree."""
+
+    def swaps_by_layer(self, layers: Iterable[str]) -> dict[str, int]:
+        """Swap counts by layer name."""
+        return dict(zip(layers, self.swap_counts, strict=True))
+
+    def sums_by_layer(self, layers: Iterable[str]) -> dict[str, tuple[str, ...]]:
+        """Checksums by layer name, always one per rank."""
+        size = self.world_size
+        return {
+            name: (sums,) * size if isinstance(sums, str) else sums
+            for name, sums in zip(layers, self.checksums, strict=True)
+        }
 
 
-def build_metadata(
-    manifest: Manifest,
-    header: Header,
-    data_bytes: int,
-) -> dict[str, str]:
+def build_metadata(manifest: Manifest, header: Header, data_bytes: int) -> dict[str, str]:
     """The metadata of a snapshot: strings only, as safetensors wants."""
-    ranks = {
-        name: list(sums[:1]) if len(set(sums)) == 1 else list(sums)
-        for name, sums in header.checksums.items()
-    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -54,7 +63,7 @@ def build_metadata(
         "created": repr(header.created),
         "data_bytes": str(data_bytes),
         "layers": layer_table(manifest.layers),
-        "checksums": dumps(ranks),
+        "checksums": dumps(header.checksums),
         "swap_counts": dumps(header.swap_counts),
     }
 
@@ -124,6 +133,12 @@ def parse_header(metadata: Mapping[str, str], manifest: Manifest, table: str) ->
     if layers != table and parse_layer_table(loads(layers)) != manifest.layers:
         raise ValueError("has another layer table than run.json")
     world_size = _whole(metadata, "world_size", 1, MAX_WORLD_SIZE)
+    swap_counts = _list(metadata, "swap_counts", manifest)
+    if not set(map(type, swap_counts)) <= {int} or min(swap_counts, default=0) < 0:
+        raise ValueError('has "swap_counts" in its metadata that are not counts')
+    checksums = _list(metadata, "checksums", manifest)
+    if not set(map(type, checksums)) <= {str}:
+        checksums = [_rank_sums(sums, world_size) for sums in checksums]
     try:
         created = float(metadata["created"])
     except (KeyError, ValueError):
@@ -133,43 +148,36 @@ def parse_header(metadata: Mapping[str, str], manifest: Manifest, table: str) ->
         attempt=_whole(metadata, "attempt", 1, MAX_STEP),
         world_size=world_size,
         created=created if abs(created) < 1e15 else 0.0,
-        swap_counts=_swap_counts(_object(metadata, "swap_counts", manifest)),
-        checksums=_checksums(_object(metadata, "checksums", manifest), world_size),
+        swap_counts=tuple(swap_counts),
+        checksums=tuple(checksums),
     )
 
 
 def _whole(metadata: Mapping[str, str], key: str, low: int, high: int) -> int:
     text = metadata.get(key, "")
-    if not re.fullmatch("[0-9]{1,19}", text) or not low <= int(text) <= high:
+    if not _DIGITS.fullmatch(text) or not low <= int(text) <= high:
         raise ValueError(f'has no valid "{key}" in its metadata')
     return int(text)
 
 
-def _object(metadata: Mapping[str, str], key: str, manifest: Manifest) -> dict[str, Any]:
-    """A JSON object with one entry per layer; its keys become the run's own strings."""
+def _list(metadata: Mapping[str, str], key: str, manifest: Manifest) -> list[Any]:
+    """A JSON list with one entry per layer."""
     try:
         content = loads(metadata[key])
-        if len(content) != len(manifest.layers):
-            raise ValueError
-        return {layer.name: content[layer.name] for layer in manifest.layers}
-    except (KeyError, TypeError, ValueError):
-        raise ValueError(f'has no valid "{key}" for every layer in its metadata') from None
-
-
-def _swap_counts(content: dict[str, Any]) -> dict[str, int]:
-    if not all(type(count) is int and count >= 0 for count in content.values()):
-        raise ValueError('has "swap_counts" in its metadata that are not counts')
+    except (KeyError, ValueError):
+        content = None
+    if not isinstance(content, list) or len(content) != len(manifest.layers):
+        raise ValueError(f'has no valid "{key}" for every layer in its metadata')
     return content
 
 
-def _checksums(content: dict[str, Any], world_size: int) -> dict[str, tuple[str, ...]]:
-    result = {}
-    for name, sums in content.items():
-        if (
-            not isinstance(sums, list)
-            or len(sums) not in (1, world_size)
-            or not all(isinstance(entry, str) for entry in sums)
-        ):
-            raise ValueError('has "checksums" in its metadata that are not one string per rank')
-        result[name] = tuple(sums)
-    return result
+def _rank_sums(sums: Any, world_size: int) -> RankSums:
+    if isinstance(sums, str):
+        return sums
+    if (
+        not isinstance(sums, list)
+        or len(sums) != world_size
+        or not all(isinstance(entry, str) for entry in sums)
+    ):
+        raise ValueError('has "checksums" in its metadata that are not one string per rank')
+    return tuple(sums)

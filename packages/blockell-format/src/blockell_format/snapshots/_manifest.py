@@ -17,6 +17,7 @@ FORMAT = "blockell-run"
 VERSION = 1
 MAX_RUN_FILE_BYTES = 64 << 20
 MAX_WORLD_SIZE = 1 << 20
+_LAYER_KEYS = tuple(entry.name for entry in dataclasses.fields(LayerInfo))
 
 
 @dataclass(frozen=True)
@@ -68,24 +69,28 @@ class Manifest:
 
 
 def layer_table(layers: Iterable[LayerInfo]) -> str:
-    """The layer table as compact JSON; equal tables give equal text."""
-    return dumps([dataclasses.asdict(layer) for layer in layers])
+    """The layer table as compact JSON, `[[name, R, C, K, B, row_group], ...]`.
+
+    Equal tables give equal text.
+    """
+    return dumps([dataclasses.astuple(layer) for layer in layers])
 
 
 def parse_layer_table(table: Any) -> tuple[LayerInfo, ...]:
-    """Layers from parsed JSON.
+    """Layers from parsed JSON: a list of objects, or of lists in the order of `LayerInfo`.
 
     Raises:
         ValueError: not a list of valid layers with unique names.
     """
     if not isinstance(table, list):
         raise ValueError("the layer table is not a list")
-    names = [entry.name for entry in dataclasses.fields(LayerInfo)]
     layers = []
     for number, entry in enumerate(table):
-        if not isinstance(entry, dict) or not set(names) <= entry.keys() | {"row_group"}:
-            raise ValueError(f"entry {number} of the layer table lacks one of {', '.join(names)}")
-        layers.append(LayerInfo(**{name: entry[name] for name in names if name in entry}))
+        if isinstance(entry, list):
+            entry = dict(zip(_LAYER_KEYS, entry, strict=False))
+        if not isinstance(entry, dict) or not entry.keys() >= set(_LAYER_KEYS):
+            raise ValueError(f"entry {number} of the layer table lacks one of {_LAYER_KEYS}")
+        layers.append(LayerInfo(*(entry[key] for key in _LAYER_KEYS)))
     if len({layer.name for layer in layers}) != len(layers):
         raise ValueError("the layer table names a layer twice")
     return tuple(layers)

@@ -23,9 +23,15 @@ _CHUNK_BYTES = 4 << 20
 class Record(NamedTuple):
     """One good line."""
 
-    step: int
     attempt: int
     metrics: dict[str, Any]
+    """Flat, with the step as first entry."""
+
+    @property
+    def step(self) -> int:
+        """Step of the line."""
+        step: int = self.metrics["step"]
+        return step
 
 
 def parse_record(line: bytes) -> Record:
@@ -39,7 +45,9 @@ def parse_record(line: bytes) -> Record:
         raise ValueError('is not an object with "step" and "metrics"')
     step = integer(content, "step", 0, MAX_STEP)
     attempt = integer(content, "attempt", 1, MAX_STEP) if "attempt" in content else 1
-    return Record(step, attempt, from_plain(content["metrics"]))
+    flat = {"step": step, **from_plain(content["metrics"])}
+    flat["step"] = step  # a metric called "step" gives way to the step of the line
+    return Record(attempt, flat)
 
 
 class MetricsReader:

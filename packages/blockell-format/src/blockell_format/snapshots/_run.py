@@ -20,7 +20,7 @@ from ._layers import FIELDS, LayerInfo, LayerSnapshot
 from ._manifest import Attempt, Manifest, layer_table, read_manifest
 from ._metrics import MetricsReader
 from ._problems import Problem, RunError, SnapshotError, describe, printable
-from ._snapshot import Snapshot, check_names, expand_checksums
+from ._snapshot import Snapshot, check_names
 
 _Signature = tuple[int, int, int]
 
@@ -125,12 +125,16 @@ class Run:
     def swap_counts(self) -> dict[int, dict[str, int]]:
         """Swapped blocks per step and layer; from the headers, nothing is read."""
         with self._lock:
-            return {step: dict(self._headers[n].swap_counts) for step, n in self._by_step.items()}
+            return {
+                s: self._headers[n].swaps_by_layer(self._layers) for s, n in self._by_step.items()
+            }
 
     def checksums(self) -> dict[int, dict[str, tuple[str, ...]]]:
         """Checksums per step and layer, one per rank; from the headers, nothing is read."""
         with self._lock:
-            return {s: expand_checksums(self._headers[n]) for s, n in self._by_step.items()}
+            return {
+                s: self._headers[n].sums_by_layer(self._layers) for s, n in self._by_step.items()
+            }
 
     def read_layer(
         self,
@@ -165,6 +169,13 @@ class Run:
                 continue  # it is in the list of problems
             yield step, layer
 
+    def verify(self) -> list[Problem]:
+        """Read every layer of every snapshot, then return `problems`."""
+        for name in self._layers:
+            for _ in self.read_layer(name):
+                pass
+        return self.problems
+
     def metrics(self) -> list[dict[str, Any]]:
         """Logged metrics in the order of logging, `{"step": 12, "loss": 0.5, ...}`.
 
@@ -176,7 +187,7 @@ class Run:
             if (attempts, restarts) != (len(manifest.attempts), self._metrics.restarts):
                 self._flat, done = [], 0
             self._flat += [
-                {**record.metrics, "step": record.step}
+                record.metrics
                 for record in records[done:]
                 if not manifest.is_superseded(record.step, record.attempt)
             ]
@@ -194,13 +205,11 @@ class Run:
             found = self._scan()
             changed = self._metrics.update()
             changed |= self._refresh_manifest()
-            for name in self._headers.keys() - found.keys():
-                del self._headers[name]
-            for name in self._bad.keys() - found.keys():
-                del self._bad[name]
-            for name, path in found.items():
-                if name not in self._headers:
-                    self._read_header(name, path)
+            for known in (self._headers, self._bad):
+                for name in known.keys() - found:
+                    del known[name]
+            for name in found - self._headers.keys():
+                self._read_header(name)
             self._select()
             return changed or before != (self._steps, self.problems)
 
@@ -224,38 +233,39 @@ class Run:
             self._use_manifest(manifest)
         return changed
 
-    def _scan(self) -> dict[str, str]:
-        """Snapshot files by name; everything else in the directory becomes a problem."""
+    def _scan(self) -> set[str]:
+        """Names of the snapshot files; everything else in the directory becomes a problem."""
         directory = self.path / TOPOLOGY_DIR
-        found: dict[str, str] = {}
+        found: set[str] = set()
         problems: list[Problem] = []
         try:
             with os.scandir(directory) as entries:
                 for entry in entries:
-                    if entry.name.startswith(TEMPORARY_PREFIX):
+                    name = entry.name
+                    if name.startswith(TEMPORARY_PREFIX):
                         continue  # being written, or left by a killed writer
-                    reason = None
-                    if parse_snapshot_name(entry.name) is None:
+                    if name not in self._headers and parse_snapshot_name(name) is None:
                         reason = "is not named like a snapshot; ignored"
+                        problems.append(Problem(directory / name, reason))
                     elif not entry.is_file(follow_symlinks=False):
                         reason = "is not a regular file; ignored"
-                    if reason is None:
-                        found[entry.name] = entry.path
+                        problems.append(Problem(directory / name, reason))
                     else:
-                        problems.append(Problem(directory / entry.name, reason))
+                        found.add(name)
         except FileNotFoundError:
             pass  # no decision was recorded yet
         except OSError as error:
             problems.append(Problem(directory, describe(error)))
+            found = {*self._headers, *self._bad}  # what was read before stays
         self._scan_problems = sorted(problems, key=lambda problem: problem.path)
         return found
 
-    def _read_header(self, name: str, path: str) -> None:
+    def _read_header(self, name: str) -> None:
         """Read a new file, or a bad one that has changed."""
-        known = self._bad.get(name)
-        if known is not None and known[0] == _signature(path):
-            return
+        path = os.path.join(self.path, TOPOLOGY_DIR, name)
         signature = _signature(path)
+        if name in self._bad and self._bad[name][0] == signature:
+            return
         try:
             header = parse_header(read_metadata(path), self._manifest, self._table)
             if (header.step, header.attempt) != parse_snapshot_name(name):

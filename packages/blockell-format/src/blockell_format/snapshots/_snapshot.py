@@ -60,12 +60,12 @@ class Snapshot:
     @property
     def swap_counts(self) -> dict[str, int]:
         """Blocks swapped at this decision, per layer."""
-        return dict(self._header.swap_counts)
+        return self._header.swaps_by_layer(self._layers)
 
     @property
     def checksums(self) -> dict[str, tuple[str, ...]]:
         """Topology checksum of every rank, per layer; ranks agree where all are equal."""
-        return expand_checksums(self._header)
+        return self._header.sums_by_layer(self._layers)
 
     def layer(self, name: str, fields: Collection[str] = FIELDS) -> LayerSnapshot:
         """Read one layer; no other layer is touched.
@@ -98,12 +98,6 @@ class Snapshot:
 
     def __repr__(self) -> str:
         return f"Snapshot(step={self.step}, attempt={self.attempt}, path={printable(self.path)!r})"
-
-
-def expand_checksums(header: Header) -> dict[str, tuple[str, ...]]:
-    """One string per rank also where the file holds a single one for all."""
-    size = header.world_size
-    return {k: v if len(v) == size else v * size for k, v in header.checksums.items()}
 
 
 def check_names(layers: dict[str, LayerInfo], name: str, fields: Collection[str]) -> None:

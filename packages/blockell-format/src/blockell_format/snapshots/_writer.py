@@ -26,7 +26,7 @@ from ._files import (
     sync_directory,
     write_atomically,
 )
-from ._header import Header, build_metadata
+from ._header import Header, RankSums, build_metadata
 from ._json import dumps, to_plain
 from ._layers import FIELDS, LayerInfo, LayerSnapshot, check_field
 from ._manifest import MAX_WORLD_SIZE, Attempt, Manifest, read_manifest, write_manifest
@@ -109,6 +109,7 @@ class SnapshotWriter:
             self._lock.release()
             raise
         self._manifest = manifest
+        self._cut_short = False
 
     @property
     def run_id(self) -> str:
@@ -165,8 +166,8 @@ class SnapshotWriter:
             attempt=self.attempt,
             world_size=self._manifest.attempts[-1].world_size,
             created=time.time(),
-            swap_counts={info.name: _checked_count(info, swap_counts) for info in self.layers},
-            checksums={info.name: self._rank_sums(info, checksums) for info in self.layers},
+            swap_counts=tuple(_checked_count(info, swap_counts) for info in self.layers),
+            checksums=tuple(self._rank_sums(info, checksums) for info in self.layers),
         )
         path = self.run_dir / TOPOLOGY_DIR / snapshot_name(step, self.attempt)
         if path.exists():
@@ -188,7 +189,8 @@ class SnapshotWriter:
 
         Raises:
             TypeError: a metric that JSON cannot hold, by name.
-            ValueError: a negative step.
+            ValueError: a negative step, or the writer is closed.
+            OSError: the disk is full, ...; the writer can be used again afterwards.
         """
         fd = self._require_open()
         record = {
@@ -197,7 +199,13 @@ class SnapshotWriter:
             "time": time.time(),
             "metrics": to_plain(metrics, "metrics"),
         }
-        _write_all(fd, (dumps(record) + "\n").encode())
+        line = (dumps(record) + "\n").encode()
+        try:
+            _write_all(fd, b"\n" + line if self._cut_short else line)
+        except OSError:  # a full disk, for instance: the next line must not be glued to the rest
+            self._cut_short = True
+            raise
+        self._cut_short = False
 
     def close(self) -> None:
         """Flush the metrics to disk and let another writer in. Calling it again does nothing."""
@@ -269,9 +277,7 @@ class SnapshotWriter:
                 f"missing: {', '.join(missing) or 'none'}; unknown: {', '.join(unknown) or 'none'}."
             )
 
-    def _rank_sums(
-        self, info: LayerInfo, checksums: Mapping[str, Sequence[str]]
-    ) -> tuple[str, ...]:
+    def _rank_sums(self, info: LayerInfo, checksums: Mapping[str, Sequence[str]]) -> RankSums:
         sums = checksums[info.name]
         world_size = self._manifest.attempts[-1].world_size
         if isinstance(sums, str) or len(sums) != world_size:
@@ -279,7 +285,8 @@ class SnapshotWriter:
                 f"checksums of layer {info.name!r} (={sums!r}) must be one string per rank; "
                 f"world_size is {world_size}."
             )
-        return tuple(str(entry) for entry in sums)
+        ranks = tuple(str(entry) for entry in sums)
+        return ranks[0] if len(set(ranks)) == 1 else ranks
 
 
 def _checked_step(step: int) -> int:
