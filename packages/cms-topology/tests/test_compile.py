@@ -14,12 +14,15 @@ from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager, sparse_
 def model(candidate_score: str = "gradient") -> nn.Sequential:
     torch.manual_seed(0)
     scoring = ScoringConfig(
-        candidate_score=candidate_score, max_swap_frac=0.3, max_row_swap_frac=0.5
+        candidate_score=candidate_score,
+        max_swap_frac=0.3,
+        max_row_swap_frac=0.5,
+        swap_threshold=1.0,
     )
     return nn.Sequential(
-        CMSBlockLinear(32, 64, tile_size=8, scoring=scoring),
+        CMSBlockLinear(32, 64, tile_size=8, row_group=1, scoring=scoring),
         nn.GELU(),
-        CMSBlockLinear(64, 32, tile_size=8, scoring=scoring),
+        CMSBlockLinear(64, 32, tile_size=8, row_group=1, scoring=scoring),
     )
 
 
@@ -39,7 +42,7 @@ def test_fullgraph_equals_eager_through_topology_steps(candidate_score: str) -> 
     generator = torch.Generator().manual_seed(1)
     swaps = 0
     for _ in range(8):
-        x = torch.randn(6, 32, generator=generator)
+        x = torch.randn(6, 32, generator=generator) * torch.linspace(0.2, 2, 32)
         outputs = [f(x) for f in (eager, compiled)]
         torch.testing.assert_close(*outputs)
         for output, optimizer, manager in zip(outputs, optimizers, managers, strict=True):
@@ -60,7 +63,7 @@ def test_topology_steps_do_not_recompile() -> None:
     layers = list(sparse_layers(net).values())
 
     def step() -> int:
-        compiled(torch.randn(6, 32)).square().sum().backward()
+        compiled(torch.randn(6, 32) * torch.linspace(0.2, 2, 32)).square().sum().backward()
         swapped = 0
         for layer in layers:
             layer.accumulate_scores()

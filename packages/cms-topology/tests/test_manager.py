@@ -17,14 +17,14 @@ from blockell_format import column_usage
 from blockell_format.snapshots import SnapshotWriter, open_run
 from cms_topology import CMSBlockLinear, CMSClock, ScoringConfig, StepReport, TopologyManager
 
-LOOSE = ScoringConfig(max_swap_frac=0.2, max_row_swap_frac=0.5)
+LOOSE = ScoringConfig(max_swap_frac=0.2, max_row_swap_frac=0.5, swap_threshold=1.0)
 
 
 class Net(nn.Module):
     def __init__(self, seed: int = 0, scoring: ScoringConfig = LOOSE, checkpoint: str = "") -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.fc1 = CMSBlockLinear(64, 128, tile_size=8, scoring=scoring)
+        self.fc1 = CMSBlockLinear(64, 128, tile_size=8, row_group=4, scoring=scoring)
         self.fc2 = CMSBlockLinear(128, 64, tile_size=8, row_group=2, scoring=scoring)
         self.checkpoint = checkpoint
 
@@ -41,7 +41,7 @@ class Net(nn.Module):
 
 def data(step: int, tokens: int = 16) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    x = torch.randn(tokens, 64, generator=generator) * torch.linspace(0.2, 2.0, 64)
+    x = torch.randn(tokens, 64, generator=generator) * torch.logspace(-1, 0.5, 64)
     return x, torch.roll(x, 3, 1).cos()
 
 
@@ -175,7 +175,10 @@ def topology(model: Net) -> list[list[list[int]]]:
 def test_what_must_not_change_decisions(candidate_score: str, variant: str) -> None:
     """A loss scale reaches the statistics but not the gradients; recomputation runs twice."""
     scoring = ScoringConfig(
-        candidate_score=candidate_score, max_swap_frac=0.2, max_row_swap_frac=0.5
+        candidate_score=candidate_score,
+        max_swap_frac=0.2,
+        max_row_swap_frac=0.5,
+        swap_threshold=1.0,
     )
     model, optimizer, manager = setup(scoring=scoring)
     train(model, optimizer, manager, range(4))

@@ -75,7 +75,7 @@ def test_the_uncorrected_step_is_too_long_by_the_known_factor() -> None:
             layer.scorer.block_age += 1
             if corrected:
                 correction.apply(optimizer, layer.values, layer.scorer.block_age, 1)
-            moves.append(float((before - layer.values).abs().max()))
+            moves.append(float((before - layer.values.detach()).abs().max()))
         lengths.append(max(moves))
     assert lengths[0] == pytest.approx(6.6, abs=0.1)
     assert lengths[1] == pytest.approx(1.0, abs=0.01)

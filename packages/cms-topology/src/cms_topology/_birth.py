@@ -127,11 +127,9 @@ class NewbornStepCorrection:
         root = v.sqrt()
         made = (m / (1 - beta1**t)) / (root / (1 - beta2**t).sqrt() + group["eps"])
         meant = (m / (1 - beta1**age)) / (root / (1 - beta2**age).sqrt() + group["eps"])
-        step = group["lr"] * (meant - made)
         part = values[:, :live]
-        if not group["maximize"]:
-            step = -step
-        part.copy_(torch.where(young, part + step, part))
+        # with `maximize` Adam negates the gradient on its way into the moments: no sign here
+        part.copy_(torch.where(young, part - group["lr"] * (meant - made), part))
 
     def state_dict(self, names: Mapping[Any, str]) -> dict[str, float]:
         """Optimizer steps seen per layer name."""

@@ -307,9 +307,10 @@ class CMSBlockLinear(nn.Module):
                 f"present one ({self.num_live} blocks) and max_density ({self.K} blocks); build "
                 "the layer with a larger max_density to grow further."
             )
-        new = slice(self.num_live, target)
-        if target == self.num_live:
+        added = target - self.num_live
+        if added == 0:
             return 0
+        new = slice(self.num_live, target)
         live = self.col_indices[:, : self.num_live].long()
         self.scorer.fold()
         scores = self.scorer.compute_candidate_scores()
@@ -319,7 +320,7 @@ class CMSBlockLinear(nn.Module):
         if not bool((grouped > 0).any() and grouped.isfinite().all()):
             grouped = noise
         grouped = grouped.scatter(1, live.view(-1, self.row_group, live.shape[1])[:, 0], -1.0)
-        order = grouped.argsort(dim=1, descending=True, stable=True)[:, : target - self.num_live]
+        order = grouped.argsort(dim=1, descending=True, stable=True)[:, :added]
         columns = order.repeat_interleave(self.row_group, 0)
         self.values[:, new] = 0.0
         self.col_indices[:, new] = columns.to(torch.int32)
@@ -328,8 +329,9 @@ class CMSBlockLinear(nn.Module):
         # never measured: no score yet, and the bias correction of the average starts afresh
         self.scorer.score_ema[:, new] = 0.0
         self.scorer.score_weight[:, new] = 0.0
+        self.num_live = target
         self._refresh_derived()
-        return target - (new.start or 0)
+        return added
 
     # -- statistics ---------------------------------------------------------------------------
 
