@@ -1,0 +1,192 @@
+"""One HTML file with the charts of a run: no server, no network, Plotly's code included once."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import plotly.graph_objects as go
+
+from blockell_format.snapshots import LayerInfo, Problem
+
+from . import __version__, figures
+from .figures import Theme
+from .io import LoadedRun
+from .layers import layer_label, layer_order
+
+__all__ = ["export_report"]
+
+_STYLE = """\
+body { font-family: "Source Sans 3", "Segoe UI", Helvetica, Arial, sans-serif; margin: 0 auto;
+  max-width: 1180px; padding: 24px; background: %(background)s; color: %(text)s; }
+h1 { font-size: 26px; } h2 { font-size: 20px; margin-top: 40px; }
+p, td, th { color: %(muted)s; text-align: left; font-size: 14px; } td { padding: 2px 16px 2px 0; }
+"""
+
+
+def export_report(
+    run_dir: str | Path,
+    output: str | Path,
+    *,
+    step: int | None = None,
+    layers: Sequence[str] | None = None,
+    theme: Theme = "light",
+    overwrite: bool = False,
+) -> Path:
+    """Write the charts of one run into one HTML file.
+
+    Args:
+        run_dir: the run directory.
+        output: the file to write.
+        step: of heatmaps and age histograms; default the newest.
+        layers: names of the layers to include; default all.
+        theme: "light" or "dark".
+        overwrite: replace an existing file.
+
+    Returns:
+        `output` as a path.
+
+    Raises:
+        RunError: (a ValueError) `run_dir` is no run.
+        ValueError: no such layer or step, or the run holds nothing to show.
+        FileExistsError: `output` exists and `overwrite` is false.
+    """
+    output = Path(output)
+    if output.exists() and not overwrite:
+        raise FileExistsError(f"{output} exists; choose another name, or overwrite it (--force).")
+    loaded = LoadedRun(Path(run_dir))
+    infos = _chosen_layers(loaded, layers)
+    step = _chosen_step(loaded, step)
+    parts = [
+        _head(loaded, theme),
+        *_figures(loaded, infos, step, theme),
+        _problems(loaded.run.problems),
+        "</body></html>\n",
+    ]
+    # Beside the target, then renamed: a killed export leaves no half report under its name.
+    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text("".join(parts), encoding="utf-8")
+        temporary.replace(output)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return output
+
+
+def _chosen_layers(loaded: LoadedRun, names: Sequence[str] | None) -> list[LayerInfo]:
+    known = loaded.run.layers
+    for name in names or ():
+        if name not in known:
+            raise ValueError(
+                f"layer (={name!r}) is not in the run; layers: {', '.join(known) or 'none'}."
+            )
+    return [known[name] for name in sorted(names or known, key=layer_order)]
+
+
+def _chosen_step(loaded: LoadedRun, step: int | None) -> int:
+    steps = loaded.run.steps
+    if not steps:
+        raise ValueError(f"{loaded.path} holds no readable snapshot yet, so there is no chart.")
+    if step is None:
+        return steps[-1]
+    if step not in steps:
+        nearest = min(steps, key=lambda known: abs(known - step))
+        raise ValueError(f"step (={step}) has no snapshot; nearest: {nearest}.")
+    return step
+
+
+def _head(loaded: LoadedRun, theme: Theme) -> str:
+    colours = figures.palette(theme)
+    history, run = loaded.history(), loaded.run
+    title = html.escape(loaded.path.resolve().name)
+    style = _STYLE % {
+        "background": colours.background,
+        "text": colours.text,
+        "muted": colours.muted,
+    }
+    return (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
+        f"<style>{style}</style></head><body><h1>{title}</h1>"
+        f"<p>Run {html.escape(run.run_id)}: {len(run.layers):,} layers, "
+        f"{len(history.steps):,} snapshots from step {history.steps[0]:,} to "
+        f"{history.steps[-1]:,}, {run.world_size:,} processes. "
+        f"Written by blockell-dashboard {__version__}.</p>"
+    )
+
+
+def _figures(
+    loaded: LoadedRun, infos: Sequence[LayerInfo], step: int, theme: Theme
+) -> Iterator[str]:
+    script: bool = True
+    for heading, figure in _all_figures(loaded, infos, step, theme):
+        if heading:
+            yield f"<h2>{html.escape(heading)}</h2>"
+        yield figure.to_html(
+            full_html=False,
+            include_plotlyjs=script,
+            include_mathjax=False,
+            config={"displaylogo": False, "responsive": True},
+        )
+        script = False
+
+
+def _all_figures(
+    loaded: LoadedRun, infos: Sequence[LayerInfo], step: int, theme: Theme
+) -> Iterator[tuple[str, go.Figure]]:
+    history, metrics = loaded.history(), loaded.metrics()
+    names = [name for name in metrics.names if "loss" in name.lower()] or metrics.names[:1]
+    swapped = history.steps[history.swaps.sum(axis=1) > 0]
+    for name in names[:1]:
+        steps, values = metrics.get(name)
+        yield (
+            "Training",
+            figures.loss(steps, values, name=name, decision_steps=swapped, theme=theme),
+        )
+    pooled = history.pooled_rates() if len(infos) > 1 else np.empty(0)
+    for info in infos:
+        label, series = layer_label(info.name), loaded.series(info.name)
+        layer = loaded.snapshot(info.name, step)
+        yield (
+            label,
+            figures.topology_heatmap(
+                layer, info, step=step, value_range=(0.0, series.age_limit), theme=theme
+            ),
+        )
+        ages = layer.block_age_steps[layer.col_indices >= 0]
+        yield (
+            "",
+            figures.age_histogram(ages, upper=series.age_limit, step=step, theme=theme, height=320),
+        )
+        yield (
+            "",
+            figures.swap_rate(
+                history.steps,
+                history.rates(info.name),
+                name=label,
+                all_steps=history.steps[: len(pooled)],
+                all_rates=pooled,
+                theme=theme,
+            ),
+        )
+        yield (
+            "",
+            figures.column_entropy(
+                series.steps, series.entropy, series.dead_columns, C=info.C, name=label, theme=theme
+            ),
+        )
+
+
+def _problems(problems: Sequence[Problem]) -> str:
+    if not problems:
+        return ""
+    rows = "".join(
+        f"<tr><td>{html.escape(problem.path.name)}</td><td>{html.escape(problem.reason)}</td></tr>"
+        for problem in problems
+    )
+    return (
+        f"<h2>Problems ({len(problems):,})</h2><p>These files were left out, or hold something odd."
+        f"</p><table><tr><th>file</th><th>reason</th></tr>{rows}</table>"
+    )

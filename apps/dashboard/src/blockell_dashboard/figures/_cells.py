@@ -1,0 +1,148 @@
+"""Pieces of the topology heatmap: cells, their coordinates, their hover text.
+
+R block rows, C block columns, B tile side. A drawn cell is one block position, or a tile of
+positions when the grid is too large to draw.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from blockell_format.snapshots import LayerInfo
+
+from .. import stats
+from ._theme import Palette
+
+__all__ = ["CellGrid", "legend_entry"]
+
+
+class CellGrid:
+    """Where the drawn cells lie, in blocks and in weights, and how they are added to a figure."""
+
+    def __init__(self, tiles: stats.Tiles, info: LayerInfo) -> None:
+        self.rows, self.columns = tiles.values.shape
+        self.row_step, self.column_step = tiles.row_step, tiles.column_step
+        self.many = tiles.aggregated
+        self._info = info
+
+    def axis_range(self, side: int, step: int) -> list[float]:
+        """Ends of an axis that shows `side` blocks in cells of `step` blocks."""
+        return [-0.5 * step, (-(-side // step) - 0.5) * step]
+
+    def weight_slices(self) -> NDArray[np.int32]:
+        """[rows, columns, 4]: first and last + 1 weight row, first and last + 1 weight column."""
+        B, R, C = self._info.B, self._info.R, self._info.C
+        row_start = np.arange(self.rows) * self.row_step
+        column_start = np.arange(self.columns) * self.column_step
+        slices = np.empty((self.rows, self.columns, 4), dtype=np.int32)
+        slices[..., 0] = row_start[:, None] * B
+        slices[..., 1] = np.minimum(row_start + self.row_step, R)[:, None] * B
+        slices[..., 2] = column_start[None, :] * B
+        slices[..., 3] = np.minimum(column_start + self.column_step, C)[None, :] * B
+        return slices
+
+    def add_blocks(
+        self,
+        fig: go.Figure,
+        z: NDArray[np.float32],
+        age: NDArray[np.float32],
+        score: NDArray[np.float32],
+        **heatmap: Any,
+    ) -> None:
+        """Add the cells that hold a block (z is NaN elsewhere), with age and score on hover."""
+        details = np.concatenate(
+            [self.weight_slices().astype(np.float32), np.stack([age, score], axis=-1)], axis=-1
+        )
+        what = "mean age" if self.many else "age"
+        hover = (
+            f"{what} <b>%{{customdata[4]:,.0f}}</b> steps<br>score <b>%{{customdata[5]:.4g}}</b>"
+        )
+        if "text" in heatmap:
+            hover = f"%{{text}}<br>{hover}"
+        self._add(fig, z, details, hover, heatmap)
+
+    def add_plain(self, fig: go.Figure, mask: NDArray[np.bool_], colour: str, label: str) -> None:
+        """Add the cells of `mask` in one colour with one label, such as "no block"."""
+        z = np.where(mask, np.float32(0), np.float32(np.nan))
+        self._add(
+            fig,
+            z,
+            self.weight_slices(),
+            label,
+            {"colorscale": [[0, colour], [1, colour]], "zmin": 0, "zmax": 1, "showscale": False},
+        )
+
+    def add_symbols(
+        self, fig: go.Figure, mask: NDArray[np.bool_], symbol: str, colour: str, height: int
+    ) -> None:
+        """Put a symbol on each cell of `mask`, so that colour does not carry the meaning alone."""
+        rows, columns = np.nonzero(mask)
+        size = float(np.clip(0.5 * min(height / self.rows, 700 / self.columns), 4, 12))
+        fig.add_trace(
+            go.Scatter(
+                x=columns * self.column_step,
+                y=rows * self.row_step,
+                mode="markers",
+                marker={
+                    "symbol": symbol,
+                    "size": size,
+                    "color": colour,
+                    "line": {"color": colour, "width": 1.6},
+                },
+                hoverinfo="skip",
+                showlegend=False,
+            )
+        )
+
+    def _add(
+        self,
+        fig: go.Figure,
+        z: NDArray[np.float32],
+        customdata: NDArray[Any],
+        hover: str,
+        heatmap: dict[str, Any],
+    ) -> None:
+        start = (
+            "rows from %{y:d}, columns from %{x:d}" if self.many else "row %{y:d}, column %{x:d}"
+        )
+        gap = 1 if max(self.rows, self.columns) <= 100 else 0
+        fig.add_trace(
+            go.Heatmap(
+                z=z,
+                customdata=customdata,
+                hovertemplate=(
+                    f"{start}<br>{hover}<br>weight[%{{customdata[0]:d}}:%{{customdata[1]:d}}, "
+                    "%{customdata[2]:d}:%{customdata[3]:d}]<extra></extra>"
+                ),
+                hoverongaps=False,
+                x0=0,
+                dx=self.column_step,
+                y0=0,
+                dy=self.row_step,
+                xgap=gap,
+                ygap=gap,
+                **heatmap,
+            )
+        )
+
+
+def legend_entry(fig: go.Figure, name: str, symbol: str, colour: str, border: Palette) -> None:
+    """Add a legend line for a kind of cell."""
+    fig.add_trace(
+        go.Scatter(
+            x=[None],
+            y=[None],
+            mode="markers",
+            name=name,
+            marker={
+                "symbol": symbol,
+                "size": 11,
+                "color": colour,
+                "line": {"color": border.muted, "width": 0.5},
+            },
+        )
+    )

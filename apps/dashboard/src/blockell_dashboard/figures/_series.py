@@ -1,0 +1,259 @@
+"""Charts over training steps: swap rate, column entropy, loss. S points in a series."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from .. import stats
+from ._theme import Theme, apply_layout, mark_step, palette, step_axis
+
+__all__ = ["column_entropy", "loss", "swap_rate"]
+
+_HEIGHT = 340
+_NONE = np.empty(0)
+
+
+def swap_rate(
+    steps: NDArray[Any],
+    rates: NDArray[Any],
+    *,
+    name: str = "this layer",
+    all_steps: NDArray[Any] = _NONE,
+    all_rates: NDArray[Any] = _NONE,
+    band: tuple[float, float] = stats.HEALTHY_SWAP_RATE,
+    window: int = 10,
+    selected_step: int | None = None,
+    theme: Theme = "light",
+    height: int = _HEIGHT,
+) -> go.Figure:
+    """Draw the share of blocks replaced at each decision, with the healthy band.
+
+    Args:
+        steps, rates: [S] one layer; rates as shares, NaN where unknown.
+        name: of that layer.
+        all_steps, all_rates: the same over all layers together, drawn if given.
+        band: healthy rates, drawn as an area; decisions outside are marked.
+        window: decisions in the rolling mean.
+        selected_step: marked by a vertical line.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours = palette(theme)
+    outside = stats.outside_band(rates, band)
+    keep = np.union1d(stats.bucket_indices(rates), np.flatnonzero(outside)[:2000]).astype(int)
+    fig = go.Figure()
+    fig.add_hrect(y0=band[0], y1=band[1], fillcolor=colours.band, line_width=0, layer="below")
+    fig.add_annotation(
+        text=f"healthy: {band[0]:.0%} to {band[1]:.0%}",
+        x=0.01,
+        xref="paper",
+        y=band[1],
+        yanchor="top",
+        showarrow=False,
+        font={"color": colours.muted, "size": 11},
+    )
+    if len(all_steps):
+        kept = stats.bucket_indices(all_rates)
+        _line(fig, "all layers", all_steps[kept], all_rates[kept], colours.third, dash="dot")
+    few = len(keep) <= 60
+    _line(fig, name, steps[keep], rates[keep], colours.first, mode="lines+markers" if few else "")
+    if len(rates) > window:
+        mean = stats.rolling_mean(rates, window)[keep]
+        _line(fig, f"mean of {window}", steps[keep], mean, colours.text, width=2.4)
+    marked = keep[outside[keep]]
+    fig.add_trace(
+        go.Scatter(
+            x=steps[marked],
+            y=rates[marked],
+            name="outside the band",
+            mode="markers",
+            marker={
+                "symbol": "triangle-up",
+                "size": 9,
+                "color": colours.alarm,
+                "line": {"color": colours.background, "width": 1},
+            },
+            hoverinfo="skip",
+            showlegend=bool(len(marked)),
+        )
+    )
+    mark_step(fig, selected_step, theme)
+    top = np.nanmax(np.concatenate([rates, all_rates, [band[1]]]))
+    subtitle = "share of blocks replaced per decision"
+    if len(rates):
+        subtitle += f"; {int(outside.sum()):,} of {len(rates):,} decisions outside the band"
+    return apply_layout(
+        fig,
+        theme,
+        title="Swap rate",
+        subtitle=subtitle,
+        x_title="step",
+        y_title="blocks replaced",
+        height=height,
+        hovermode="x unified",
+        xaxis=step_axis(steps),
+        yaxis={"tickformat": ".0%", "hoverformat": ".2%", "range": [0, float(top) * 1.15]},
+    )
+
+
+def column_entropy(
+    steps: NDArray[Any],
+    entropy: NDArray[Any],
+    dead_columns: NDArray[Any],
+    *,
+    C: int,
+    name: str = "this layer",
+    selected_step: int | None = None,
+    theme: Theme = "light",
+    height: int = _HEIGHT,
+) -> go.Figure:
+    """Draw how evenly the blocks use the input columns.
+
+    Args:
+        steps, entropy: [S] entropy of the column usage divided by log C: 1 is perfectly even.
+        dead_columns: [S] columns that no block reads.
+        C: block columns.
+        name: of the layer.
+        selected_step: marked by a vertical line.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours = palette(theme)
+    keep = stats.bucket_indices(entropy)
+    fig = go.Figure()
+    few = len(keep) <= 60
+    _line(
+        fig,
+        name,
+        steps[keep],
+        entropy[keep],
+        colours.first,
+        mode="lines+markers" if few else "",
+        customdata=dead_columns[keep],
+        hovertemplate="%{y:.4f}, %{customdata:,d} unused columns",
+        showlegend=False,
+    )
+    mark_step(fig, selected_step, theme)
+    subtitle = "1 is even use of all input columns"
+    if len(dead_columns):
+        subtitle += f"; columns that no block reads, now: {int(dead_columns[-1]):,} of {C:,}"
+    finite = entropy[np.isfinite(entropy)]
+    lowest = float(finite.min()) if finite.size else 0.9
+    # At least a tenth of the scale, so that noise in the third digit does not look like a fall.
+    bottom = max(0.0, min(0.9, np.floor((lowest - 0.02) * 20) / 20))
+    return apply_layout(
+        fig,
+        theme,
+        title="Column entropy",
+        subtitle=subtitle,
+        x_title="step",
+        y_title="normalised entropy",
+        height=height,
+        hovermode="x unified",
+        xaxis=step_axis(steps),
+        yaxis={"range": [bottom, 1.005], "tickformat": ".2f"},
+    )
+
+
+def loss(
+    steps: NDArray[Any],
+    losses: NDArray[Any],
+    *,
+    name: str = "loss",
+    decision_steps: NDArray[Any] = _NONE,
+    selected_step: int | None = None,
+    theme: Theme = "light",
+    height: int = _HEIGHT,
+) -> go.Figure:
+    """Draw a loss over steps, with the topology decisions as ticks below it.
+
+    Losses above twice the mean of the 50 before them are marked: a decision must not cause them.
+
+    Args:
+        steps, losses: [S] one metric; not finite values are marked at the upper edge.
+        name: of the metric.
+        decision_steps: steps at which blocks were swapped.
+        selected_step: marked by a vertical line.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours = palette(theme)
+    spikes = stats.loss_spikes(losses)
+    keep = np.union1d(stats.bucket_indices(losses), np.flatnonzero(spikes)[:2000]).astype(int)
+    finite = losses[np.isfinite(losses)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
+    low = min(0.0, low)
+    span = (high - low) or 1.0
+    fig = go.Figure()
+    clean = np.where(np.isfinite(losses), losses, np.nan)
+    _line(fig, name, steps[keep], clean[keep], colours.first, opacity=0.45)
+    window = max(5, len(losses) // 50)
+    if len(losses) > 20:
+        mean = stats.rolling_mean(losses, window)[keep]
+        _line(fig, f"mean of {window}", steps[keep], mean, colours.first, width=2.4)
+    marked = np.flatnonzero(spikes)[:2000]
+    fig.add_trace(
+        go.Scatter(
+            x=steps[marked],
+            y=np.where(np.isfinite(losses), losses, high)[marked],
+            name="above 2× the running mean",  # noqa: RUF001
+            mode="markers",
+            marker={"symbol": "triangle-up", "size": 10, "color": colours.alarm},
+            hoverinfo="skip",
+            showlegend=bool(len(marked)),
+        )
+    )
+    ticks = decision_steps[:: max(1, len(decision_steps) // 2000)]
+    fig.add_trace(
+        go.Scatter(
+            x=ticks,
+            y=np.full(len(ticks), low - 0.06 * span),
+            name="topology decision",
+            mode="markers",
+            marker={"symbol": "line-ns-open", "size": 8, "color": colours.second},
+            hoverinfo="skip",
+            showlegend=bool(len(ticks)),
+        )
+    )
+    mark_step(fig, selected_step, theme)
+    return apply_layout(
+        fig,
+        theme,
+        title=f"Training metric: {name}",
+        subtitle=f"{len(losses):,} values; {int(spikes.sum()):,} above 2× the mean before them",  # noqa: RUF001
+        x_title="step",
+        y_title=name,
+        height=height,
+        hovermode="x unified",
+        xaxis=step_axis(np.concatenate([steps, decision_steps])),
+        yaxis={"range": [low - 0.12 * span, high + 0.08 * span], "hoverformat": ".4g"},
+    )
+
+
+def _line(
+    fig: go.Figure,
+    name: str,
+    x: NDArray[Any],
+    y: NDArray[Any],
+    colour: str,
+    *,
+    width: float = 1.6,
+    dash: str = "solid",
+    mode: str = "",
+    **options: Any,
+) -> None:
+    fig.add_trace(
+        go.Scatter(
+            x=x,
+            y=y,
+            name=name,
+            mode=mode or "lines",
+            line={"color": colour, "width": width, "dash": dash},
+            marker={"size": 6},
+            **options,
+        )
+    )

@@ -1,0 +1,153 @@
+"""Colours and the common layout of every figure, for light and dark pages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import plotly.graph_objects as go
+
+__all__ = ["PALETTES", "Palette", "Theme", "apply_layout", "mark_step", "palette"]
+
+Theme = Literal["light", "dark"]
+
+
+@dataclass(frozen=True)
+class Palette:
+    """One page's colours. The series colours are the Okabe-Ito set, which people with any of the
+    common colour deficiencies can tell apart, lightened for the dark page.
+    """
+
+    background: str
+    text: str
+    muted: str
+    grid: str
+    absent: str
+    kept: str
+    first: str
+    second: str
+    third: str
+    alarm: str
+    band: str
+
+
+PALETTES: dict[str, Palette] = {
+    "light": Palette(
+        background="#ffffff",
+        text="#1f2937",
+        muted="#6b7280",
+        grid="#e5e7eb",
+        absent="#eef0f3",
+        kept="#b8c0cc",
+        first="#0072b2",
+        second="#d55e00",
+        third="#8a5a9e",
+        alarm="#d55e00",
+        band="rgba(0, 158, 115, 0.13)",
+    ),
+    "dark": Palette(
+        background="#0e1117",
+        text="#e5e7eb",
+        muted="#9ca3af",
+        grid="#262c36",
+        absent="#1a1f29",
+        kept="#566072",
+        first="#56b4e9",
+        second="#f0883e",
+        third="#c9a0dc",
+        alarm="#f0883e",
+        band="rgba(0, 190, 140, 0.16)",
+    ),
+}
+
+
+def palette(theme: Theme) -> Palette:
+    """The colours of a theme; ValueError for an unknown one."""
+    if theme not in PALETTES:
+        raise ValueError(f"theme (={theme!r}) must be one of {', '.join(PALETTES)}.")
+    return PALETTES[theme]
+
+
+def apply_layout(
+    fig: go.Figure,
+    theme: Theme,
+    *,
+    title: str,
+    subtitle: str = "",
+    x_title: str,
+    y_title: str,
+    height: int,
+    **layout: Any,
+) -> go.Figure:
+    """Give a figure the common look. It sets every colour itself, so that it looks the same in a
+    notebook, in the app and in an exported file.
+    """
+    colours = palette(theme)
+    axis = {
+        "gridcolor": colours.grid,
+        "linecolor": colours.grid,
+        "zeroline": False,
+        "tickfont": {"color": colours.muted, "size": 12},
+        "title": {"font": {"color": colours.muted, "size": 13}, "standoff": 8},
+        "automargin": True,
+    }
+    fig.update_layout(
+        template=go.layout.Template(),
+        title={
+            "text": title,
+            "font": {"size": 16, "color": colours.text, "weight": 600},
+            "subtitle": {"text": subtitle, "font": {"size": 12.5, "color": colours.muted}},
+            "x": 0,
+            "xref": "paper",
+            "xanchor": "left",
+            "y": 1,
+            "yref": "container",
+            "yanchor": "top",
+            "pad": {"t": 14},
+        },
+        font={"family": "Source Sans, Inter, Segoe UI, Helvetica, Arial, sans-serif"},
+        paper_bgcolor=colours.background,
+        plot_bgcolor=colours.background,
+        height=height,
+        margin={"l": 12, "r": 12, "t": 66, "b": 12},
+        hoverlabel={
+            "bgcolor": colours.background,
+            "bordercolor": colours.muted,
+            "font": {"color": colours.text, "size": 13},
+            "align": "left",
+        },
+        legend={
+            "orientation": "h",
+            "x": 1,
+            "xanchor": "right",
+            "y": 1.0,
+            "yanchor": "bottom",
+            "font": {"color": colours.muted, "size": 12},
+            "bgcolor": "rgba(0,0,0,0)",
+        },
+        modebar={
+            "bgcolor": "rgba(0,0,0,0)",
+            "color": colours.muted,
+            "activecolor": colours.first,
+        },
+    )
+    fig.update_xaxes(**axis, title_text=x_title)
+    fig.update_yaxes(**axis, title_text=y_title)
+    fig.update_layout(**layout)
+    return fig
+
+
+def mark_step(fig: go.Figure, step: int | None, theme: Theme) -> None:
+    """Draw the selected step as a dotted vertical line."""
+    if step is not None:
+        fig.add_vline(x=step, line={"color": palette(theme).muted, "width": 1.2, "dash": "dot"})
+
+
+def step_axis(steps: Sequence[int] | Any) -> dict[str, Any]:
+    """A range of steps with a small margin, the same for every chart over time of a run."""
+    if len(steps) == 0:
+        return {}
+    first, last = float(min(steps)), float(max(steps))
+    margin = (last - first) * 0.02 or max(1.0, abs(last) * 0.02)
+    return {"range": [first - margin, last + margin], "tickformat": ",d"}

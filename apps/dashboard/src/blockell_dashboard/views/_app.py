@@ -1,0 +1,68 @@
+"""Choose a run, then show it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import streamlit as st
+
+from blockell_format.snapshots import Problem, RunError
+
+from ..io import LoadedRun, RunChoice, find_runs, load_run
+from ._empty import explain_no_run, explain_unreadable
+from ._history import show_history
+from ._live import watch_for_runs
+from ._overview import show_overview, show_problems
+from ._sidebar import choose_layer, choose_run, show_about, show_config, show_live_switch
+from ._state import publish
+from ._topology import show_topology
+
+__all__ = ["show_app"]
+
+# A few blocks. Streamlit would load emoji and named icons from the network.
+_ICON = (
+    '<svg viewBox="0 0 4 4" shape-rendering="crispEdges"><path fill="#eef0f3" d="M0 0h4v4H0z"/>'
+    '<path fill="#0072b2" d="M0 0h1v1H0zM1 1h1v1H1zM2 2h1v1H2zM3 3h1v1H3z"/>'
+    '<path fill="#d55e00" d="M2 0h1v1H2zM3 1h1v1H3zM0 2h1v1H0zM1 3h1v1H1z"/></svg>'
+)
+
+
+def show_app(directories: Sequence[str]) -> None:
+    """Show the dashboard for some run directories, or directories of runs."""
+    st.set_page_config(page_title="Block-ELL topology", page_icon=_ICON, layout="wide")
+    choices, problems = find_runs(directories)
+    if not choices:
+        explain_no_run(directories, problems)
+        watch_for_runs(directories)
+        return
+    with st.sidebar:
+        choice = choose_run(choices)
+    try:
+        loaded = load_run(choice.path)
+    except RunError as error:
+        explain_unreadable(choice, str(error))
+        watch_for_runs(directories, known=len(choices))
+    else:
+        loaded.refresh()
+        _show_run(choice, loaded, directories, problems)
+    publish()
+
+
+def _show_run(
+    choice: RunChoice, loaded: LoadedRun, directories: Sequence[str], problems: list[Problem]
+) -> None:
+    layers = loaded.run.layers
+    with st.sidebar:
+        layer = choose_layer(layers) if layers else None
+        interval_s = show_live_switch()
+        show_config(loaded.run)
+        show_about()
+    # Read before anything is drawn, so that the overview counts the problems of this layer too.
+    with st.spinner("Reading snapshots", show_time=True):
+        loaded.history()
+        if layer is not None:
+            loaded.series(layer.name)
+    show_overview(choice, loaded, directories, interval_s)
+    step = show_topology(choice, loaded, layer) if layer is not None else None
+    show_history(choice, loaded, layer, step)
+    show_problems([*problems, *loaded.run.problems])
