@@ -1,0 +1,159 @@
+"""Block-ELL linear on the CPU by gathered block products, and when they beat the dense product.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens;
+G = row_group, H = G*B outputs per row group, R/G groups.
+
+The rows of a group share their columns, so the tiles of a group are one [H, K*B] matrix and
+forward is `y_g = x[:, columns of g] W_g^T`: a gather of B-wide column blocks, then one product.
+Two schedules, both with buffers that stay in the cache and never hold [N, R*K*B]:
+
+- *tall* groups (H >= TALL): for each group gather all tokens of a chunk, one `mm` straight into the
+  slice of the result; grad_input adds each group's product to its columns with `index_add_`
+  (sequential, hence deterministic); grad_values is one `mm` per group.
+- *short* groups, and few tokens: for each chunk of tokens gather the columns of all groups, one
+  batched product straight into the result.
+
+Index errors: `index_select` and `index_add_` check every column, so a column outside [0, C) raises
+IndexError; it never reads or writes out of bounds.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._backends import Backend, Case, Pattern, Verdict
+from blockell_kernels._cpu_rule import few_tokens, verdict
+
+TALL = 64
+TOKENS_PER_CHUNK = 4096  # tall schedule
+BUFFER_ELEMENTS = 2**20  # short schedule: 4 MiB of float32
+MIN_TOKENS_PER_CHUNK = 32
+
+
+def pack(values: Tensor, pattern: Pattern) -> Tensor:
+    """W_g for all groups: [R/G, H, K*B] from values [R, slots, B, B]."""
+    G, B, K = pattern.row_group, pattern.B, pattern.num_live
+    tiles = values[:, :K].unflatten(0, (-1, G))  # [R/G, G, K, B, B]
+    return tiles.permute(0, 1, 3, 2, 4).reshape(-1, G * B, K * B)
+
+
+def unpack(packed: Tensor, pattern: Pattern) -> Tensor:
+    """The inverse of `pack`: [R, slots, B, B], zeros in spare slots."""
+    G, B, K, R = pattern.row_group, pattern.B, pattern.num_live, pattern.R
+    out = packed.new_empty(R, pattern.slots, B, B)
+    out[:, K:] = 0
+    tiles = packed.view(R // G, G, B, K, B).permute(0, 1, 3, 2, 4)
+    out.unflatten(0, (-1, G))[:, :, :K] = tiles
+    return out
+
+
+def _batched(N: int, pattern: Pattern) -> bool:
+    """Whether the batched schedule is used: short groups, or too few tokens for a loop."""
+    few = few_tokens(N, pattern.R, pattern.num_live, pattern.B, pattern.row_group)
+    return few or pattern.row_group * pattern.B < TALL
+
+
+def _chunk(pattern: Pattern) -> int:
+    """Tokens per chunk of the batched schedule."""
+    width = pattern.groups.numel() * pattern.B
+    return max(MIN_TOKENS_PER_CHUNK, BUFFER_ELEMENTS // max(1, width))
+
+
+class GatheredBackend(Backend):
+    """Gathered block products on the CPU."""
+
+    name = "gathered"
+
+    def unsupported(self, case: Case) -> str | None:
+        if case.device.type != "cpu":
+            return f"it runs on the CPU only, and the tensors are on {case.device}"
+        return None
+
+    def verdict(self, case: Case) -> Verdict:
+        return verdict(case)
+
+    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+        W = pack(values, pattern)
+        groups, H, KB = W.shape
+        N, B = x.shape[0], pattern.B
+        x_blocks = x.unflatten(1, (-1, B))  # [N, C, B]
+        y = x.new_empty(N, groups * H)
+        if _batched(N, pattern):
+            columns = pattern.groups.reshape(-1)
+            step = min(N, _chunk(pattern)) or 1
+            buffer = x.new_empty(step, columns.numel(), B)
+            y_groups = y.view(N, groups, H)
+            for start in range(0, N, step):
+                part = y_groups[start : start + step]
+                gathered = buffer[: part.shape[0]]
+                torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
+                torch.bmm(
+                    gathered.view(-1, groups, KB).transpose(0, 1),
+                    W.transpose(1, 2),
+                    out=part.transpose(0, 1),
+                )
+            return y if bias is None else y.add_(bias)
+        step = min(N, TOKENS_PER_CHUNK)
+        buffer = x.new_empty(step, KB // B, B)
+        for start in range(0, N, step):
+            x_part = x_blocks[start : start + step]
+            gathered = buffer[: x_part.shape[0]]
+            for g, columns in enumerate(pattern.groups.unbind()):
+                outputs = slice(g * H, (g + 1) * H)
+                target = y[start : start + step, outputs]
+                torch.index_select(x_part, 1, columns, out=gathered)
+                if bias is None:
+                    torch.mm(gathered.view(-1, KB), W[g].T, out=target)
+                else:
+                    torch.addmm(bias[outputs], gathered.view(-1, KB), W[g].T, out=target)
+        return y
+
+    def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+        W = pack(values, pattern)
+        groups, H, KB = W.shape
+        N, B = dy.shape[0], pattern.B
+        dx = dy.new_zeros(N, pattern.C, B)
+        if few_tokens(N, pattern.R, pattern.num_live, B, pattern.row_group):
+            parts = torch.bmm(dy.view(N, groups, H).transpose(0, 1), W)  # [R/G, N, K*B]
+            parts = parts.transpose(0, 1).reshape(N, -1, B)
+            dx.index_add_(1, pattern.groups.reshape(-1), parts)
+            return dx.view(N, -1)
+        step = min(N, TOKENS_PER_CHUNK)
+        buffer = dy.new_empty(step, KB)
+        for start in range(0, N, step):
+            dy_part, dx_part = dy[start : start + step], dx[start : start + step]
+            product = buffer[: dy_part.shape[0]]
+            for g, columns in enumerate(pattern.groups.unbind()):
+                torch.mm(dy_part[:, g * H : (g + 1) * H], W[g], out=product)
+                dx_part.index_add_(1, columns, product.view(-1, KB // B, B))
+        return dx.view(N, -1)
+
+    def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        N, B, H = dy.shape[0], pattern.B, pattern.row_group * pattern.B
+        groups, KB = pattern.R // pattern.row_group, pattern.num_live * B
+        x_blocks = x.unflatten(1, (-1, B))
+        dW = x.new_zeros(groups, H, KB)
+        if _batched(N, pattern):
+            columns = pattern.groups.reshape(-1)
+            step = min(N, _chunk(pattern)) or 1
+            buffer = x.new_empty(step, columns.numel(), B)
+            dy_groups = dy.view(N, groups, H)
+            for start in range(0, N, step):
+                dy_part = dy_groups[start : start + step]
+                gathered = buffer[: dy_part.shape[0]]
+                torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
+                dW.baddbmm_(dy_part.permute(1, 2, 0), gathered.view(-1, groups, KB).transpose(0, 1))
+            return unpack(dW, pattern)
+        step = min(N, TOKENS_PER_CHUNK)
+        buffer = x.new_empty(step, KB // B, B)
+        for start in range(0, N, step):
+            dy_part, x_part = dy[start : start + step], x_blocks[start : start + step]
+            gathered = buffer[: dy_part.shape[0]]
+            for g, columns in enumerate(pattern.groups.unbind()):
+                torch.index_select(x_part, 1, columns, out=gathered)
+                dW[g].addmm_(dy_part[:, g * H : (g + 1) * H].T, gathered.view(-1, KB))
+        return unpack(dW, pattern)
+
+
+BACKEND = GatheredBackend()
