@@ -116,9 +116,9 @@ class GatheredBackend(Backend):
         dx = dy.new_zeros(N, pattern.C, B)
         if few_tokens(N, pattern.R, pattern.num_live, B, pattern.row_group):
             parts = torch.bmm(dy.view(N, groups, H).transpose(0, 1), W)  # [R/G, N, K*B]
-            parts = parts.transpose(0, 1).reshape(N, -1, B)
+            parts = parts.transpose(0, 1).reshape(N, groups * KB // B, B)
             dx.index_add_(1, pattern.groups.reshape(-1), parts)
-            return dx.view(N, -1)
+            return dx.view(N, pattern.C * B)
         step = min(N, TOKENS_PER_CHUNK)
         buffer = dy.new_empty(step, KB)
         for start in range(0, N, step):
@@ -127,7 +127,7 @@ class GatheredBackend(Backend):
             for g, columns in enumerate(pattern.groups.unbind()):
                 torch.mm(dy_part[:, g * H : (g + 1) * H], W[g], out=product)
                 dx_part.index_add_(1, columns, product.view(-1, KB // B, B))
-        return dx.view(N, -1)
+        return dx.view(N, pattern.C * B)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         N, B, H = dy.shape[0], pattern.B, pattern.row_group * pattern.B
