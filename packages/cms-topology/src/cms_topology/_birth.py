@@ -119,17 +119,19 @@ class NewbornStepCorrection:
         moved = torch.ones_like(t, dtype=torch.bool) if last is None else t > last
         self._last_step[values] = t.clone()
 
-        age = torch.minimum(block_age[:, :live].float(), t).clamp(min=1)[:, :, None, None]
-        young = (age < t) & moved
-        beta1, beta2 = group["betas"]
+        age = torch.minimum(block_age[:, :live].float(), t).clamp(min=1)
+        young = (age < t.clamp(max=_grown_up(group["betas"]))) & moved
         second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-        m, v = state["exp_avg"][:, :live], state[second][:, :live]
-        root = v.sqrt()
-        made = (m / (1 - beta1**t)) / (root / (1 - beta2**t).sqrt() + group["eps"])
-        meant = (m / (1 - beta1**age)) / (root / (1 - beta2**age).sqrt() + group["eps"])
-        part = values[:, :live]
-        # with `maximize` Adam negates the gradient on its way into the moments: no sign here
-        part.copy_(torch.where(young, part - group["lr"] * (meant - made), part))
+        blocks = (values[:, :live], state["exp_avg"][:, :live], state[second][:, :live])
+        if values.device.type == "cpu":
+            # asking which blocks are young costs nothing here, and they are few
+            chosen = young.nonzero(as_tuple=True)
+            w, m, v = (block[chosen] for block in blocks)
+            blocks[0][chosen] = w + _lacking(m, v, t, age[chosen][:, None, None], group)
+        else:
+            w, m, v = blocks
+            corrected = w + _lacking(m, v, t, age[:, :, None, None], group)
+            w.copy_(torch.where(young[:, :, None, None], corrected, w))
 
     def state_dict(self, names: Mapping[Any, str]) -> dict[str, float]:
         """Optimizer steps seen per layer name."""
@@ -141,6 +143,22 @@ class NewbornStepCorrection:
             for name, t in state.items()
             if name in parameters
         }
+
+
+def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor:
+    """What a step corrected by `t` lacks to be one corrected by `age`."""
+    beta1, beta2 = group["betas"]
+    root = v.sqrt()
+    made = (m / (1 - beta1**t)) / (root / (1 - beta2**t).sqrt() + group["eps"])
+    meant = (m / (1 - beta1**age)) / (root / (1 - beta2**age).sqrt() + group["eps"])
+    # with `maximize` Adam negates the gradient on its way into the moments: no sign here
+    return group["lr"] * (made - meant)
+
+
+def _grown_up(betas: tuple[float, float]) -> float:
+    """Age in steps from which the bias correction is below 0.1% and no longer worth its time."""
+    slowest = max(betas)
+    return math.log(1e-3) / math.log(slowest) if slowest > 0 else 0.0
 
 
 def _group_of(optimizer: torch.optim.Optimizer, values: Tensor) -> dict[str, Any] | None:
