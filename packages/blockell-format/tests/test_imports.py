@@ -1,0 +1,88 @@
+"""Importing is quick and never pulls torch in; torch names say what to install."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+import blockell_format
+
+CHECK = """
+import sys, time
+start = time.perf_counter()
+{body}
+print("torch" in sys.modules, time.perf_counter() - start)
+"""
+HIDE_TORCH = """
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] == "torch":
+            raise ModuleNotFoundError("No module named 'torch'", name="torch")
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def run_python(body: str) -> str:
+    code = CHECK.format(body=textwrap.dedent(body))
+    command = [sys.executable, "-W", "error", "-c", code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "import blockell_format",
+        "import blockell_format.snapshots",
+        "from blockell_format import snapshots; snapshots.SnapshotWriter",
+        "import blockell_format; dir(blockell_format)",
+    ],
+)
+def test_import_without_torch(statement: str) -> None:
+    assert run_python(statement).startswith("False")
+
+
+def test_the_check_above_can_fail() -> None:
+    # touching a torch name imports torch; where torch is missing, a module of that name shows it
+    if importlib.util.find_spec("torch"):
+        body = "import blockell_format; blockell_format.BlockELLFormat"
+    else:
+        body = "import types; sys.modules['torch'] = types.ModuleType('torch')"
+    assert run_python(body).startswith("True")
+
+
+def test_import_is_quick() -> None:
+    times = [float(run_python("import blockell_format.snapshots").split()[1]) for _ in range(7)]
+    assert min(times) < 0.3
+
+
+@pytest.mark.parametrize("name", sorted(blockell_format._TORCH_NAMES))
+def test_torch_names_ask_for_the_extra(name: str) -> None:
+    body = f"""
+    {textwrap.indent(textwrap.dedent(HIDE_TORCH), "    ").strip()}
+    try:
+        from blockell_format import {name}
+    except ImportError as error:
+        print(error)
+    """
+    output = run_python(textwrap.dedent(body))
+    assert f"blockell_format.{name} needs torch" in output
+    assert 'pip install "blockell-format[torch]"' in output
+
+
+def test_unknown_name() -> None:
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = blockell_format.nothing
+
+
+def test_all_names_are_listed() -> None:
+    assert set(blockell_format._TORCH_NAMES) < set(blockell_format.__all__)
+    assert set(blockell_format.__all__) <= set(dir(blockell_format))
+
+
+def test_version_is_that_of_the_distribution() -> None:
+    assert blockell_format.__version__ == importlib.metadata.version("blockell-format")
