@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import socket
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from blockell_format.snapshots import SnapshotWriter, open_run
@@ -97,6 +100,19 @@ def diverging(rank: int, out: Path, _: str) -> None:
     (out / f"{rank}.json").write_text(json.dumps(message))
 
 
+def sharded(rank: int, out: Path, _: str) -> None:
+    warnings.simplefilter("ignore")  # FSDP2 warns about views among a module's outputs
+    model = build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    manager = manage(model)
+    try:
+        train(model, manager, rank, 1)
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    (out / f"{rank}.json").write_text(json.dumps(message))
+
+
 def _worker(
     rank: int, size: int, port: int, job: Callable[[int, Path, str], None], out: Path, kind: str
 ) -> None:
@@ -157,3 +173,9 @@ def test_divergence_is_an_error_and_on_record(tmp_path: Path) -> None:
         assert "ranks [1] disagree with rank 0" in message
     checksums = open_run(tmp_path / "run").snapshot(4).checksums
     assert any(len(set(digests)) == 2 for digests in checksums.values())
+
+
+def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
+    for message in launch(sharded, tmp_path):
+        assert "must be the layer's whole [R, K, B, B] = [8, 2, 8, 8] tensor" in message
+        assert "use DistributedDataParallel" in message

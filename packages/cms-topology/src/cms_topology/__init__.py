@@ -1,11 +1,12 @@
 """CMSBlockLinear: a drop-in nn.Linear whose block topology changes while the network learns."""
 
+from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
 from cms_topology._clock import CMSClock
 from cms_topology._config import ScoringConfig
 from cms_topology._convert import densify, sparse_layers, sparsify
 from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
-from cms_topology._linear import CMSBlockLinear, accumulate_scores, resolve_row_group
+from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import (
@@ -15,6 +16,7 @@ from cms_topology._scorer import (
 )
 from cms_topology._seeding import decision_generator
 from cms_topology._selection import Selection, select_top_k
+from cms_topology._shapes import resolve_row_group
 
 __version__ = "0.1.0"
 

@@ -9,7 +9,8 @@ from typing import Any, TypeVar
 
 from torch import nn
 
-from cms_topology._linear import CMSBlockLinear, resolve_row_group
+from cms_topology._linear import CMSBlockLinear
+from cms_topology._shapes import resolve_row_group
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 

@@ -18,19 +18,13 @@ import blockell_format as fmt
 from blockell_format import num_blocks_for_density
 from blockell_kernels import block_ell_linear, probe_size
 from cms_topology import _distributed as dist_sync
+from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import reset_optimizer_state, write_newborn_values
 from cms_topology._config import ScoringConfig
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
-from cms_topology._scorer import (
-    TopologyScorer,
-    all_finite,
-    compute_column_entropy,
-    compute_gradient_frobenius_norms,
-    update_gradient_emas,
-)
+from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
-
-TILE_SIZES = (8, 16, 32, 64, 128)
+from cms_topology._shapes import TILE_SIZES, check_divisible, resolve_row_group
 
 
 class CMSBlockLinear(nn.Module):
@@ -90,8 +84,8 @@ class CMSBlockLinear(nn.Module):
         super().__init__()
         if tile_size not in TILE_SIZES:
             raise ValueError(f"tile_size (={tile_size}) must be one of {TILE_SIZES}.")
-        _check_divisible("in_features", in_features, tile_size)
-        _check_divisible("out_features", out_features, tile_size)
+        check_divisible("in_features", in_features, tile_size)
+        check_divisible("out_features", out_features, tile_size)
         if max_density is None:
             max_density = density
         if max_density < density:
@@ -419,62 +413,6 @@ class CMSBlockLinear(nn.Module):
             self._make_derived()
         self._index_version = -1
         return self
-
-
-def accumulate_scores(layers: list[CMSBlockLinear]) -> Tensor | None:
-    """Level 0 for many layers in few launches; returns a 0-d bool, False if the step was skipped.
-
-    Takes the gradients of `values` and the statistics of absent blocks collected since the last
-    call. A step in which any of them is not finite contributes nothing to any layer. Layers without
-    a gradient (frozen, or not used in this step) are left out; None if that is all of them.
-    """
-    with torch.no_grad():
-        active = [layer for layer in layers if layer.values.grad is not None]
-        if not active:
-            return None
-        scores = [_block_scores_of_step(layer) for layer in active]
-        stats = [layer._probe.grad for layer in active]
-        finite = all_finite([*scores, *(s for s in stats if s is not None)])
-        update_gradient_emas([layer.scorer for layer in active], scores, finite)
-        for layer, collected in zip(active, stats, strict=True):
-            if collected is not None:
-                layer.scorer.accumulate_statistics(collected, finite.to(collected.device))
-                layer._probe.grad = None
-        return finite
-
-
-def _block_scores_of_step(layer: CMSBlockLinear) -> Tensor:
-    grad = layer.values.grad
-    assert grad is not None
-    if layer.scorer.config.keep_score == "taylor":
-        return (layer.values.detach() * grad).sum((2, 3), dtype=torch.float32).abs()
-    return compute_gradient_frobenius_norms(grad)
-
-
-def resolve_row_group(row_group: int | str, R: int, tile_size: int) -> int:
-    """The number of block rows that share their columns.
-
-    "auto" is the largest divisor of R with row_group * tile_size <= 128.
-    """
-    if row_group == "auto":
-        limit = max(1, 128 // tile_size)
-        return max(g for g in range(1, min(limit, R) + 1) if R % g == 0)
-    if isinstance(row_group, str) or row_group < 1 or R % row_group:
-        raise ValueError(
-            f"row_group (={row_group!r}) must be 'auto' or a divisor of the number of block rows "
-            f"(={R}); possible: {[g for g in range(1, R + 1) if R % g == 0]}."
-        )
-    return row_group
-
-
-def _check_divisible(name: str, value: int, tile_size: int) -> None:
-    if value >= tile_size and value % tile_size == 0:
-        return
-    below = value // tile_size * tile_size
-    nearest = f"{below} or {below + tile_size}" if below > 0 else f"{tile_size}"
-    raise ValueError(
-        f"{name} (={value}) must be a multiple of tile_size (={tile_size}); nearest: {nearest}."
-    )
 
 
 def _version(tensor: Tensor) -> int:

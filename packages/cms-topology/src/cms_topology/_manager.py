@@ -14,10 +14,11 @@ from torch import Tensor, nn
 import blockell_format as fmt
 from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 from cms_topology import _distributed as dist_sync
+from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
 from cms_topology._clock import CMSClock
 from cms_topology._convert import sparse_layers
-from cms_topology._linear import CMSBlockLinear, accumulate_scores
+from cms_topology._linear import CMSBlockLinear
 from cms_topology._result import TopologyDecisionResult
 from cms_topology._scorer import compute_column_entropy
 from cms_topology._seeding import decision_generator
