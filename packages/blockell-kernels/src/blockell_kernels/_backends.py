@@ -125,6 +125,8 @@ class Choice(NamedTuple):
 
     backend: str
     why: str
+    refused: str | None = None
+    """Why the backend asked for was not taken; None when it was, or none was asked for."""
 
 
 class Backend:
@@ -145,19 +147,22 @@ class Backend:
         return Verdict(False, f"{self.name} is never chosen by itself")
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        """y [N, R*B] from x [N, C*B] (any strides), values [R, slots, B, B], bias [R*B]."""
+        """y [N, R*B], contiguous, from x [N, C*B] (any strides), values [R, slots, B, B], bias [R*B]."""
         raise AssertionError(f"{self.name} has no forward")
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-        """dx [N, C*B], contiguous, from dy [N, R*B]. Columns that no row holds give zeros."""
+        """dx [N, C*B], contiguous, from dy [N, R*B], contiguous. Columns that no row holds give zeros."""
         raise AssertionError(f"{self.name} has no grad_input")
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-        """dv [R, slots, B, B], contiguous; zeros in spare slots."""
+        """dv [R, slots, B, B], contiguous; zeros in spare slots. x may have any strides."""
         raise AssertionError(f"{self.name} has no grad_values")
 
     def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
-        """Squared Frobenius norms, float32 [R, C], of all blocks of dy^T x; never stored whole."""
+        """Squared Frobenius norms [R, C] of all blocks of dy^T x, which is never stored whole.
+
+        float32, or float64 for float64 operands.
+        """
         from blockell_kernels._stats import block_grad_norms_sq
 
         return block_grad_norms_sq(dy, x, B)
@@ -165,8 +170,14 @@ class Backend:
     def grad_values_and_norms(
         self, dy: Tensor, x: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
-        """`grad_values` and `block_grad_norms` together; override where they can share work."""
-        return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+        """`grad_values` and `block_grad_norms` together.
+
+        The norms need every block of dy^T x, so by default its rows are computed chunk by chunk,
+        and the present blocks are picked out on the way.
+        """
+        from blockell_kernels._dense import grad_values_and_norms
+
+        return grad_values_and_norms(dy, x, pattern)
 
 
 @lru_cache(maxsize=None)
@@ -192,14 +203,12 @@ def _why_not(name: str, case: Case) -> str | None:
 
 @lru_cache(maxsize=4096)
 def select(case: Case, requested: str = "auto") -> Choice:
-    """The backend for one direction of one case. `requested` as in `block_ell_linear`."""
+    """The backend for one direction of one case. `requested` is one of `BACKEND_NAMES`."""
     if requested != "auto":
-        why_not = _why_not(requested, case)
-        if why_not is None:
-            return Choice(requested, f"asked for: {requested}")
-        choice = select(case, "auto")
-        _warn_once(requested, why_not, choice.backend)
-        return Choice(choice.backend, f"{requested} was asked for, but {why_not}; {choice.why}")
+        refused = _why_not(requested, case)
+        if refused is None:
+            return Choice(requested, f"{requested} was asked for")
+        return select(case)._replace(refused=refused)
     sparse = SPARSE_ON.get(case.device.type)
     if sparse is None:
         return Choice("dense", f"no sparse backend for device type {case.device.type!r}")
@@ -222,12 +231,13 @@ def requested_backend(argument: str | None) -> str:
 _warned: set[tuple[str, str]] = set()
 
 
-def _warn_once(requested: str, why_not: str, used: str) -> None:
-    if (requested, why_not) in _warned:
+def warn_refused(requested: str, choice: Choice) -> None:
+    """Warn, once per reason, that the backend asked for is not the one used."""
+    if choice.refused is None or (requested, choice.refused) in _warned:
         return
-    _warned.add((requested, why_not))
+    _warned.add((requested, choice.refused))
     warnings.warn(
-        f"blockell_kernels: backend {requested!r} was asked for, but {why_not}; using {used!r}.",
+        f"backend {requested!r} was asked for, but {choice.refused}; {choice.backend!r} is used.",
         RuntimeWarning,
         stacklevel=2,
     )

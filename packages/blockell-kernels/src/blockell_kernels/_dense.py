@@ -52,18 +52,18 @@ class DenseBackend(Backend):
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
         return _with_spare_slots(blocks, pattern)
 
-    def grad_values_and_norms(
-        self, dy: Tensor, x: Tensor, pattern: Pattern
-    ) -> tuple[Tensor, Tensor]:
-        B, R = pattern.B, pattern.R
-        blocks, norms = [], []
-        step = rows_per_chunk(R, pattern.C, B)
-        for start in range(0, R, step):
-            stop = min(R, start + step)
-            product = dy[:, start * B : stop * B].T @ x
-            blocks.append(gather_blocks(product, pattern, start, stop))
-            norms.append(norms_sq_of_rows(product, B))
-        return _with_spare_slots(torch.cat(blocks), pattern), torch.cat(norms)
+
+def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
+    """dv [R, slots, B, B] and squared norms [R, C], from a few block rows of dy^T x at a time."""
+    B, R = pattern.B, pattern.R
+    blocks, norms = [], []
+    step = rows_per_chunk(R, pattern.C, B)
+    for start in range(0, R, step):
+        stop = min(R, start + step)
+        product = dy[:, start * B : stop * B].T @ x
+        blocks.append(gather_blocks(product, pattern, start, stop))
+        norms.append(norms_sq_of_rows(product, B))
+    return _with_spare_slots(torch.cat(blocks), pattern), torch.cat(norms)
 
 
 def _with_spare_slots(blocks: Tensor, pattern: Pattern) -> Tensor:

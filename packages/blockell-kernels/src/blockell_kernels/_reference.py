@@ -93,5 +93,13 @@ class ReferenceBackend(Backend):
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         return grad_values(dy, x, pattern.col_indices, pattern.B, pattern.num_live)
 
+    def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
+        return block_grad_norms(dy, x, B).square()
+
+    def grad_values_and_norms(
+        self, dy: Tensor, x: Tensor, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+
 
 BACKEND = ReferenceBackend()

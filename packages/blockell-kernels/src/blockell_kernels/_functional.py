@@ -1,0 +1,158 @@
+"""`block_ell_linear` and what goes with it: the functional interface of the package.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from blockell_kernels import _ops  # noqa: F401  (registers the operators)
+from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
+from blockell_kernels._stats import Sample, block_grad_norms_sq
+from blockell_kernels._validation import check_operands
+
+_linear = torch.ops.blockell.linear.default
+
+
+class TransposedIndexLike(Protocol):
+    """What `blockell_format.transposed_index` returns; see there."""
+
+    @property
+    def order(self) -> Tensor: ...  # int32 [R*slots]
+    @property
+    def col_start(self) -> Tensor: ...  # int32 [C+1]
+
+
+def block_ell_linear(
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_group: int = 1,
+    num_live: int | None = None,
+    index: TransposedIndexLike | None = None,
+    probe: Tensor | None = None,
+    sample: Sample = "none",
+    backend: str | None = None,
+) -> Tensor:
+    """y = x W^T + bias for a Block-ELL weight W [R*B, C*B].
+
+    W holds, in block row r, the tiles `values[r, k]` at block columns `col_indices[r, k]`, and is
+    zero elsewhere. Differentiable once in `x`, `values` and `bias`; the gradient of `values` covers
+    the blocks that are present. Works under `torch.autocast`, `torch.compile` and activation
+    checkpointing. The result does not depend on the order of slots beyond rounding.
+
+    Args:
+        x: [..., C*B], any strides, any number of tokens including none.
+        values: [R, slots, B, B], of x's dtype (any floating dtype) and device.
+        col_indices: int32 [R, slots]. In each row the first `num_live` entries are distinct columns
+            in [0, C); what follows is spare capacity, -1, not computed with. Not checked at every
+            call: `check_topology` does that, when the topology changes. On the CPU a column out of
+            range raises IndexError where it is used.
+        bias: [R*B] or None.
+        row_group: every `row_group` consecutive rows hold the same columns (precondition). Taller
+            groups are faster.
+        num_live: live blocks per row; default: all slots.
+        index: `blockell_format.transposed_index(col_indices, C)`, kept by the caller so that
+            backends which need it do not rebuild it at every backward pass.
+        probe: float32 [probe_size(R, C)] with requires_grad. Its "gradient" is not one: it is
+            per-block statistics of this backward pass, in float32: sum over tokens of |dy_r|^2
+            (R elements), of |x_c|^2 (C elements), and ||dy_r^T x_c||_F^2 for all blocks, present or
+            not (R*C elements, row by row; zeros unless `sample` is "gradient").
+        sample: "none", "norms" or "gradient": what the probe collects.
+        backend: "auto", "triton", "gathered", "dense" or "reference"; default: the environment
+            variable BLOCKELL_BACKEND, else "auto". `explain` tells what is chosen and why. One
+            that cannot run is replaced, with one RuntimeWarning.
+
+    Returns:
+        [..., R*B].
+
+    Raises:
+        ValueError: an operand's shape, dtype or device breaks a rule above.
+    """
+    slots = col_indices.shape[-1] if num_live is None else num_live
+    check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
+    if backend is not None:
+        requested_backend(backend)
+    if sample == "none" or (probe is not None and not probe.requires_grad):
+        probe = None
+    order, col_start = (None, None) if index is None else (index.order, index.col_start)
+    result: Tensor = _linear(
+        x, values, col_indices, bias, probe, order, col_start, row_group, slots, sample,
+        backend or "",
+    )  # fmt: skip
+    return result
+
+
+def block_grad_norms(grad_out: Tensor, x: Tensor, B: int) -> Tensor:
+    """Frobenius norms of all B x B blocks of the dense weight gradient grad_out^T x.
+
+    The gradient is computed a few block rows at a time and never stored whole. Not differentiable.
+
+    Args:
+        grad_out: [..., R*B].
+        x: [..., C*B], same leading dimensions, dtype and device.
+        B: tile side.
+
+    Returns:
+        float32 [R, C] (float64 for float64 operands).
+    """
+    if grad_out.shape[:-1] != x.shape[:-1]:
+        raise ValueError(
+            f"grad_out (shape {tuple(grad_out.shape)}) and x (shape {tuple(x.shape)}) must agree "
+            "in all dimensions but the last; pass the gradient of the layer's output and its input."
+        )
+    for name, t in (("grad_out", grad_out), ("x", x)):
+        if B < 1 or t.shape[-1] % B:
+            raise ValueError(
+                f"the last dimension of {name} (={t.shape[-1]}) must be a multiple of B (={B})."
+            )
+    with torch.no_grad():
+        dy2d = grad_out.reshape(-1, grad_out.shape[-1]) if grad_out.numel() else grad_out[:0]
+        x2d = x.reshape(-1, x.shape[-1]) if x.numel() else x[:0]
+        return block_grad_norms_sq(dy2d, x2d, B).sqrt_()
+
+
+class Explanation(NamedTuple):
+    """The backend chosen per direction, and why; printable."""
+
+    forward: Choice
+    grad_input: Choice
+    grad_values: Choice
+
+    def __str__(self) -> str:
+        lines = []
+        for direction, choice in zip(self._fields, self, strict=True):
+            refused = f" (asked for another, but {choice.refused})" if choice.refused else ""
+            lines.append(f"{direction}: {choice.backend}: {choice.why}{refused}")
+        return "\n".join(lines)
+
+
+def explain(
+    x: Tensor,
+    values: Tensor,
+    col_indices: Tensor,
+    bias: Tensor | None = None,
+    *,
+    row_group: int = 1,
+    num_live: int | None = None,
+    backend: str | None = None,
+    **unused: Any,
+) -> Explanation:
+    """Which backend `block_ell_linear` with the same arguments would use, and why.
+
+    Computes nothing; tensors on the "meta" device will do for sizes, but choices are per device.
+    """
+    slots = col_indices.shape[-1] if num_live is None else num_live
+    check_operands(x, values, col_indices, bias, row_group, slots, None, "none")
+    R, _, B, _ = values.shape
+    C = x.shape[-1] // B
+    sizes = (x.numel() // x.shape[-1], R, C, slots, B, row_group)
+    requested = requested_backend(backend)
+    dtype = _ops.compute_dtype(x)
+    return Explanation(*(select(Case(d, x.device, dtype, *sizes), requested) for d in DIRECTIONS))
