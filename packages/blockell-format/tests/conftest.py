@@ -61,7 +61,7 @@ class RunMaker:
     def write(self, writer: SnapshotWriter, step: int, **changes: Any) -> Path:
         """Write one snapshot; `changes` replace arguments."""
         arguments: dict[str, Any] = {
-            "layers": self.content(step),
+            "layers": self.content(abs(step)),
             "checksums": {info.name: [f"sum-{step}"] for info in self.layers},
             "swap_counts": {info.name: step % 7 for info in self.layers},
         }

@@ -21,14 +21,14 @@ def to_plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
+        return _clean(value)
     if isinstance(value, float):
         if math.isfinite(value):
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {str(k): to_plain(v, f"{where}.{k}") for k, v in value.items()}
-    if isinstance(value, Sequence):
+        return {_clean(str(k)): to_plain(v, f"{where}.{k}") for k, v in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
         return [to_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     item = getattr(value, "item", None)
     if callable(item):
@@ -42,6 +42,11 @@ def to_plain(value: Any, where: str) -> Any:
         f"{where} is a {type(value).__name__}; it must be a number, a string, a boolean, None, "
         "or lists and mappings of these."
     )
+
+
+def _clean(text: str) -> str:
+    """Text that UTF-8 can hold: lone surrogates become question marks."""
+    return text.encode("utf-8", "replace").decode()
 
 
 def from_plain(value: Any) -> Any:

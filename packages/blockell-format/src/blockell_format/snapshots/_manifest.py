@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ._files import MAX_STEP, RUN_FILE, read_small, write_atomically
-from ._json import dumps, from_plain, loads
+from ._json import dumps, from_plain, loads, to_plain
 from ._layers import LayerInfo
 from ._problems import RunError, describe, printable
 
@@ -106,7 +106,7 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
         "layers": [dataclasses.asdict(layer) for layer in manifest.layers],
         "attempts": [dataclasses.asdict(entry) for entry in manifest.attempts],
     }
-    write_atomically(directory / RUN_FILE, (dumps(content) + "\n").encode())
+    write_atomically(directory / RUN_FILE, (dumps(to_plain(content, RUN_FILE)) + "\n").encode())
 
 
 def read_manifest(directory: Path) -> Manifest:

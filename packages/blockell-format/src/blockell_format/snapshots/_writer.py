@@ -306,13 +306,14 @@ def _checked_count(info: LayerInfo, swap_counts: Mapping[str, int]) -> int:
 def _field_array(info: LayerInfo, field: str, array: npt.ArrayLike) -> npt.NDArray[Any]:
     """A checked, contiguous, little-endian array."""
     array = np.asarray(array)
+    array = np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
     try:
         check_field(info, field, array)
     except ValueError as error:
         raise ValueError(f"layer {info.name!r}: {error}") from None
     if field == "block_age_steps" and array.max() <= np.iinfo(np.int32).max:
-        array = array.astype(np.int32)
-    return np.ascontiguousarray(array, dtype=array.dtype.newbyteorder("<"))
+        array = array.astype("<i4")
+    return array
 
 
 def _open_metrics(path: Path) -> int:
