@@ -6,12 +6,12 @@ A *backend* is one object with a `name` and four functions over 2-D operands of 
 device (`Backend` below states the shapes). Operands have been validated; `pattern` carries
 everything known about the sparsity pattern. There are four:
 
-| name      | module          | runs on                       | what it is                             |
-|-----------|-----------------|-------------------------------|----------------------------------------|
-| reference | `_reference`    | any device, any float dtype   | visible loops; the ground truth        |
-| dense     | `_dense`        | any device                    | scatter into a dense buffer, one GEMM  |
-| gathered  | `_cpu`          | CPU                           | gathers x per row group, one GEMM each |
-| triton    | `_triton`       | CUDA (CPU in the interpreter) | block-sparse GPU kernels               |
+| name      | module       | runs on                       | what it is                             |
+|-----------|--------------|-------------------------------|----------------------------------------|
+| reference | `_reference` | any device, any float dtype   | visible loops; the ground truth        |
+| dense     | `_dense`     | any device                    | scatter into a dense buffer, one GEMM  |
+| gathered  | `_cpu`       | CPU                           | gathers x per row group, one GEMM each |
+| triton    | `_triton`    | CUDA (CPU in the interpreter) | block-sparse GPU kernels               |
 
 How a backend plugs in: its module exposes `BACKEND`, an instance of a `Backend` subclass; the
 module is imported on first use, never at package import. `unavailable()` says why it cannot run on
@@ -28,8 +28,7 @@ from __future__ import annotations
 import importlib
 import os
 import warnings
-from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -67,8 +66,7 @@ class Case(NamedTuple):
         return self.K / self.C
 
 
-@dataclass(frozen=True)
-class Pattern:
+class Pattern(NamedTuple):
     """The sparsity pattern of one call.
 
     `col_indices` is int32 [R, slots], the live slots first (`num_live` of them), the spare ones -1.
@@ -86,7 +84,7 @@ class Pattern:
     col_start: Tensor | None = None
 
     @property
-    def R(self) -> int:
+    def R(self) -> int:  # noqa: N802
         return self.col_indices.shape[0]
 
     @property
@@ -147,11 +145,17 @@ class Backend:
         return Verdict(False, f"{self.name} is never chosen by itself")
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        """y [N, R*B], contiguous, from x [N, C*B] (any strides), values [R, slots, B, B], bias [R*B]."""
+        """y [N, R*B], contiguous, from values [R, slots, B, B] and bias [R*B].
+
+        x [N, C*B] may have any strides.
+        """
         raise AssertionError(f"{self.name} has no forward")
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-        """dx [N, C*B], contiguous, from dy [N, R*B], contiguous. Columns that no row holds give zeros."""
+        """dx [N, C*B], contiguous, from dy [N, R*B], contiguous.
+
+        Columns that no row holds give zeros.
+        """
         raise AssertionError(f"{self.name} has no grad_input")
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
@@ -180,7 +184,7 @@ class Backend:
         return grad_values_and_norms(dy, x, pattern)
 
 
-@lru_cache(maxsize=None)
+@cache
 def get_backend(name: str) -> Backend:
     """The backend of that name. Imports its module; ImportError where that fails."""
     backend: Any = importlib.import_module(_MODULES[name]).BACKEND
@@ -188,7 +192,7 @@ def get_backend(name: str) -> Backend:
     return backend
 
 
-@lru_cache(maxsize=None)
+@cache
 def unavailable(name: str) -> str | None:
     """Why the backend cannot run on this machine at all, or None."""
     try:

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Backend, Case, Pattern, Verdict
 from blockell_kernels._cpu_rule import few_tokens, verdict
+from blockell_kernels._dense import with_spare_slots
 
 TALL = 64
 TOKENS_PER_CHUNK = 4096  # tall schedule
@@ -34,18 +35,16 @@ MIN_TOKENS_PER_CHUNK = 32
 def pack(values: Tensor, pattern: Pattern) -> Tensor:
     """W_g for all groups: [R/G, H, K*B] from values [R, slots, B, B]."""
     G, B, K = pattern.row_group, pattern.B, pattern.num_live
-    tiles = values[:, :K].unflatten(0, (-1, G))  # [R/G, G, K, B, B]
-    return tiles.permute(0, 1, 3, 2, 4).reshape(-1, G * B, K * B)
+    groups = pattern.R // G
+    tiles = values[:, :K].view(groups, G, K, B, B)
+    return tiles.permute(0, 1, 3, 2, 4).reshape(groups, G * B, K * B)
 
 
 def unpack(packed: Tensor, pattern: Pattern) -> Tensor:
     """The inverse of `pack`: [R, slots, B, B], zeros in spare slots."""
     G, B, K, R = pattern.row_group, pattern.B, pattern.num_live, pattern.R
-    out = packed.new_empty(R, pattern.slots, B, B)
-    out[:, K:] = 0
-    tiles = packed.view(R // G, G, B, K, B).permute(0, 1, 3, 2, 4)
-    out.unflatten(0, (-1, G))[:, :, :K] = tiles
-    return out
+    tiles = packed.view(R // G, G, B, K, B).permute(0, 1, 3, 2, 4).reshape(R, K, B, B)
+    return with_spare_slots(tiles, pattern)
 
 
 def _batched(N: int, pattern: Pattern) -> bool:
@@ -77,7 +76,7 @@ class GatheredBackend(Backend):
         W = pack(values, pattern)
         groups, H, KB = W.shape
         N, B = x.shape[0], pattern.B
-        x_blocks = x.unflatten(1, (-1, B))  # [N, C, B]
+        x_blocks = x.view(N, pattern.C, B)
         y = x.new_empty(N, groups * H)
         if _batched(N, pattern):
             columns = pattern.groups.reshape(-1)
@@ -132,7 +131,7 @@ class GatheredBackend(Backend):
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         N, B, H = dy.shape[0], pattern.B, pattern.row_group * pattern.B
         groups, KB = pattern.R // pattern.row_group, pattern.num_live * B
-        x_blocks = x.unflatten(1, (-1, B))
+        x_blocks = x.view(N, pattern.C, B)
         dW = x.new_zeros(groups, H, KB)
         if _batched(N, pattern):
             columns = pattern.groups.reshape(-1)

@@ -50,7 +50,7 @@ class DenseBackend(Backend):
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
-        return _with_spare_slots(blocks, pattern)
+        return with_spare_slots(blocks, pattern)
 
 
 def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
@@ -63,10 +63,10 @@ def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tens
         product = dy[:, start * B : stop * B].T @ x
         blocks.append(gather_blocks(product, pattern, start, stop))
         norms.append(norms_sq_of_rows(product, B))
-    return _with_spare_slots(torch.cat(blocks), pattern), torch.cat(norms)
+    return with_spare_slots(torch.cat(blocks), pattern), torch.cat(norms)
 
 
-def _with_spare_slots(blocks: Tensor, pattern: Pattern) -> Tensor:
+def with_spare_slots(blocks: Tensor, pattern: Pattern) -> Tensor:
     """[R, K, B, B] -> [R, slots, B, B], zeros in spare slots."""
     spare = pattern.slots - pattern.num_live
     return torch.nn.functional.pad(blocks, (0, 0, 0, 0, 0, spare)) if spare else blocks

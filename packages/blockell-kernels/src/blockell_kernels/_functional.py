@@ -10,12 +10,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from blockell_kernels import _ops  # noqa: F401  (registers the operators)
 from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
+from blockell_kernels._ops import compute_dtype, linear_op
 from blockell_kernels._stats import Sample, block_grad_norms_sq
 from blockell_kernels._validation import check_operands
-
-_linear = torch.ops.blockell.linear.default
 
 
 class TransposedIndexLike(Protocol):
@@ -82,7 +80,7 @@ def block_ell_linear(
     if sample == "none" or (probe is not None and not probe.requires_grad):
         probe = None
     order, col_start = (None, None) if index is None else (index.order, index.col_start)
-    result: Tensor = _linear(
+    result: Tensor = linear_op(
         x, values, col_indices, bias, probe, order, col_start, row_group, slots, sample,
         backend or "",
     )  # fmt: skip
@@ -154,5 +152,5 @@ def explain(
     C = x.shape[-1] // B
     sizes = (x.numel() // x.shape[-1], R, C, slots, B, row_group)
     requested = requested_backend(backend)
-    dtype = _ops.compute_dtype(x)
+    dtype = compute_dtype(x)
     return Explanation(*(select(Case(d, x.device, dtype, *sizes), requested) for d in DIRECTIONS))

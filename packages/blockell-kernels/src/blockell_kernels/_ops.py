@@ -5,6 +5,9 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 Both are opaque to the compiler and choose their backend when they run, from the sizes at hand: a
 compiled graph is not specialised on that choice, and a topology changed in place needs no new one.
 Operands have been validated by `block_ell_linear`.
+
+They are registered through `torch.library.Library` and not through its front `custom_op`, whose
+generated autograd and aliasing checks cost 150 us per call here, as much as a small product.
 """
 
 from __future__ import annotations
@@ -26,16 +29,24 @@ from blockell_kernels._backends import (
 )
 from blockell_kernels._stats import probe_gradient, probe_size
 
-LINEAR_SCHEMA = (
-    "(Tensor x, Tensor values, Tensor col_indices, Tensor? bias, Tensor? probe, Tensor? order, "
-    "Tensor? col_start, int row_group, int num_live, str sample, str backend) -> Tensor"
+_library = torch.library.Library("blockell", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+_library.define(
+    "linear(Tensor x, Tensor values, Tensor col_indices, Tensor? bias, Tensor? probe, "
+    "Tensor? order, Tensor? col_start, int row_group, int num_live, str sample, str backend) "
+    "-> Tensor",
+    tags=_TAGS,
 )
 # Unneeded gradients come back empty: an operator cannot return None.
-BACKWARD_SCHEMA = (
-    "(Tensor dy, Tensor? x, Tensor? values, Tensor col_indices, Tensor? order, Tensor? col_start, "
-    "int C, int B, int row_group, int num_live, bool need_input, bool need_values, "
-    "bool need_bias, str sample, str backend) -> (Tensor, Tensor, Tensor, Tensor)"
+_library.define(
+    "linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor col_indices, Tensor? order, "
+    "Tensor? col_start, int C, int B, int row_group, int num_live, bool need_input, "
+    "bool need_values, bool need_bias, str sample, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
 )
+linear_op = torch.ops.blockell.linear.default
+linear_backward_op = torch.ops.blockell.linear_backward.default
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -56,7 +67,7 @@ def _backend_for(direction: Direction, operand: Tensor, pattern: Pattern, backen
     return get_backend(choice.backend)
 
 
-@torch.library.custom_op("blockell::linear", mutates_args=(), schema=LINEAR_SCHEMA)
+@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def linear(
     x: Tensor,
     values: Tensor,
@@ -75,21 +86,22 @@ def linear(
     in_features = x.shape[-1]
     pattern = Pattern(col_indices, in_features // B, B, row_group, num_live, order, col_start)
     dtype = compute_dtype(x)
-    x2d = x.reshape(x.numel() // in_features, in_features)
+    x2d = x if x.ndim == 2 else x.reshape(x.numel() // in_features, in_features)
     if dtype != x.dtype:
         x2d, values = x2d.to(dtype), values.to(dtype)
         bias = None if bias is None else bias.to(dtype)
     chosen = _backend_for("forward", x2d, pattern, backend)
     y = chosen.forward(x2d, values, bias, pattern)
-    return y.to(x.dtype).view(*x.shape[:-1], R * B)
+    y = y.to(x.dtype)
+    return y if x.ndim == 2 else y.view(*x.shape[:-1], R * B)
 
 
-@linear.register_fake
+@torch.library.register_fake("blockell::linear", lib=_library)
 def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0] * values.shape[2])
 
 
-@torch.library.custom_op("blockell::linear_backward", mutates_args=(), schema=BACKWARD_SCHEMA)
+@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
 def linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -138,7 +150,7 @@ def linear_backward(
     return dx, dvalues, dbias, dprobe
 
 
-@linear_backward.register_fake
+@torch.library.register_fake("blockell::linear_backward", lib=_library)
 def _(
     dy: Tensor,
     x: Tensor | None,
@@ -166,49 +178,69 @@ def _(
     )
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    x, values, col_indices, _, _, order, col_start, row_group, num_live, sample, backend = inputs
-    need_input, need_values, _, _, need_probe = ctx.needs_input_grad[:5]
-    ctx.sample = sample if need_probe else "none"
-    keep_x = need_values or ctx.sample != "none"
-    ctx.save_for_backward(
-        x if keep_x else None, values if need_input else None, col_indices, order, col_start
-    )
-    ctx.sizes = (x.shape[-1] // values.shape[-1], values.shape[-1], row_group, num_live)
-    ctx.backend = backend
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Tensor:
+        x, values, col_indices, _, _, order, col_start, row_group, num_live, sample, backend = args
+        need_input, need_values, _, _, need_probe = ctx.needs_input_grad[:5]
+        ctx.sample = sample if need_probe else "none"
+        keep_x = need_values or ctx.sample != "none"
+        ctx.save_for_backward(
+            x if keep_x else None, values if need_input else None, col_indices, order, col_start
+        )
+        ctx.sizes = (x.shape[-1] // values.shape[-1], values.shape[-1], row_group, num_live)
+        ctx.backend = backend
+        with torch._C._AutoDispatchBelowAutograd():
+            y: Tensor = linear_op(*args)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        need_input, need_values, _, need_bias, _ = ctx.needs_input_grad[:5]
+        needs = (need_input, need_values, need_bias)
+        dx, dvalues, dbias, dprobe = linear_backward_op(
+            dy, *ctx.saved_tensors, *ctx.sizes, *needs, ctx.sample, ctx.backend
+        )
+        return (
+            dx if need_input else None,
+            dvalues if need_values else None,
+            None,
+            dbias if need_bias else None,
+            dprobe if ctx.sample != "none" else None,
+            *(None,) * 6,
+        )
 
 
-def _backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-    need_input, need_values, _, need_bias, _ = ctx.needs_input_grad[:5]
-    dx, dvalues, dbias, dprobe = torch.ops.blockell.linear_backward(
-        dy, *ctx.saved_tensors, *ctx.sizes, need_input, need_values, need_bias, ctx.sample,
-        ctx.backend,
-    )  # fmt: skip
-    return (
-        dx if need_input else None,
-        dvalues if need_values else None,
-        None,
-        dbias if need_bias else None,
-        dprobe if ctx.sample != "none" else None,
-        *(None,) * 6,
-    )
+class _LinearBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return linear_backward_op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "block_ell_linear can be differentiated once; its backward has no gradient of its own. "
+            "For second derivatives multiply by the dense weight (blockell_format.to_dense)."
+        )
 
 
-def _no_second_backward(ctx: Any, *grads: Tensor) -> None:
-    raise RuntimeError(
-        "block_ell_linear can be differentiated once; its backward has no gradient of its own. "
-        "For second derivatives multiply by the dense weight (blockell_format.to_dense)."
-    )
+def _register_autograd(name: str, op: Any, function: type[torch.autograd.Function]) -> None:
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, kernel, "Autograd")
 
 
-linear.register_autograd(_backward, setup_context=_setup_context)
-linear_backward.register_autograd(_no_second_backward)
+_register_autograd("linear", linear_op, _Linear)
+_register_autograd("linear_backward", linear_backward_op, _LinearBackward)
+
 
 # torch.library.register_autocast casts every floating operand to one fixed dtype; here the dtype
 # is the one in force, and the float32 probe stays as it is.
-_autocast_library = torch.library.Library("blockell", "FRAGMENT")
-
-
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
     def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
         eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
@@ -219,11 +251,11 @@ def _register_autocast(device_type: str, dispatch_key: str) -> None:
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
         with torch.autocast(device_type, enabled=False):
-            return torch.ops.blockell.linear(
+            return linear_op(
                 cast(x, dtype), cast(values, dtype), col_indices, cast(bias, dtype), *rest
             )
 
-    _autocast_library.impl("linear", kernel, dispatch_key)
+    _library.impl("linear", kernel, dispatch_key)
 
 
 _register_autocast("cpu", "AutocastCPU")

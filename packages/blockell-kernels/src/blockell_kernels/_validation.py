@@ -29,8 +29,8 @@ def check_operands(
     R, slots, B, _ = values.shape
     if col_indices.shape != (R, slots):
         raise ValueError(
-            f"col_indices has shape {tuple(col_indices.shape)}; it must be {(R, slots)}, one column "
-            "for each tile of values."
+            f"col_indices has shape {tuple(col_indices.shape)}; it must be {(R, slots)}, "
+            "one column for each tile of values."
         )
     if col_indices.dtype != torch.int32:
         raise ValueError(
