@@ -33,9 +33,9 @@ class LayerSeries:
     p90_age: NDArray[np.float64]
     max_age: NDArray[np.float64]
     score_low: NDArray[np.float64]
-    """1st percentile of the finite scores."""
+    """2nd percentile of the finite scores."""
     score_high: NDArray[np.float64]
-    """99th percentile of the finite scores."""
+    """95th percentile of the finite scores."""
     sampled: bool = False
     """True when only some of the run's steps were read."""
 
@@ -80,7 +80,7 @@ def summarise(layer: LayerSnapshot, C: int) -> Row:
     ages = stats.age_summary(layer.block_age_steps[live])
     scores = layer.block_score[live]
     scores = scores[np.isfinite(scores)]
-    low, high = np.percentile(scores, [1, 99]) if scores.size else (np.nan, np.nan)
+    low, high = np.percentile(scores, [2, 95]) if scores.size else (np.nan, np.nan)
     return (
         column_entropy(layer.col_indices, C),
         float((usage == 0).sum()),
@@ -105,13 +105,19 @@ class SwapHistory:
     """[S, L] live blocks."""
 
     def rates(self, name: str) -> NDArray[np.float64]:
-        """[S] share of a layer's blocks replaced at each decision."""
+        """[S] share of a layer's blocks replaced at each decision; NaN where there was none."""
         column = self.names.index(name)
-        return stats.swap_rates(self.swaps[:, column], self.blocks[:, column])
+        return self._rates(self.swaps[:, column], self.blocks[:, column])
 
     def pooled_rates(self) -> NDArray[np.float64]:
-        """[S] share of the blocks of all layers together."""
-        return stats.swap_rates(self.swaps.sum(axis=1), self.blocks.sum(axis=1))
+        """[S] share of the blocks of all layers together; NaN where there was no decision."""
+        return self._rates(self.swaps.sum(axis=1), self.blocks.sum(axis=1))
+
+    def _rates(self, swaps: NDArray[np.int64], blocks: NDArray[np.int64]) -> NDArray[np.float64]:
+        rates = stats.swap_rates(swaps, blocks)
+        # A snapshot of the start, before any training, records no decision.
+        rates[(self.steps == 0) & (swaps == 0)] = np.nan
+        return rates
 
 
 def monotone_levels(count: int, read: Callable[[int], int]) -> NDArray[np.int64]:

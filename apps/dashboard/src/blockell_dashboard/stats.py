@@ -192,7 +192,7 @@ def nice_ceiling(value: float) -> float:
     return float(10.0 * power)
 
 
-def robust_range(values: NDArray[Any], low: float = 1.0, high: float = 99.0) -> tuple[float, float]:
+def robust_range(values: NDArray[Any], low: float = 2.0, high: float = 95.0) -> tuple[float, float]:
     """Percentiles (low, high) of the finite values, as the ends of a colour scale.
 
     A few huge scores would otherwise leave one colour for all the rest. Never empty: equal ends

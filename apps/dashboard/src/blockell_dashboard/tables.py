@@ -30,7 +30,7 @@ def to_csv(table: Table) -> bytes:
     """
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(list(table))
+    writer.writerow([_cell(name) for name in table])
     columns = [
         column.tolist() if isinstance(column, np.ndarray) else column for column in table.values()
     ]

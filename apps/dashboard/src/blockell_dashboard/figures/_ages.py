@@ -55,20 +55,22 @@ def age_histogram(
     subtitle = "no blocks"
     if summary.blocks:
         subtitle = (
-            f"{summary.blocks:,} blocks; median {summary.median:,.0f}, "
-            f"90th percentile {summary.p90:,.0f} steps"
+            f"{summary.blocks:,} blocks; median {summary.median:,.0f}, p90 {summary.p90:,.0f} steps"
         )
         for value, name, dash in ((summary.median, "median", "dash"), (summary.p90, "p90", "dot")):
-            fig.add_vline(
+            fig.add_vline(x=value, line={"color": colours.second, "width": 1.6, "dash": dash})
+            near_end = value > 0.6 * float(right[-1])
+            fig.add_annotation(
+                text=name,
                 x=value,
-                line={"color": colours.second, "width": 1.6, "dash": dash},
-                annotation={
-                    "text": name,
-                    "font": {"color": colours.second, "size": 12},
-                    "textangle": -90,
-                    "yanchor": "top",
-                },
-                annotation_position="top right",
+                y=1,
+                yref="paper",
+                xanchor="right" if near_end else "left",
+                yanchor="top",
+                showarrow=False,
+                font={"color": colours.second, "size": 12},
+                bgcolor=colours.background,
+                yshift=0 if name == "median" else -20,
             )
     return apply_layout(
         fig,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from html import escape
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ._theme import Theme, apply_layout, mark_step, palette, step_axis
 
 __all__ = ["column_entropy", "loss", "swap_rate"]
 
-_HEIGHT = 340
+_HEIGHT = 370
 _NONE = np.empty(0)
 
 
@@ -42,7 +43,7 @@ def swap_rate(
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
-    colours = palette(theme)
+    colours, name = palette(theme), escape(name)
     outside = stats.outside_band(rates, band)
     keep = np.union1d(stats.bucket_indices(rates), np.flatnonzero(outside)[:2000]).astype(int)
     fig = go.Figure()
@@ -51,8 +52,8 @@ def swap_rate(
         text=f"healthy: {band[0]:.0%} to {band[1]:.0%}",
         x=0.01,
         xref="paper",
-        y=band[1],
-        yanchor="top",
+        y=band[0],
+        yanchor="bottom",
         showarrow=False,
         font={"color": colours.muted, "size": 11},
     )
@@ -61,7 +62,7 @@ def swap_rate(
         _line(fig, "all layers", all_steps[kept], all_rates[kept], colours.third, dash="dot")
     few = len(keep) <= 60
     _line(fig, name, steps[keep], rates[keep], colours.first, mode="lines+markers" if few else "")
-    if len(rates) > window:
+    if np.isfinite(rates).sum() > window:
         mean = stats.rolling_mean(rates, window)[keep]
         _line(fig, f"mean of {window}", steps[keep], mean, colours.text, width=2.4)
     marked = keep[outside[keep]]
@@ -82,10 +83,11 @@ def swap_rate(
         )
     )
     mark_step(fig, selected_step, theme)
-    top = np.nanmax(np.concatenate([rates, all_rates, [band[1]]]))
+    top = float(np.nanmax(np.concatenate([rates, all_rates, [band[1]]])))
     subtitle = "share of blocks replaced per decision"
-    if len(rates):
-        subtitle += f"; {int(outside.sum()):,} of {len(rates):,} decisions outside the band"
+    decisions = int(np.isfinite(rates).sum())
+    if decisions:
+        subtitle += f"; {int(outside.sum()):,} of {decisions:,} outside the band"
     return apply_layout(
         fig,
         theme,
@@ -96,7 +98,7 @@ def swap_rate(
         height=height,
         hovermode="x unified",
         xaxis=step_axis(steps),
-        yaxis={"tickformat": ".0%", "hoverformat": ".2%", "range": [0, float(top) * 1.15]},
+        yaxis={"tickformat": ".0%", "hoverformat": ".2%", "range": [0, top * 1.15]},
     )
 
 
@@ -122,7 +124,7 @@ def column_entropy(
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
-    colours = palette(theme)
+    colours, name = palette(theme), escape(name)
     keep = stats.bucket_indices(entropy)
     fig = go.Figure()
     few = len(keep) <= 60
@@ -138,9 +140,9 @@ def column_entropy(
         showlegend=False,
     )
     mark_step(fig, selected_step, theme)
-    subtitle = "1 is even use of all input columns"
+    subtitle = "1 is even use of all columns"
     if len(dead_columns):
-        subtitle += f"; columns that no block reads, now: {int(dead_columns[-1]):,} of {C:,}"
+        subtitle += f"; unused now: {int(dead_columns[-1]):,} of {C:,}"
     finite = entropy[np.isfinite(entropy)]
     lowest = float(finite.min()) if finite.size else 0.9
     # At least a tenth of the scale, so that noise in the third digit does not look like a fall.
@@ -181,7 +183,7 @@ def loss(
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
-    colours = palette(theme)
+    colours, name = palette(theme), escape(name)
     spikes = stats.loss_spikes(losses)
     keep = np.union1d(stats.bucket_indices(losses), np.flatnonzero(spikes)[:2000]).astype(int)
     finite = losses[np.isfinite(losses)]

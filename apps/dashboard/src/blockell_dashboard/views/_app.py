@@ -27,9 +27,13 @@ _ICON = (
 )
 
 
+_STYLE = "<style>[data-testid=stMainBlockContainer] {padding: 2.5rem 2.5rem 4rem}</style>"
+
+
 def show_app(directories: Sequence[str]) -> None:
     """Show the dashboard for some run directories, or directories of runs."""
     st.set_page_config(page_title="Block-ELL topology", page_icon=_ICON, layout="wide")
+    st.html(_STYLE)
     choices, problems = find_runs(directories)
     if not choices:
         explain_no_run(directories, problems)

@@ -33,7 +33,7 @@ def chart_card(
         alt: one sentence for screen readers.
     """
     stem = file_name(*name, key)
-    with st.container(border=True, key=f"card-{key}"):
+    with st.container(border=True, key=f"card-{key}", gap=None):
         st.plotly_chart(
             fig,
             theme=None,

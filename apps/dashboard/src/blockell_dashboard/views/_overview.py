@@ -44,21 +44,21 @@ def _show_tiles(loaded: LoadedRun) -> None:
     run, history = loaded.run, loaded.history()
     steps, problems = history.steps, run.problems
     columns = st.columns(6)
-    newest = f"{steps[-1]:,}" if len(steps) else "none yet"
+    newest = f"{steps[-1]:,}" if len(steps) else "none"
     _tile(columns[0], "Newest step", newest, _count(len(steps), "snapshot"))
     _tile(
         columns[1], "Layers", str(len(run.layers)), _count(run.world_size, "process", "processes")
     )
     _tile(columns[2], "Density", *_density(loaded, history))
     _tile(columns[3], "Last swap rate", *_last_swap_rate(history))
-    age = "none yet"
+    age = "none"
     if len(steps):
-        age = f"{duration(time.time() - run.snapshot(int(steps[-1])).created)} ago"
-    _tile(columns[4], "Newest snapshot", age, _count(len(run.attempts), "attempt"))
+        age = duration(time.time() - run.snapshot(int(steps[-1])).created)
+    _tile(columns[4], "Snapshot age", age, _count(len(run.attempts), "attempt"))
     if problems:
         _tile(columns[5], "Problems", f"{len(problems):,}", "listed below", "orange")
     else:
-        _tile(columns[5], "Problems", "0", "every file is good", "green")
+        _tile(columns[5], "Problems", "0", "all files good", "green")
 
 
 def _tile(
@@ -83,18 +83,18 @@ def _density(loaded: LoadedRun, history: SwapHistory) -> tuple[str, str]:
     live = int(history.blocks[-1].sum()) if len(history.steps) else slots
     if positions == 0:
         return "none", "no layers"
-    return f"{live / positions:.1%}", f"{live:,} of {positions:,} blocks"
+    return f"{live / positions:.1%}", f"{live:,} blocks"
 
 
 def _last_swap_rate(history: SwapHistory) -> tuple[str, str, _NoteColour]:
     rates = history.pooled_rates()
     if len(rates) == 0 or not np.isfinite(rates[-1]):
-        return "none yet", "no decision recorded", "gray"
+        return "none", "no decision", "gray"
     low, high = stats.HEALTHY_SWAP_RATE
-    band = f"{low:.0%} to {high:.0%}"
+    band = f"{low:.0%}-{high:.0%}"
     if stats.outside_band(rates[-1:])[0]:
         return f"{rates[-1]:.2%}", f"outside {band}", "orange"
-    return f"{rates[-1]:.2%}", f"within {band}", "green"
+    return f"{rates[-1]:.2%}", f"in {band}", "green"
 
 
 def _count(number: int, singular: str, plural: str = "") -> str:

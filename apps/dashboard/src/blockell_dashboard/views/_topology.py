@@ -22,7 +22,7 @@ _COLOUR_LABELS = {"age": "Age", "score": "Score", "change": "Born, died, kept"}
 def show_topology(choice: RunChoice, loaded: LoadedRun, info: LayerInfo) -> int | None:
     """Show the layer at the step the reader picks; returns that step."""
     steps = loaded.run.steps
-    st.subheader(escape(layer_label(info.name)), anchor=False)
+    st.subheader(escape(layer_label(info.name)), anchor=False, help=f"Module {escape(info.name)}")
     if not steps:
         st.info(
             "No topology decision is recorded yet. The heatmap appears with the first snapshot.",
