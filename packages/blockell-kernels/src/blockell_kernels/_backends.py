@@ -6,12 +6,12 @@ A *backend* is one object with a `name` and four functions over 2-D operands of 
 device (`Backend` below states the shapes). Operands have been validated; `pattern` carries
 everything known about the sparsity pattern. There are four:
 
-| name      | module       | runs on                       | what it is                             |
-|-----------|--------------|-------------------------------|----------------------------------------|
-| reference | `_reference` | any device, any float dtype   | visible loops; the ground truth        |
-| dense     | `_dense`     | any device                    | scatter into a dense buffer, one GEMM  |
-| gathered  | `_cpu`       | CPU                           | gathers x per row group, one GEMM each |
-| triton    | `_triton`    | CUDA (CPU in the interpreter) | block-sparse GPU kernels               |
+| name      | module       | runs on                       | what it is                            |
+|-----------|--------------|-------------------------------|---------------------------------------|
+| reference | `_reference` | any device, any float dtype   | visible loops; the ground truth       |
+| dense     | `_dense`     | any device                    | scatter into a dense buffer, one GEMM |
+| gathered  | `_cpu`       | CPU                           | gather x per row group, one GEMM each |
+| triton    | `_triton`    | CUDA (CPU in the interpreter) | block-sparse GPU kernels              |
 
 How a backend plugs in: its module exposes `BACKEND`, an instance of a `Backend` subclass; the
 module is imported on first use, never at package import. `unavailable()` says why it cannot run on

@@ -96,8 +96,7 @@ def linear(
     return y if x.ndim == 2 else y.view(*x.shape[:-1], R * B)
 
 
-@torch.library.register_fake("blockell::linear", lib=_library)
-def _(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
+def _linear_fake(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0] * values.shape[2])
 
 
@@ -150,8 +149,7 @@ def linear_backward(
     return dx, dvalues, dbias, dprobe
 
 
-@torch.library.register_fake("blockell::linear_backward", lib=_library)
-def _(
+def _linear_backward_fake(
     dy: Tensor,
     x: Tensor | None,
     values: Tensor | None,
@@ -176,6 +174,10 @@ def _(
         dy.new_empty(R * B) if need_bias else dy.new_empty(0),
         dy.new_empty(probe_elements, dtype=torch.float32 if probe_elements else dy.dtype),
     )
+
+
+torch.library.register_fake("blockell::linear", _linear_fake, lib=_library)
+torch.library.register_fake("blockell::linear_backward", _linear_backward_fake, lib=_library)
 
 
 class _Linear(torch.autograd.Function):
