@@ -169,6 +169,15 @@ def test_replaced_file_is_read_anew(run_maker: Any, replace: bool) -> None:
     assert len(run.metrics()) == (9 if replace else 2)
 
 
+def test_a_longer_file_in_the_same_place_is_read_anew(run_maker: Any) -> None:
+    path = metrics_file(run_maker, (GOOD + b"\n") * 2)
+    run = open_run(run_maker.path)
+    assert len(run.metrics()) == 2
+    path.write_bytes((GOOD.replace(b"7", b"8") + b"\n") * 9)  # same inode, more bytes
+    assert run.refresh()
+    assert [line["step"] for line in run.metrics()] == [8] * 9
+
+
 def test_unreadable_file(run_maker: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     path = metrics_file(run_maker, GOOD + b"\n")
     run = open_run(run_maker.path)

@@ -18,6 +18,8 @@ MAX_LISTED = 100
 SETTLE_SECONDS = 10.0
 """A last line without an end that is older than this is a problem, not a line being written."""
 _CHUNK_BYTES = 4 << 20
+_MARK_BYTES = 256
+"""How much of what was read last is compared, to notice that the file is another one."""
 
 
 class Record(NamedTuple):
@@ -66,7 +68,8 @@ class MetricsReader:
         self._line_number = 1
         self._tail = b""
         self._skipping = False
-        self._inode = -1
+        self._mark = b""
+        self._seen = (-1, -1)
         self._modified = 0.0
         self._bad: list[Problem] = []
         self._bad_count = 0
@@ -93,19 +96,27 @@ class MetricsReader:
         try:
             with open_regular(self.path) as fd:
                 status = os.fstat(fd)
-                if self._offset and (status.st_ino != self._inode or status.st_size < self._offset):
-                    self._reset()
-                    self.restarts += 1
-                self._inode, self._modified = status.st_ino, status.st_mtime
-                os.lseek(fd, self._offset, os.SEEK_SET)
-                while chunk := os.read(fd, _CHUNK_BYTES):
-                    self._offset += len(chunk)
-                    self._take(chunk)
+                seen = status.st_mtime_ns, status.st_size
+                if seen != self._seen:
+                    self._follow(fd, status.st_size)
+                self._seen, self._modified = seen, status.st_mtime
         except FileNotFoundError:
             pass  # nothing was logged yet
         except (ValueError, OSError) as error:
             self._unreadable = Problem(self.path, describe(error))
         return before != (len(self.records), self.restarts)
+
+    def _follow(self, fd: int, size: int) -> None:
+        """Read from where the last reading stopped, or anew if it is another file."""
+        os.lseek(fd, max(0, self._offset - len(self._mark)), os.SEEK_SET)
+        if size < self._offset or os.read(fd, len(self._mark)) != self._mark:
+            self._reset()
+            self.restarts += 1
+            os.lseek(fd, 0, os.SEEK_SET)
+        while chunk := os.read(fd, _CHUNK_BYTES):
+            self._offset += len(chunk)
+            self._mark = (self._mark + chunk)[-_MARK_BYTES:]
+            self._take(chunk)
 
     def _take(self, chunk: bytes) -> None:
         *lines, self._tail = (self._tail + chunk).split(b"\n")

@@ -6,7 +6,6 @@ import dataclasses
 import operator
 import os
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -99,7 +98,7 @@ class SnapshotWriter:
             if mode == "new":
                 self._refuse_existing()  # again: another process may have been faster
                 attempts = (Attempt(1, 0, now, world_size, plain),)
-                manifest = Manifest(run_id or uuid.uuid4().hex, now, table, attempts)
+                manifest = Manifest(run_id or os.urandom(16).hex(), now, table, attempts)
             else:
                 manifest = self._resumed(table, run_id, resume_step, now, world_size, plain)
             (self.run_dir / TOPOLOGY_DIR).mkdir(exist_ok=True)
