@@ -15,11 +15,27 @@ from blockell_kernels._backends import Backend, Pattern
 from blockell_kernels._stats import norms_sq_of_rows, rows_per_chunk
 
 
+def _check_columns(pattern: Pattern) -> None:
+    """Raise IndexError for a column outside [0, C), on the CPU, where looking costs nothing.
+
+    Elsewhere it would wait for the device; such a column then falls into another block row, or is
+    caught by the device's own bounds check.
+    """
+    if pattern.col_indices.device.type == "cpu":
+        low, high = (int(bound) for bound in torch.aminmax(pattern.live))
+        if low < 0 or high >= pattern.C:
+            raise IndexError(
+                f"col_indices holds column {low if low < 0 else high}, out of range [0, "
+                f"{pattern.C}); check_topology names the row and slot."
+            )
+
+
 def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     """W [R*B, C*B] from values [R, slots, B, B].
 
     Whole tiles are placed first and reordered second: twice as fast as placing B-wide lines.
     """
+    _check_columns(pattern)
     R, C, B, K = pattern.R, pattern.C, pattern.B, pattern.num_live
     first = torch.arange(0, R * C, C, device=values.device)
     position = (pattern.live + first[:, None]).reshape(-1)  # int64 [R*K] in the grid of blocks
@@ -49,12 +65,14 @@ class DenseBackend(Backend):
         return dy @ to_dense(values, pattern)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        _check_columns(pattern)
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
         return with_spare_slots(blocks, pattern)
 
 
 def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """dv [R, slots, B, B] and squared norms [R, C], from a few block rows of dy^T x at a time."""
+    _check_columns(pattern)
     B, R = pattern.B, pattern.R
     blocks, norms = [], []
     step = rows_per_chunk(R, pattern.C, B)
