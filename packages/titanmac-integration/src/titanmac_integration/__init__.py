@@ -1,3 +1,43 @@
 """The TitanMAC transformer with block-sparse layers, training and continual-learning commands."""
 
+from ._arithmetic import ArithmeticTask
+from ._checkpoint import load_checkpoint, save_checkpoint
+from ._config import TitanMACConfig
+from ._continual import ContinualResult, run_continual
+from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
+from ._model import TitanMAC, TitanMLP, create_titanmac_model
+from ._prose import ProseTask
+from ._registry import TASK_NAMES, make_task
+from ._tasks import Batch, Mixture, Task
+from ._tokenizer import ByteTokenizer
+from ._training import NonFiniteLossError, PhaseReport, Trainer
+from ._training_config import TrainingConfig
+
 __version__ = "0.1.0"
+
+__all__ = [
+    "TASK_NAMES",
+    "ArithmeticTask",
+    "Batch",
+    "ByteTokenizer",
+    "ContinualResult",
+    "Mixture",
+    "NonFiniteLossError",
+    "PhaseReport",
+    "ProseTask",
+    "Task",
+    "TitanMAC",
+    "TitanMACConfig",
+    "TitanMLP",
+    "Trainer",
+    "TrainingConfig",
+    "bits_per_byte",
+    "create_titanmac_model",
+    "exact_match",
+    "load_checkpoint",
+    "make_task",
+    "relative_forgetting",
+    "run_continual",
+    "sample_greedily",
+    "save_checkpoint",
+]

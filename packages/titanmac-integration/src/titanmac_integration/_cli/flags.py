@@ -1,0 +1,140 @@
+"""Flags made from the fields of the configuration classes, with their docstrings as help."""
+
+import argparse
+import ast
+import dataclasses
+import inspect
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from titanmac_integration._config import PRESETS, TitanMACConfig
+from titanmac_integration._presets import RUN_PRESETS
+from titanmac_integration._training_config import TrainingConfig
+
+
+def add_run_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags that ``train`` and ``continual`` share."""
+    parser.add_argument(
+        "--preset",
+        choices=sorted(PRESETS),
+        default="demo",
+        help="model shape, training settings and tasks to start from (default: demo)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="RUN_DIR", help="directory of the run"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace the run that RUN_DIR may hold"
+    )
+    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
+    parser.add_argument("--dense", action="store_true", help="make every linear layer dense")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the results")
+    _add_fields(parser.add_argument_group("training"), TrainingConfig)
+    _add_fields(parser.add_argument_group("model"), TitanMACConfig)
+
+
+def model_config(arguments: argparse.Namespace) -> TitanMACConfig:
+    """The preset with the flags that were given."""
+    changes = _given(arguments, TitanMACConfig)
+    if arguments.dense:
+        changes["use_block_sparse"] = False
+    return TitanMACConfig.preset(arguments.preset, **changes)
+
+
+def training_config(arguments: argparse.Namespace) -> TrainingConfig:
+    """The preset's settings with the flags that were given."""
+    preset = RUN_PRESETS[arguments.preset].training
+    return TrainingConfig.from_dict({**preset, **_given(arguments, TrainingConfig)})
+
+
+def resolve_device(name: str) -> torch.device:
+    """``auto`` is CUDA where there is one, else the CPU.
+
+    Raises:
+        ValueError: no such device.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        first = str(error).splitlines()[0]
+        raise ValueError(f'--device (={name}) cannot be used: {first} Try "auto".') from error
+    return device
+
+
+def _given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
+
+
+def _add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
+    docs = field_docs(cls)
+    for field in dataclasses.fields(cls):
+        flag = "--" + field.name.replace("_", "-")
+        options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
+        options["help"] = docs[field.name].replace("%", "%%")
+        if isinstance(field.default, bool):
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, **options)
+        else:
+            parse, metavar = _PARSERS.get(field.name, (type(field.default), None))
+            group.add_argument(flag, type=parse, metavar=metavar, **options)
+
+
+def field_docs(cls: type) -> dict[str, str]:
+    """The docstring under each field of a dataclass, read from its source."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+    assert isinstance(tree, ast.ClassDef)
+    docs = {}
+    for node, following in zip(tree.body, tree.body[1:], strict=False):
+        if (
+            isinstance(node, ast.AnnAssign)
+            and isinstance(node.target, ast.Name)
+            and isinstance(following, ast.Expr)
+            and isinstance(following.value, ast.Constant)
+        ):
+            docs[node.target.id] = " ".join(str(following.value.value).split())
+    return docs
+
+
+def _ints(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def _layers(text: str) -> tuple[int, ...] | None:
+    return None if text == "all" else _ints(text)
+
+
+def _components(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
+
+
+def _density(text: str) -> float | dict[int, float]:
+    if ":" not in text:
+        return float(text)
+    pairs = (part.split(":") for part in text.split(","))
+    return {int(layer): float(density) for layer, density in pairs}
+
+
+def _row_group(text: str) -> int | str:
+    return text if text == "auto" else int(text)
+
+
+# argparse names these functions in its messages
+_ints.__name__ = "comma-separated integers"
+_layers.__name__ = "layers (all, or 0,1,...)"
+_density.__name__ = "density (0.5, or 0:0.5,1:0.25)"
+_row_group.__name__ = "row group (auto, or an integer)"
+
+_PARSERS: dict[str, tuple[Callable[[str], Any], str | None]] = {
+    "level_periods": (_ints, "1,10,100"),
+    "block_sparse_layers": (_layers, "all|0,1,..."),
+    "block_sparse_components": (_components, "mlp,attention"),
+    "block_sparse_density": (_density, "0.5|0:0.5,1:0.25"),
+    "block_sparse_row_group": (_row_group, "auto|N"),
+}

@@ -1,0 +1,43 @@
+"""The one place that decides whether a linear layer is dense or block-sparse."""
+
+import math
+
+import torch
+from torch import nn
+
+from cms_topology import CMSBlockLinear, ScoringConfig
+
+from ._config import TitanMACConfig
+
+
+def make_linear(
+    config: TitanMACConfig,
+    layer: int,
+    component: str,
+    in_features: int,
+    out_features: int,
+    *,
+    generator: torch.Generator | None = None,
+) -> nn.Module:
+    """``nn.Linear`` or ``CMSBlockLinear``, as ``config`` says for this layer and component."""
+    if not config.is_block_sparse(layer, component):
+        linear = nn.Linear(in_features, out_features)
+        init_linear(linear, generator)
+        return linear
+    return CMSBlockLinear(
+        in_features,
+        out_features,
+        tile_size=config.block_sparse_tile_size,
+        density=config.density_of(layer),
+        row_group=config.block_sparse_row_group,
+        scoring=ScoringConfig(candidate_score=config.block_sparse_candidate_score),
+        generator=generator,
+    )
+
+
+def init_linear(linear: nn.Linear, generator: torch.Generator | None = None) -> None:
+    """The initialisation of ``nn.Linear``, drawn from ``generator``."""
+    bound = 1.0 / math.sqrt(linear.in_features)
+    nn.init.uniform_(linear.weight, -bound, bound, generator=generator)
+    if linear.bias is not None:
+        nn.init.uniform_(linear.bias, -bound, bound, generator=generator)

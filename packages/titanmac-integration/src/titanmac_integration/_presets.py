@@ -1,0 +1,40 @@
+"""What ``--preset`` stands for in the command line: training settings and the task sequence.
+
+The model's shape is ``TitanMACConfig.preset``.
+"""
+
+from typing import Any, NamedTuple
+
+
+class RunPreset(NamedTuple):
+    """Defaults of the command line."""
+
+    training: dict[str, Any]
+    """Fields of TrainingConfig that differ from its defaults."""
+    tasks: tuple[str, ...]
+    """Sequence of tasks."""
+    steps: tuple[int, ...]
+    """Optimizer steps per task."""
+
+
+RUN_PRESETS = {
+    # Sized so that both models together take about three minutes on two CPU cores, and so that
+    # every task sees at least eight topology decisions.
+    "demo": RunPreset(
+        training={
+            "batch_size": 24,
+            "seq_len": 64,
+            "lr": 3e-3,
+            "warmup_steps": 100,
+            "level_periods": (1, 5, 25),
+            "eval_every": 50,
+        },
+        tasks=("arithmetic", "prose"),
+        steps=(500, 250),
+    ),
+    "titanmac-163m": RunPreset(
+        training={"batch_size": 8, "seq_len": 1024, "lr": 3e-4, "warmup_steps": 200},
+        tasks=("arithmetic", "prose"),
+        steps=(2000, 2000),
+    ),
+}
