@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -35,7 +36,7 @@ ARGUMENTS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-WAIT_MS = 30_000
+WAIT_MS = 60_000
 
 
 @pytest.fixture(scope="module")
@@ -46,67 +47,66 @@ def browser() -> Iterator[sync_api.Browser]:
         browser.close()
 
 
-@pytest.fixture
-def serve() -> Iterator[Callable[[Path], str]]:
-    """Start `blockell-dashboard` on a free port of this machine."""
-    processes: list[subprocess.Popen[str]] = []
+@pytest.fixture(scope="module")
+def context(browser: sync_api.Browser) -> Iterator[sync_api.BrowserContext]:
+    """One for all pages, so that Streamlit's own files are loaded only once."""
+    context = browser.new_context(viewport={"width": 1300, "height": 1500})
+    context.set_default_timeout(WAIT_MS)
+    yield context
+    context.close()
 
-    def start(directory: Path) -> str:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "blockell_dashboard", str(directory), "--headless", "--port=0"],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env={**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
-        )
-        processes.append(process)
+
+@contextlib.contextmanager
+def serving(directory: Path) -> Iterator[str]:
+    """`blockell-dashboard` on a free port of this machine."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "blockell_dashboard", str(directory), "--headless", "--port=0"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1", "NO_COLOR": "1"},
+    )
+    try:
         assert process.stdout is not None
-        for line in process.stdout:
-            match = re.search(r"http://127\.0\.0\.1:\d+", line)
-            if match:
-                return match[0]
-        raise AssertionError("the server did not start")
-
-    yield start
-    for process in processes:
+        found = (re.search(r"http://127\.0\.0\.1:\d+", line) for line in process.stdout)
+        yield next(match[0] for match in found if match)
+    finally:
         process.terminate()
         process.communicate(timeout=30)
 
 
+@pytest.fixture(scope="module")
+def good_url(good_run: Path) -> Iterator[str]:
+    with serving(good_run) as url:
+        yield url
+
+
 @pytest.fixture
-def open_page(browser: sync_api.Browser) -> Iterator[Callable[..., sync_api.Page]]:
+def open_page(context: sync_api.BrowserContext) -> Iterator[Callable[..., sync_api.Page]]:
     """Open a page on which every error, and every request to another host, fails the test."""
     complaints: list[str] = []
-    contexts: list[sync_api.BrowserContext] = []
+    pages: list[sync_api.Page] = []
 
     def start(url: str, scheme: str = "light") -> sync_api.Page:
-        context = browser.new_context(
-            viewport={"width": 1300, "height": 1500}, color_scheme=scheme, accept_downloads=True
-        )
-        contexts.append(context)
         page = context.new_page()
-        page.set_default_timeout(WAIT_MS)
+        pages.append(page)
+        page.emulate_media(color_scheme=scheme)
         page.on("pageerror", lambda error: complaints.append(f"page error: {error}"))
         page.on(
             "console",
-            lambda line: (
-                complaints.append(f"console: {line.text}") if line.type == "error" else None
-            ),
+            lambda line: complaints.append(line.text) if line.type == "error" else None,
         )
-        page.on(
-            "request",
-            lambda request: (
-                None
-                if re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", request.url)
-                else complaints.append(f"request to {request.url}")
-            ),
-        )
+        page.on("request", lambda request: check_host(request.url))
         page.goto(url)
         return page
 
+    def check_host(url: str) -> None:
+        if not re.match(r"(https?|wss?)://127\.0\.0\.1:|data:|blob:", url):
+            complaints.append(f"request to {url}")
+
     yield start
-    for context in contexts:
-        context.close()
+    for page in pages:
+        page.close()
     assert complaints == []
 
 
@@ -120,10 +120,8 @@ def choose_layer(page: sync_api.Page, label: str) -> None:
     page.get_by_role("option", name=label).click()
 
 
-def test_slider_layer_and_link(
-    good_run: Path, serve: Callable[[Path], str], open_page: Callable[..., sync_api.Page]
-) -> None:
-    page = open_page(serve(good_run))
+def test_slider_layer_and_link(good_url: str, open_page: Callable[..., sync_api.Page]) -> None:
+    page = open_page(good_url)
     see_title(page, "Block age at step 275")
     sync_api.expect(page.locator("[data-testid=stPlotlyChart]")).to_have_count(5)
     assert page.locator("[data-testid=stException]").count() == 0
@@ -147,10 +145,8 @@ def test_slider_layer_and_link(
     other.get_by_role("heading", name="Block 1 · fc2").wait_for()
 
 
-def test_hover_and_download(
-    good_run: Path, serve: Callable[[Path], str], open_page: Callable[..., sync_api.Page]
-) -> None:
-    page = open_page(serve(good_run))
+def test_hover_and_download(good_url: str, open_page: Callable[..., sync_api.Page]) -> None:
+    page = open_page(good_url)
     see_title(page, "Block age at step 275")
     plot = page.locator("[data-testid=stPlotlyChart]").first
     area = plot.locator(".nsewdrag").first.bounding_box()
@@ -176,18 +172,22 @@ def test_hover_and_download(
 
 
 def test_a_dark_page_has_dark_charts(
-    good_run: Path, serve: Callable[[Path], str], open_page: Callable[..., sync_api.Page]
+    good_url: str, open_page: Callable[..., sync_api.Page]
 ) -> None:
-    page = open_page(serve(good_run), "dark")
+    page = open_page(good_url, "dark")
     see_title(page, "Block age at step 275")
     canvas = page.locator("[data-testid=stPlotlyChart] .main-svg").first
     assert "rgb(14, 17, 23)" in (canvas.get_attribute("style") or "")
 
 
 def test_a_live_run_appears_and_grows(
-    tmp_path: Path, serve: Callable[[Path], str], open_page: Callable[..., sync_api.Page]
+    tmp_path: Path, open_page: Callable[..., sync_api.Page]
 ) -> None:
-    page = open_page(serve(tmp_path / "runs"))
+    with serving(tmp_path / "runs") as url:
+        watch_a_live_run(tmp_path, open_page(url))
+
+
+def watch_a_live_run(tmp_path: Path, page: sync_api.Page) -> None:
     page.get_by_role("heading", name="No run to show yet").wait_for()
     path = write_example_run(tmp_path / "runs" / "live", layers=EXAMPLE_LAYERS[:2], decisions=2)
     see_title(page, "Block age at step 25")
