@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 
-from blockell_format.snapshots import LayerInfo, _run, open_run
+from blockell_format.snapshots import LayerInfo, _scan, open_run
 
 
 @pytest.fixture
 def header_reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the snapshot files whose header is read."""
     seen: list[str] = []
-    real = _run.read_metadata
+    real = _scan.read_metadata
 
     def counted(path: Any) -> dict[str, str]:
         seen.append(str(path).rpartition("/")[2])
         return real(path)
 
-    monkeypatch.setattr(_run, "read_metadata", counted)
+    monkeypatch.setattr(_scan, "read_metadata", counted)
     return seen
 
 

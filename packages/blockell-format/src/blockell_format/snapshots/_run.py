@@ -11,18 +11,16 @@ from typing import Any
 from ._files import (
     METRICS_FILE,
     RUN_FILE,
-    TEMPORARY_PREFIX,
     TOPOLOGY_DIR,
     parse_snapshot_name,
 )
-from ._header import Header, parse_header, read_metadata
+from ._header import Header, parse_header
 from ._layers import FIELDS, LayerInfo, LayerSnapshot
 from ._manifest import Attempt, Manifest, layer_table, read_manifest
 from ._metrics import MetricsReader
 from ._problems import Problem, RunError, SnapshotError, describe, printable
+from ._scan import Loaded, Signature, load_metadata, scan, signature_of
 from ._snapshot import Snapshot, check_names
-
-_Signature = tuple[int, int, int]
 
 
 class Run:
@@ -36,7 +34,7 @@ class Run:
         self.path = Path(path)
         self._lock = threading.RLock()
         self._headers: dict[str, Header] = {}
-        self._bad: dict[str, tuple[_Signature, str]] = {}
+        self._bad: dict[str, tuple[Signature, str]] = {}
         self._unknown_attempts: list[str] = []
         self._by_step: dict[int, str] = {}
         self._steps: list[int] = []
@@ -46,7 +44,7 @@ class Run:
         self._metrics = MetricsReader(self.path / METRICS_FILE)
         self._flat: list[dict[str, Any]] = []
         self._flat_state: tuple[int, int, int] = (0, 0, 0)
-        self._manifest_signature = _signature(self.path / RUN_FILE)
+        self._manifest_signature = signature_of(self.path / RUN_FILE)
         self._use_manifest(read_manifest(self.path))
         self.refresh()
 
@@ -202,20 +200,22 @@ class Run:
         with self._lock:
             before = self._steps, self.problems
             # names and metrics come before run.json: an attempt is listed there before it writes
-            found = self._scan()
+            topology = self.path / TOPOLOGY_DIR
+            found, self._scan_problems = scan(topology, self._headers.keys() | self._bad.keys())
             changed = self._metrics.update()
             changed |= self._refresh_manifest()
             for known in (self._headers, self._bad):
                 for name in known.keys() - found:
                     del known[name]
-            for name in found - self._headers.keys():
-                self._read_header(name)
+            new = found - self._headers.keys()
+            for loaded in load_metadata(topology, new, self._is_known_bad):
+                self._take(loaded)
             self._select()
             return changed or before != (self._steps, self.problems)
 
     def _refresh_manifest(self) -> bool:
         path = self.path / RUN_FILE
-        signature = _signature(path)
+        signature = signature_of(path)
         if signature == self._manifest_signature:
             return False
         try:
@@ -233,48 +233,22 @@ class Run:
             self._use_manifest(manifest)
         return changed
 
-    def _scan(self) -> set[str]:
-        """Names of the snapshot files; everything else in the directory becomes a problem."""
-        directory = self.path / TOPOLOGY_DIR
-        found: set[str] = set()
-        problems: list[Problem] = []
+    def _take(self, loaded: Loaded) -> None:
+        """Check the metadata of a file against the run and its name."""
         try:
-            with os.scandir(directory) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name.startswith(TEMPORARY_PREFIX):
-                        continue  # being written, or left by a killed writer
-                    if name not in self._headers and parse_snapshot_name(name) is None:
-                        reason = "is not named like a snapshot; ignored"
-                        problems.append(Problem(directory / name, reason))
-                    elif not entry.is_file(follow_symlinks=False):
-                        reason = "is not a regular file; ignored"
-                        problems.append(Problem(directory / name, reason))
-                    else:
-                        found.add(name)
-        except FileNotFoundError:
-            pass  # no decision was recorded yet
-        except OSError as error:
-            problems.append(Problem(directory, describe(error)))
-            found = {*self._headers, *self._bad}  # what was read before stays
-        self._scan_problems = sorted(problems, key=lambda problem: problem.path)
-        return found
-
-    def _read_header(self, name: str) -> None:
-        """Read a new file, or a bad one that has changed."""
-        path = os.path.join(self.path, TOPOLOGY_DIR, name)
-        signature = _signature(path)
-        if name in self._bad and self._bad[name][0] == signature:
-            return
-        try:
-            header = parse_header(read_metadata(path), self._manifest, self._table)
-            if (header.step, header.attempt) != parse_snapshot_name(name):
+            if loaded.reason is not None:
+                raise ValueError(loaded.reason)
+            header = parse_header(loaded.metadata, self._manifest, self._table)
+            if (header.step, header.attempt) != parse_snapshot_name(loaded.name):
                 raise ValueError("was renamed: its metadata names another step or attempt")
-        except (ValueError, OSError) as error:
-            self._bad[name] = signature, describe(error)
+        except ValueError as error:
+            self._bad[loaded.name] = loaded.signature, describe(error)
         else:
-            self._bad.pop(name, None)
-            self._headers[name] = header
+            self._bad.pop(loaded.name, None)
+            self._headers[loaded.name] = header
+
+    def _is_known_bad(self, name: str, signature: Signature) -> bool:
+        return name in self._bad and self._bad[name][0] == signature
 
     def _select(self) -> None:
         """Per step the file of the latest attempt, without superseded ones."""
@@ -301,15 +275,6 @@ class Run:
             f"Run({printable(self.path)!r}, run_id={self.run_id!r}, layers={len(self._layers)}, "
             f"steps={len(self._steps)})"
         )
-
-
-def _signature(path: str | os.PathLike[str]) -> _Signature:
-    """Changes whenever the file does."""
-    try:
-        status = os.stat(path, follow_symlinks=True)
-    except OSError:
-        return (-1, -1, -1)
-    return status.st_mtime_ns, status.st_size, status.st_ino
 
 
 def open_run(path: str | os.PathLike[str]) -> Run:
