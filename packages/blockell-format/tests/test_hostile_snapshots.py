@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+import pickle
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -373,6 +375,9 @@ def test_partial_reads(run_maker: Any) -> None:
     with pytest.raises(AttributeError, match="no attribute 'weights'"):
         _ = layer.weights  # type: ignore[attr-defined]
     assert repr(layer) == "LayerSnapshot(swapped: bool[6, 3])"
+    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):  # caches do this
+        assert np.array_equal(twin.swapped, layer.swapped)
+        assert not hasattr(twin, "block_score")
 
 
 def test_one_layer_is_read_without_the_others(

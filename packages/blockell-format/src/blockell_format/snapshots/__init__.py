@@ -5,12 +5,14 @@ FORMAT.md of this package states the format in one page.
 
 from ._discover import discover_runs
 from ._layers import LayerInfo, LayerSnapshot
+from ._manifest import Attempt
 from ._problems import Problem, RunError, SnapshotError
 from ._run import Run, open_run
 from ._snapshot import Snapshot
 from ._writer import SnapshotWriter
 
 __all__ = [
+    "Attempt",
     "LayerInfo",
     "LayerSnapshot",
     "Problem",
