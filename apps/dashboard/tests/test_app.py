@@ -178,6 +178,18 @@ def test_a_directory_of_garbage_is_explained(open_app, garbage_dir: Path) -> Non
     assert "nox -s demo" in text(app)
 
 
+def test_the_newest_run_that_opens_is_shown_first(open_app, tmp_path: Path, good_run: Path) -> None:
+    shutil.copytree(good_run, tmp_path / "good")
+    (tmp_path / "newer").mkdir()
+    (tmp_path / "newer" / "run.json").write_text("{")
+    app = open_app(tmp_path)
+    assert app.selectbox(key="run").options == ["newer", "good"]
+    assert app.header[0].value == "good"
+    app.selectbox(key="run").set_value("newer").run()
+    assert not app.exception
+    assert "cannot be opened as a run" in text(app)
+
+
 def test_bad_files_are_listed_and_the_rest_is_shown(open_app, damaged_run: Path) -> None:
     app = open_app(damaged_run)
     assert not app.exception

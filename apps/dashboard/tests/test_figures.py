@@ -35,7 +35,7 @@ def test_heatmap_shows_ages_and_leaves_absent_cells_to_the_neutral_colour(
 
 def test_heatmap_hover_names_weights_age_and_score(small_layer: LayerSnapshot) -> None:
     blocks = heatmaps(figures.topology_heatmap(small_layer, INFO))[-1]
-    assert blocks.customdata[1, 2].tolist() == [16, 32, 32, 48, 10, 2]
+    assert blocks.customdata[1, 2].tolist() == [10, 2, 16, 32, 32, 48]
     for part in ("row %{y", "column %{x", "weight[", "age", "score"):
         assert part in blocks.hovertemplate
 
@@ -81,8 +81,18 @@ def test_large_grids_are_aggregated() -> None:
     blocks = heatmaps(fig)[-1]
     assert blocks.z.shape == (344, 320)
     assert set(np.unique(blocks.z[~np.isnan(blocks.z)])) == {7}
-    assert blocks.customdata[-1, -1, :4].tolist() == [1029 * 16, 1030 * 16, 638 * 16, 640 * 16]
+    assert "weight[16*%{y:d} + 0:48, 16*%{x:d} + 0:32]" in blocks.hovertemplate
+    assert (blocks.dy, blocks.dx) == (3, 2)
     assert "one cell sums up 3 × 2 blocks" in fig.layout.title.text  # noqa: RUF001
+
+
+def test_the_last_tile_ends_with_the_weight(small_layer: LayerSnapshot) -> None:
+    fig = figures.topology_heatmap(small_layer, INFO, max_cells_per_side=2)
+    blocks = heatmaps(fig)[-1]
+    assert blocks.z.shape == (2, 2)
+    assert blocks.customdata[1, 1, 2:].tolist() == [32, 48, 32, 64]
+    assert blocks.customdata[0, 0, 0] == pytest.approx(15)  # the mean of 30 and 0
+    assert "mean age" in blocks.hovertemplate
 
 
 def test_unknown_choices_are_refused(small_layer: LayerSnapshot) -> None:

@@ -53,5 +53,5 @@ def test_metrics_start_anew_when_history_changed() -> None:
 
 def test_series_of_nothing_have_usable_ranges() -> None:
     series = LayerSeries.from_rows([], [], sampled=False)
-    assert series.age_limit == 1.0
+    assert series.age_limit == 10.0
     assert series.score_range == (0.0, 1.0)

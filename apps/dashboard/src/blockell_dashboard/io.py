@@ -21,6 +21,7 @@ from blockell_format.snapshots import (
     LayerSnapshot,
     Problem,
     Run,
+    RunError,
     SnapshotError,
     discover_runs,
     open_run,
@@ -36,7 +37,7 @@ from .series import (
     summarise,
 )
 
-__all__ = ["LoadedRun", "RunChoice", "find_runs", "load_run"]
+__all__ = ["LoadedRun", "RunChoice", "find_runs", "load_run", "opens"]
 
 MAX_SERIES_STEPS = 1000
 """Snapshots read for a layer's series; longer runs are sampled evenly."""
@@ -234,3 +235,12 @@ def load_run(path: Path) -> LoadedRun:
         if path not in _loaded:
             _loaded[path] = LoadedRun(path)
         return _loaded[path]
+
+
+def opens(path: Path) -> bool:
+    """Whether `load_run` takes it."""
+    try:
+        load_run(path)
+    except RunError:
+        return False
+    return True

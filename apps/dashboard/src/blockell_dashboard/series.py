@@ -17,6 +17,7 @@ from . import stats
 __all__ = ["LayerSeries", "MetricLog", "SwapHistory", "monotone_levels", "summarise"]
 
 Row = tuple[float, ...]
+_SHORTEST_AGE_AXIS = 10.0
 SUMMARY_FIELDS = ("col_indices", "block_age_steps", "block_score")
 
 
@@ -60,7 +61,7 @@ class LayerSeries:
     def age_limit(self) -> float:
         """End of an age axis that fits every step."""
         finite = self.max_age[np.isfinite(self.max_age)]
-        return stats.nice_ceiling(float(finite.max(initial=1.0)))
+        return stats.nice_ceiling(float(finite.max(initial=_SHORTEST_AGE_AXIS)))
 
     @property
     def score_range(self) -> tuple[float, float]:

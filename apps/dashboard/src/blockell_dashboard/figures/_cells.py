@@ -19,6 +19,9 @@ from ._theme import Palette
 
 __all__ = ["CellGrid", "legend_entry"]
 
+LARGE = 40_000
+"""Above this many cells, a figure carries less per cell, so that browsers stay quick."""
+
 
 class CellGrid:
     """Where the drawn cells lie, in blocks and in weights, and how they are added to a figure."""
@@ -26,24 +29,27 @@ class CellGrid:
     def __init__(self, tiles: stats.Tiles, info: LayerInfo) -> None:
         self.rows, self.columns = tiles.values.shape
         self.row_step, self.column_step = tiles.row_step, tiles.column_step
-        self.many = tiles.aggregated
+        self.aggregated = tiles.aggregated
+        self.large = self.rows * self.columns > LARGE
         self._info = info
 
     def axis_range(self, side: int, step: int) -> list[float]:
         """Ends of an axis that shows `side` blocks in cells of `step` blocks."""
         return [-0.5 * step, (-(-side // step) - 0.5) * step]
 
-    def weight_slices(self) -> NDArray[np.int32]:
-        """[rows, columns, 4]: first and last + 1 weight row, first and last + 1 weight column."""
+    def weight_slices(self) -> list[NDArray[np.float32]]:
+        """Four grids: first and last + 1 weight row, first and last + 1 weight column."""
         B, R, C = self._info.B, self._info.R, self._info.C
-        row_start = np.arange(self.rows) * self.row_step
-        column_start = np.arange(self.columns) * self.column_step
-        slices = np.empty((self.rows, self.columns, 4), dtype=np.int32)
-        slices[..., 0] = row_start[:, None] * B
-        slices[..., 1] = np.minimum(row_start + self.row_step, R)[:, None] * B
-        slices[..., 2] = column_start[None, :] * B
-        slices[..., 3] = np.minimum(column_start + self.column_step, C)[None, :] * B
-        return slices
+        rows = np.arange(self.rows)[:, None] * self.row_step
+        columns = np.arange(self.columns)[None, :] * self.column_step
+        ends = (
+            rows,
+            np.minimum(rows + self.row_step, R),
+            columns,
+            np.minimum(columns + self.column_step, C),
+        )
+        shape = self.rows, self.columns
+        return [np.broadcast_to((end * B).astype(np.float32), shape) for end in ends]
 
     def add_blocks(
         self,
@@ -54,27 +60,20 @@ class CellGrid:
         **heatmap: Any,
     ) -> None:
         """Add the cells that hold a block (z is NaN elsewhere), with age and score on hover."""
-        details = np.concatenate(
-            [self.weight_slices().astype(np.float32), np.stack([age, score], axis=-1)], axis=-1
-        )
-        what = "mean age" if self.many else "age"
+        mean = "mean " if self.aggregated else ""
         hover = (
-            f"{what} <b>%{{customdata[4]:,.0f}}</b> steps<br>score <b>%{{customdata[5]:.4g}}</b>"
+            f"{mean}age <b>%{{customdata[0]:,.0f}}</b> steps<br>"
+            f"{mean}score <b>%{{customdata[1]:.4g}}</b>"
         )
         if "text" in heatmap:
             hover = f"%{{text}}<br>{hover}"
-        self._add(fig, z, details, hover, heatmap)
+        self._add(fig, z, [age, score], hover, heatmap)
 
     def add_plain(self, fig: go.Figure, mask: NDArray[np.bool_], colour: str, label: str) -> None:
         """Add the cells of `mask` in one colour with one label, such as "no block"."""
         z = np.where(mask, np.float32(0), np.float32(np.nan))
-        self._add(
-            fig,
-            z,
-            self.weight_slices(),
-            label,
-            {"colorscale": [[0, colour], [1, colour]], "zmin": 0, "zmax": 1, "showscale": False},
-        )
+        scale = {"colorscale": [[0, colour], [1, colour]], "zmin": 0, "zmax": 1}
+        self._add(fig, z, [], label, {**scale, "showscale": False})
 
     def add_symbols(
         self, fig: go.Figure, mask: NDArray[np.bool_], symbol: str, colour: str, height: int
@@ -102,22 +101,30 @@ class CellGrid:
         self,
         fig: go.Figure,
         z: NDArray[np.float32],
-        customdata: NDArray[Any],
+        details: list[NDArray[np.float32]],
         hover: str,
         heatmap: dict[str, Any],
     ) -> None:
-        start = (
-            "rows from %{y:d}, columns from %{x:d}" if self.many else "row %{y:d}, column %{x:d}"
-        )
+        start = "row %{y:d}, column %{x:d}"
+        if self.aggregated:
+            start = "rows from %{y:d}, columns from %{x:d}"
+        if self.large:  # let the reader multiply: four more numbers per cell would cost seconds
+            B = self._info.B
+            height, width = self.row_step * B, self.column_step * B
+            weights = f"weight[{B}*%{{y:d}} + 0:{height}, {B}*%{{x:d}} + 0:{width}]"
+        else:
+            n = len(details)
+            details = [*details, *self.weight_slices()]
+            rows, columns = (
+                f"%{{customdata[{at}]:d}}:%{{customdata[{at + 1}]:d}}" for at in (n, n + 2)
+            )
+            weights = f"weight[{rows}, {columns}]"
         gap = 1 if max(self.rows, self.columns) <= 100 else 0
         fig.add_trace(
             go.Heatmap(
                 z=z,
-                customdata=customdata,
-                hovertemplate=(
-                    f"{start}<br>{hover}<br>weight[%{{customdata[0]:d}}:%{{customdata[1]:d}}, "
-                    "%{customdata[2]:d}:%{customdata[3]:d}]<extra></extra>"
-                ),
+                customdata=np.stack(details, axis=-1) if details else None,
+                hovertemplate=f"{start}<br>{hover}<br>{weights}<extra></extra>",
                 hoverongaps=False,
                 x0=0,
                 dx=self.column_step,

@@ -89,6 +89,7 @@ def topology_heatmap(
         x_title="block column (input side)",
         y_title="block row (output side)",
         height=height,
+        plot_bgcolor=colours.absent,
         xaxis={"showgrid": False, "range": cells.axis_range(info.C, cells.column_step)},
         yaxis={"showgrid": False, "range": cells.axis_range(info.R, cells.row_step)[::-1]},
     )
@@ -107,7 +108,8 @@ def _draw_values(
 ) -> None:
     present = (changes == stats.KEPT) | (changes == stats.BORN)
     finite = np.isfinite(values)
-    cells.add_plain(fig, ~present & ~finite, colours.absent, "no block")
+    if not cells.large:  # there, absent blocks are the background only, without hover
+        cells.add_plain(fig, ~present & ~finite, colours.absent, "no block")
     if (present & ~finite).any():
         cells.add_plain(fig, present & ~finite, _NOT_FINITE, f"{colour} is not a finite number")
     cells.add_blocks(
@@ -144,7 +146,8 @@ def _draw_changes(
 ) -> None:
     kept, born = changes == stats.KEPT, changes == stats.BORN
     died, absent = changes == stats.DIED, changes == stats.ABSENT
-    cells.add_plain(fig, absent, colours.absent, stats.CHANGE_NAMES[stats.ABSENT])
+    if not cells.large:
+        cells.add_plain(fig, absent, colours.absent, stats.CHANGE_NAMES[stats.ABSENT])
     cells.add_plain(fig, died, colours.second, "<b>died</b> at this decision")
     z = np.full(changes.shape, np.nan, dtype=np.float32)
     z[kept], z[born] = 0, 1
@@ -175,6 +178,6 @@ def _subtitle(layer: Any, info: LayerInfo, cells: CellGrid) -> str:
     text = f"{info.R} × {info.C} blocks of {info.B} × {info.B}, {live} per row"  # noqa: RUF001
     if info.C:
         text += f" ({live / info.C:.0%} dense)"
-    if cells.many:
+    if cells.aggregated:
         text += f"; one cell sums up {cells.row_step} × {cells.column_step} blocks"  # noqa: RUF001
     return text

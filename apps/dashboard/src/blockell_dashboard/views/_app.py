@@ -8,10 +8,10 @@ import streamlit as st
 
 from blockell_format.snapshots import Problem, RunError
 
-from ..io import LoadedRun, RunChoice, find_runs, load_run
+from ..io import LoadedRun, RunChoice, find_runs, load_run, opens
 from ._empty import explain_no_run, explain_unreadable
 from ._history import show_history
-from ._live import watch_for_runs
+from ._live import redraw_when
 from ._overview import show_overview, show_problems
 from ._sidebar import choose_layer, choose_run, show_about, show_config, show_live_switch
 from ._state import publish
@@ -37,7 +37,7 @@ def show_app(directories: Sequence[str]) -> None:
     choices, problems = find_runs(directories)
     if not choices:
         explain_no_run(directories, problems)
-        watch_for_runs(directories)
+        redraw_when(lambda: bool(find_runs(directories)[0]))
         return
     with st.sidebar:
         choice = choose_run(choices)
@@ -45,7 +45,7 @@ def show_app(directories: Sequence[str]) -> None:
         loaded = load_run(choice.path)
     except RunError as error:
         explain_unreadable(choice, str(error))
-        watch_for_runs(directories, known=len(choices))
+        redraw_when(lambda: find_runs(directories)[0] != choices or opens(choice.path))
     else:
         loaded.refresh()
         _show_run(choice, loaded, directories, problems)

@@ -1,24 +1,22 @@
-"""Fragments that look for new data every few seconds and redraw the page only if there is some."""
+"""A fragment that waits for something to happen on disk, and then redraws the page."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 
 import streamlit as st
 
-from ..io import find_runs
-
-__all__ = ["watch_for_runs"]
+__all__ = ["redraw_when"]
 
 _INTERVAL_S = 3.0
 
 
-def watch_for_runs(directories: Sequence[str], known: int = 0) -> None:
-    """Redraw the page once another number of runs is there, or after a bad one changed."""
+def redraw_when(ready: Callable[[], bool]) -> None:
+    """Ask `ready` every few seconds; redraw the page once it says yes."""
 
     @st.fragment(run_every=_INTERVAL_S)
     def look() -> None:
-        if len(find_runs(directories)[0]) != known:
+        if ready():
             st.rerun()
 
     look()

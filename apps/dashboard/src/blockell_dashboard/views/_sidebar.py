@@ -8,7 +8,7 @@ import streamlit as st
 
 from blockell_format.snapshots import LayerInfo, Run
 
-from ..io import RunChoice
+from ..io import RunChoice, opens
 from ..layers import layer_label, layer_order
 from ._state import choose
 
@@ -28,10 +28,14 @@ drops weak blocks and lets others be born in their place.
 
 
 def choose_run(choices: Sequence[RunChoice]) -> RunChoice:
-    """Pick a run; the newest by default."""
+    """Pick a run; by default the newest that can be opened."""
     by_label = {choice.label: choice for choice in choices}
     labels = list(by_label)
-    choose("run", labels, labels[0])
+    if st.session_state.get("run", st.query_params.get("run")) in by_label:
+        choose("run", labels, labels[0])
+    else:
+        good = (choice.label for choice in choices if opens(choice.path))
+        choose("run", labels, next(good, labels[0]))
     label = st.selectbox("Run", labels, key="run", help="Newest first")
     return by_label[label]
 

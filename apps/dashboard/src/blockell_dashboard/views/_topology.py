@@ -66,7 +66,7 @@ def _controls(steps: list[int]) -> tuple[int, figures.Colour]:
         )
         if len(steps) > 1:
             st.select_slider(
-                f"Step (decision {position + 1:,} of {len(steps):,})",
+                f"Step (snapshot {position + 1:,} of {len(steps):,})",
                 steps,
                 format_func=lambda value: f"{value:,}",
                 key="step",
