@@ -76,7 +76,8 @@ def topology_heatmap(
 
     fig = go.Figure()
     if colour == "change":
-        _draw_changes(fig, cells, changes.values, age, score, colours, height)
+        counts = np.bincount(change_grid.ravel(), minlength=len(stats.CHANGE_NAMES))
+        _draw_changes(fig, cells, changes.values, counts, age, score, colours, height)
     else:
         values, grid = (age, age_grid) if colour == "age" else (score, score_grid)
         ends = value_range or _own_range(colour, grid)
@@ -139,6 +140,7 @@ def _draw_changes(
     fig: go.Figure,
     cells: CellGrid,
     changes: NDArray[np.uint8],
+    counts: NDArray[np.int64],
     age: NDArray[np.float32],
     score: NDArray[np.float32],
     colours: Palette,
@@ -160,8 +162,8 @@ def _draw_changes(
     if drawable and int((born | died).sum()) <= _MAX_SYMBOLS:
         cells.add_symbols(fig, born, "cross-thin", colours.background, height)
         cells.add_symbols(fig, died, "x-thin", colours.background, height)
-    legend_entry(fig, f"born ({int(born.sum()):,})", "square-cross", colours.first, colours)
-    legend_entry(fig, f"died ({int(died.sum()):,})", "square-x", colours.second, colours)
+    legend_entry(fig, f"born ({counts[stats.BORN]:,})", "square-cross", colours.first, colours)
+    legend_entry(fig, f"died ({counts[stats.DIED]:,})", "square-x", colours.second, colours)
     legend_entry(fig, "kept", "square", colours.kept, colours)
     legend_entry(fig, "no block", "square", colours.absent, colours)
 
