@@ -61,6 +61,8 @@ class TitanMACConfig:
     """Block rows that share their columns; "auto" lets the layer choose."""
     block_sparse_candidate_score: str = "gradient"
     """How absent blocks are scored: "gradient" (exact norms) or "outer" (calibrated proxy)."""
+    block_sparse_swap_threshold: float = 1.5
+    """An absent block replaces a present one if its score exceeds this multiple; at least 1."""
 
     def __post_init__(self) -> None:
         self._check_shape()
@@ -213,6 +215,13 @@ class TitanMACConfig:
             raise ValueError(
                 f"block_sparse_candidate_score (={self.block_sparse_candidate_score!r}) must be "
                 f"one of {', '.join(CANDIDATE_SCORES)}."
+            )
+        threshold = self.block_sparse_swap_threshold
+        _check_float("block_sparse_swap_threshold", threshold)
+        if threshold < 1.0:
+            raise ValueError(
+                f"block_sparse_swap_threshold (={threshold}) must be at least 1; below it, blocks "
+                "would be replaced by worse ones."
             )
         group = self.block_sparse_row_group
         if group != "auto":

@@ -30,7 +30,10 @@ def make_linear(
         tile_size=config.block_sparse_tile_size,
         density=config.density_of(layer),
         row_group=config.block_sparse_row_group,
-        scoring=ScoringConfig(candidate_score=config.block_sparse_candidate_score),
+        scoring=ScoringConfig(
+            candidate_score=config.block_sparse_candidate_score,
+            swap_threshold=config.block_sparse_swap_threshold,
+        ),
         generator=generator,
     )
 

@@ -189,5 +189,7 @@ def create_titanmac_model(
         with torch.device("meta"):
             model = TitanMAC(config)
     else:
-        model = TitanMAC(config, generator=torch.Generator().manual_seed(seed))
+        # torch's modules draw default weights first; global randomness shall not notice
+        with torch.random.fork_rng(devices=[]):
+            model = TitanMAC(config, generator=torch.Generator().manual_seed(seed))
     return model.to(device=device, dtype=dtype)

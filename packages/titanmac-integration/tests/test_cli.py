@@ -1,0 +1,165 @@
+"""The command line, as a user calls it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+
+from blockell_format.snapshots import open_run
+from titanmac_integration import TitanMACConfig, TrainingConfig, load_checkpoint
+from titanmac_integration._cli.flags import field_docs
+from titanmac_integration.cli import build_parser, main
+
+SMALL = [
+    *("--d-model", "32", "--n-heads", "4", "--d-ff", "64", "--block-sparse-tile-size", "8"),
+    *("--batch-size", "4", "--seq-len", "16", "--level-periods", "1,2,4", "--device", "cpu"),
+    *("--eval-every", "0", "--quiet"),
+]
+
+
+def test_continual_writes_a_run_and_prints_tables(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert main(["continual", "--out", str(out), "--steps", "8", "12", *SMALL]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    for words in (
+        "block-sparse  arithmetic",
+        "dense         arithmetic",
+        "bits per byte",
+        "relative forgetting",
+        "swap rate min / mean / max",
+        "column entropy",
+        "below 95%: train it longer",
+        "no promise is made",
+        f"blockell-dashboard {out}",
+    ):
+        assert words in captured.out
+    results = json.loads((out / "results.json").read_text())["results"]
+    assert [result["model"] for result in results] == ["block-sparse", "dense"]
+    assert results[0]["tasks"] == ["arithmetic", "prose"]
+    assert [phase["steps"] for phase in results[1]["phases"]] == [8, 12]
+    assert len(results[0]["swap_rates"]) == 5
+    run = open_run(out)
+    assert run.problems == []
+    assert run.steps == [0, 4, 8, 12, 16, 20]
+    assert run.config["command"] == "continual"
+    assert open_run(out / "dense").layers == {}
+    assert load_checkpoint(out).block_sparse_layers
+    assert not load_checkpoint(out / "dense").block_sparse_layers
+
+
+def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = ["--tasks", "arithmetic", "prose", "--steps", "6", *SMALL, "--no-tie-weights"]
+    assert main(["train", "--out", str(out), *flags]) == 0
+    assert "untrained  trained" in capsys.readouterr().out
+    measures = json.loads((out / "results.json").read_text())["measures"]
+    assert set(measures) == {"eval/arithmetic/exact_match", "eval/prose/bits_per_byte"}
+    assert main(["eval", str(out), "--tasks", "prose", "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{measures['eval/prose/bits_per_byte']:.2f}" in shown
+
+
+def test_dense_makes_a_dense_run_without_comparison(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--tasks", "prose", "--steps", "2", "--dense", *SMALL]
+    assert main(["continual", "--out", str(out), *flags]) == 0
+    shown = capsys.readouterr().out
+    assert "dashboard" not in shown
+    assert "no promise" not in shown
+    assert not (out / "dense").exists()
+
+
+def test_flags_reach_the_configuration(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = [
+        *("--n-layers", "3", "--block-sparse-layers", "0,2", "--dropout", "0.1"),
+        *("--block-sparse-density", "0:0.25,2:0.75", "--block-sparse-candidate-score", "outer"),
+        *("--block-sparse-components", "mlp,attention", "--block-sparse-row-group", "auto"),
+    ]
+    command = ["train", "--tasks", "prose", "--steps", "1", "--out", str(out), *SMALL]
+    assert main([*command, *flags]) == 0
+    config = load_checkpoint(out).config
+    assert config.block_sparse_layers == (0, 2)
+    assert config.block_sparse_density == {0: 0.25, 2: 0.75}
+    assert config.block_sparse_components == ("mlp", "attention")
+    assert config.block_sparse_row_group == "auto"
+    assert config.dropout == 0.1
+    assert main([*command, "--force", "--block-sparse-layers", "all"]) == 0
+    assert load_checkpoint(out).config.block_sparse_layers is None
+
+
+def test_every_field_is_a_flag_with_help() -> None:
+    text = build_parser()._subparsers._group_actions[0].choices["train"].format_help()
+    for cls in (TitanMACConfig, TrainingConfig):
+        docs = field_docs(cls)
+        for field in dataclasses.fields(cls):
+            assert "--" + field.name.replace("_", "-") in text
+            assert docs[field.name].split()[0] in text
+
+
+def test_an_existing_run_is_not_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--tasks", "prose", "--steps", "4", "--out", str(out), *SMALL]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    (out / "notes.txt").write_text("mine")
+    capsys.readouterr()
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert f"--out (={out}) already holds a run; choose another directory, or pass --force" in error
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert main([*command, "--lr", "-1", "--force"]) == 1, "checked before anything is deleted"
+    assert main([*command, "--seq-len", "999", "--force"]) == 1
+    assert all(path.read_bytes() == content for path, content in before.items())
+    assert main([*command, "--steps", "8", "--force"]) == 0
+    assert open_run(out).steps == [0, 4, 8]
+    assert (out / "notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--d-model", "33"], r"d_model (=33) must be a multiple of 2 * n_heads (=8)"),
+        (["--lr", "0"], "lr (=0.0) must be a number above 0"),
+        (["--steps", "1", "2", "3"], "must be one positive number per task (2), or one for all"),
+        (["--steps", "0"], "--steps (=0 0) must be one positive number"),
+        (["--device", "abacus"], "--device (=abacus) cannot be used"),
+        (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),
+        (["--level-periods", "1,2"], "level_periods (=(1, 2)) must be three integers"),
+    ],
+)
+def test_bad_flags_make_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
+) -> None:
+    out = tmp_path / "run"
+    assert main(["continual", "--out", str(out), *SMALL, *flags]) == 1
+    assert message in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_out_may_not_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "file"
+    path.write_text("mine")
+    assert main(["train", "--out", str(path), "--steps", "1", *SMALL]) == 1
+    assert "must be a directory, but is a file" in capsys.readouterr().err
+    assert path.read_text() == "mine"
+
+
+def test_eval_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(tmp_path)]) == 1
+    assert "must hold a checkpoint" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["train"], ["continual", "--out", "x", "--tasks", "x"]])
+def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    assert stopped.value.code == 2
