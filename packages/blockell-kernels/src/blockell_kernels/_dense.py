@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Backend, Pattern
-from blockell_kernels._stats import norms_sq_of_rows, rows_per_chunk
+from blockell_kernels._gpu import gpu_blocks
+from blockell_kernels._stats import block_grad_norms_sq, norms_sq_of_rows, rows_per_chunk
 
 
 def _check_columns(pattern: Pattern) -> None:
@@ -35,6 +36,8 @@ def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
 
     Whole tiles are placed first and reordered second: twice as fast as placing B-wide lines.
     """
+    if kernels := gpu_blocks(values, pattern.B):
+        return kernels.to_dense(values, pattern)
     _check_columns(pattern)
     R, C, B, K = pattern.R, pattern.C, pattern.B, pattern.num_live
     first = torch.arange(0, R * C, C, device=values.device)
@@ -65,6 +68,8 @@ class DenseBackend(Backend):
         return dy @ to_dense(values, pattern)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        if kernels := gpu_blocks(x, pattern.B):
+            return kernels.from_dense(dy.T @ x, pattern)
         _check_columns(pattern)
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
         return with_spare_slots(blocks, pattern)
@@ -72,6 +77,8 @@ class DenseBackend(Backend):
 
 def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:
     """dv [R, slots, B, B] and squared norms [R, C], from a few block rows of dy^T x at a time."""
+    if gpu_blocks(x, pattern.B):
+        return BACKEND.grad_values(dy, x, pattern), block_grad_norms_sq(dy, x, pattern.B)
     _check_columns(pattern)
     B, R = pattern.B, pattern.R
     blocks, norms = [], []

@@ -20,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from blockell_kernels._gpu import gpu_blocks
+
 Sample = Literal["none", "norms", "gradient"]
 SAMPLES: tuple[Sample, ...] = ("none", "norms", "gradient")
 
@@ -43,6 +45,8 @@ def wide(t: Tensor) -> Tensor:
 
 def block_sums_sq(t: Tensor, B: int) -> Tensor:
     """[M]: sum over tokens of |t_m|^2 per block, for t [N, M*B]."""
+    if (kernels := gpu_blocks(t, B)) and t.dtype != torch.float64:
+        return kernels.block_sums_sq(t, B)
     budget = SUM_ELEMENTS_CPU if t.device.type == "cpu" else SUM_ELEMENTS
     total = wide(t[:0]).sum(0)
     for chunk in t.split(max(1, budget // max(1, t.shape[1]))):
@@ -63,6 +67,8 @@ def rows_per_chunk(R: int, C: int, B: int) -> int:
 
 def block_grad_norms_sq(dy: Tensor, x: Tensor, B: int) -> Tensor:
     """[R, C]: ||dy_r^T x_c||_F^2 for all blocks; dy [N, R*B], x [N, C*B], in float32 or float64."""
+    if (kernels := gpu_blocks(x, B)) and x.dtype != torch.float64:
+        return kernels.block_norms_sq(dy, x, B)
     R, C = dy.shape[1] // B, x.shape[1] // B
     dy, x = wide(dy), wide(x)
     step = rows_per_chunk(R, C, B)

@@ -40,8 +40,9 @@ def version_of(distribution: str) -> str | None:
 def diagnostics() -> list[tuple[str, str]]:
     """Label and value of everything that `python -m blockell_kernels.env` prints."""
     facts = [("python", platform.python_version()), ("platform", platform.platform())]
-    for name in ("blockell-kernels", "blockell-format", "torch", "triton", "numpy"):
+    for name in ("blockell-kernels", "blockell-format", "triton", "numpy"):
         facts.append((name, version_of(name) or "not installed"))
+    facts.append(("torch", torch.__version__))
     facts.append(("cpu", cpu_name()))
     facts.append(("cpu capability", torch.backends.cpu.get_cpu_capability()))
     facts.append(("cpu threads", str(torch.get_num_threads())))

@@ -1,0 +1,126 @@
+"""`python -m blockell_kernels.env` and `python -m blockell_kernels.bench`."""
+
+import csv
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from blockell_kernels import _backends, bench, env
+from blockell_kernels._bench import _contenders, _report, _timing
+from blockell_kernels._bench._cases import BenchCase, make_operands
+
+CASE = BenchCase(
+    tokens=70, in_features=64, out_features=96, tile=16, row_group=3, density=0.5, mode="training"
+)
+
+
+def test_env_names_versions_devices_and_why_a_backend_is_out(monkeypatch, capsys):
+    reason = "no CUDA device is visible to torch"
+    monkeypatch.setattr(env, "unavailable", lambda name: reason if name == "triton" else None)
+    monkeypatch.setenv("BLOCKELL_BACKEND", "dense")
+    env.main()
+    printed = capsys.readouterr().out
+    facts = dict(line.split("  ", 1) for line in printed.splitlines())
+    facts = {label.strip(): value.strip() for label, value in facts.items()}
+    assert facts["torch"] == torch.__version__
+    assert facts["backend triton"] == f"no: {reason}"
+    assert facts["backend gathered"] == "available"
+    assert facts["BLOCKELL_BACKEND"] == "dense"
+    assert {"python", "triton", "cpu", "cuda built for", "backend dense"} <= set(facts)
+
+
+def test_env_says_when_a_package_is_missing():
+    assert env.version_of("surely-not-installed-anywhere") is None
+
+
+def test_env_runs_as_a_module():
+    done = subprocess.run(
+        [sys.executable, "-m", "blockell_kernels.env"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "backend auto" in done.stdout
+
+
+def test_bench_quick_writes_a_table_and_csv(tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- bench:cpu -->\nold\n<!-- /bench:cpu -->\nafter\n")
+    bench.main(["--quick", "--csv", str(tmp_path / "rows.csv"), "--update", str(page)])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {"nn.Linear", "masked dense", "ours (auto)"} <= {row["contender"] for row in rows}
+    for row in rows:
+        assert 0 < float(row["p20_ms"]) <= float(row["p50_ms"]) <= float(row["p80_ms"])
+        assert row["torch"] == torch.__version__
+        assert row["device"] == env.cpu_name()
+        assert row["date"]
+        assert row["commit"]
+        assert row["dtype"] == "float32"
+    text = page.read_text()
+    assert text.startswith("before\n<!-- bench:cpu -->\n")
+    assert text.endswith("<!-- /bench:cpu -->\nafter\n")
+    assert "old" not in text
+    assert "| 256 | 128 -> 256 | 16 | 8 | 50% | training | **1.00x**" in text
+    assert text.split("bench:cpu -->\n")[1].splitlines()[0] in capsys.readouterr().out
+
+
+def test_bench_leaves_out_what_cannot_be_built(capsys):
+    options = bench.parse(["--shapes", "8x64x96", "--layouts", "16x1", "64x1", "16x4"])
+    layouts = {(case.tile, case.row_group) for case in bench.cases(options)}
+    assert layouts == {(16, 1)}
+    printed = capsys.readouterr().err
+    assert "left out: 8x64x96 64x1: out_features is no multiple of the tile" in printed
+    assert "16x4: the row group does not divide the block rows" in printed
+
+
+def test_update_needs_its_markers(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing here")
+    with pytest.raises(ValueError, match="must hold the lines <!-- bench:cpu -->"):
+        _report.update_section(page, "cpu", "text")
+    assert page.read_text() == "nothing here"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_gate_passes_what_is_right(dtype):
+    case = BenchCase(**{**CASE.__dict__, "dtype": dtype})
+    operands = make_operands(case)
+    for backend in ("auto", "gathered", "dense"):
+        assert _contenders.gate(case, operands, backend) is None
+
+
+@pytest.mark.parametrize(
+    ("method", "name"), [("forward", "y"), ("grad_input", "dx"), ("grad_values", "dvalues")]
+)
+@pytest.mark.parametrize("fault", [float("nan"), 1.0])
+def test_the_gate_stops_what_is_wrong(monkeypatch, method, name, fault):
+    backend = _backends.get_backend("dense")
+    right = getattr(backend, method)
+
+    def wrong(*args):
+        result = right(*args)
+        result.view(-1)[-1] += fault * 10
+        return result
+
+    monkeypatch.setattr(backend, method, wrong)
+    message = _contenders.gate(CASE, make_operands(CASE), "dense")
+    assert message.startswith(f"{name} is off by")
+    options = bench.parse(["--quick", "--backends", "dense"])
+    with pytest.raises(SystemExit, match="wrong result, nothing timed"):
+        bench.measure(CASE, options)
+
+
+def test_steps_take_turns_until_their_budget_is_used_up():
+    turns = []
+
+    class Clock:
+        def time_ms(self, step):
+            step()
+            return 1000.0 if turns[-1] == "slow" else 1.0
+
+    steps = {name: lambda name=name: turns.append(name) for name in ("fast", "slow")}
+    times = _timing.time_all(steps, Clock(), rounds=6, budget_s=2.0)
+    assert turns == ["fast", "slow"] + ["fast", "slow"] * 3 + ["fast"] * 3
+    assert times["fast"] == (1.0, 1.0, 1.0)
+    assert times["slow"].p50_ms == 1000.0
