@@ -23,6 +23,7 @@ _STYLE = """\
 body { font-family: "Source Sans 3", "Segoe UI", Helvetica, Arial, sans-serif; margin: 0 auto;
   max-width: 1180px; padding: 24px; background: %(background)s; color: %(text)s; }
 h1 { font-size: 26px; } h2 { font-size: 20px; margin-top: 40px; }
+.plotly-graph-div { margin: 12px 0 28px; }
 p, td, th { color: %(muted)s; text-align: left; font-size: 14px; } td { padding: 2px 16px 2px 0; }
 """
 
@@ -101,6 +102,7 @@ def _chosen_step(loaded: LoadedRun, step: int | None) -> int:
 def _head(loaded: LoadedRun, theme: Theme) -> str:
     colours = figures.palette(theme)
     history, run = loaded.history(), loaded.run
+    processes = "process" if run.world_size == 1 else "processes"
     title = html.escape(loaded.path.resolve().name)
     style = _STYLE % {
         "background": colours.background,
@@ -112,7 +114,7 @@ def _head(loaded: LoadedRun, theme: Theme) -> str:
         f"<style>{style}</style></head><body><h1>{title}</h1>"
         f"<p>Run {html.escape(run.run_id)}: {len(run.layers):,} layers, "
         f"{len(history.steps):,} snapshots from step {history.steps[0]:,} to "
-        f"{history.steps[-1]:,}, {run.world_size:,} processes. "
+        f"{history.steps[-1]:,}, {run.world_size:,} {processes}. "
         f"Written by blockell-dashboard {__version__}.</p>"
     )
 

@@ -7,9 +7,9 @@ import re
 __all__ = ["DEMO_COMMANDS", "duration", "escape"]
 
 DEMO_COMMANDS = """\
-nox -s demo                          # in a checkout: trains a small model in minutes
-titanmac continual                   # the same, where titanmac-integration is installed
-blockell-dashboard example runs/try  # a made-up run: at once, no torch needed"""
+nox -s demo                             # in a checkout: trains a small model in minutes
+titanmac continual --out runs/demo      # the same, where titanmac-integration is installed
+blockell-dashboard example runs/try     # a made-up run: at once, no torch needed"""
 
 
 def escape(text: str) -> str:
