@@ -1,0 +1,194 @@
+"""The grid of GPU figures: ours against dense cuBLAS and torch's BSR, every cell, wins and losses.
+
+    python grid_gpu.py --out results/h200.csv
+
+A gate comes first: every product is compared with the dense one before it is timed. Times are
+those of CUDA graph replays with a cold L2, random data, medians with the 20th and 80th percentile,
+dense in the same run. `auto_us` is what the dispatcher takes: the sparse kernel, or the dense
+product with the weight scattered at every call ("fallback"). "layer" is the three products of a
+training step together.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import datetime
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import triton
+from triton.testing import do_bench
+from tune_gpu import SHAPES, Problem, median_ms, relative_error
+
+from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
+
+FEW = [(n, i, o) for n in (1, 32, 512) for i, o in ((640, 2560), (2560, 640), (4096, 14336))]
+MEDIUM = [(2048, 640, 2560), (2048, 2560, 640), (4096, 1024, 1024), (16384, 1536, 6144)]
+STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
+TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
+FACTS = ["direction", "N", "in", "out", "B", "row_group", "density", "K", "dtype", "chosen"]
+TIMES = ["auto_us", "auto_p20_us", "auto_p80_us", "sparse_us", "fallback_us", "bsr_us"]
+DENSE = ["dense_us", "dense_p20_us", "dense_p80_us"]
+FIELDS = [*FACTS, *TIMES, *DENSE, "speedup", "sparse_tflops", "error"]
+
+
+def microseconds(function, rep_ms: int) -> list[float]:
+    """[median, 20th, 80th percentile] of a graph replay."""
+    return [ms * 1e3 for ms in median_ms(function, 2, rep_ms, (0.5, 0.2, 0.8))]
+
+
+def products(problem: Problem, backend_of: dict[str, str]):
+    """The three products by the named backends, as functions."""
+    p = problem
+    b = {direction: get_backend(name) for direction, name in backend_of.items()}
+    return {
+        "forward": lambda: b["forward"].forward(p.x, p.values, None, p.pattern),
+        "grad_input": lambda: b["grad_input"].grad_input(p.dy, p.values, p.pattern),
+        "grad_values": lambda: b["grad_values"].grad_values(p.dy, p.x, p.pattern),
+    }
+
+
+def all_of(functions):
+    return lambda: [function() for function in functions.values()]
+
+
+def choices(problem: Problem) -> dict[str, str]:
+    p, x = problem.pattern, problem.x
+    sizes = (x.shape[0], p.R, p.C, p.num_live, p.B, p.row_group)
+    return {d: select(Case(d, x.device, x.dtype, *sizes)).backend for d in DIRECTIONS}
+
+
+def measure(problem: Problem, rep_ms: int, bsr: bool):
+    """Rows of one problem: the three products and the layer."""
+    chosen = choices(problem)
+    sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))
+    fallback = products(problem, dict.fromkeys(DIRECTIONS, "dense"))
+    dense = {d: problem.dense_product(d) for d in DIRECTIONS}
+    p, x = problem.pattern, problem.x
+    flops = 2 * x.shape[0] * p.R * p.num_live * p.B**2
+    totals: dict[str, float] = {}
+    for direction in DIRECTIONS:
+        error = relative_error(sparse[direction](), problem.reference(direction))
+        tf32 = torch.backends.cuda.matmul.allow_tf32
+        limit = TOLERANCE["tf32" if tf32 else problem.facts["dtype"]]
+        assert error < limit, f"gate: {problem.facts} {direction}: error {error}"
+        dense_us = microseconds(dense[direction], 2 * rep_ms)
+        sparse_us = microseconds(sparse[direction], rep_ms)
+        fallback_us = microseconds(fallback[direction], rep_ms)
+        auto_us = sparse_us if chosen[direction] == "triton" else fallback_us
+        bsr_us = bsr_forward(problem, rep_ms) if bsr and direction == "forward" else None
+        for key, value in (("auto", auto_us), ("dense", dense_us), ("sparse", sparse_us)):
+            totals[key] = totals.get(key, 0.0) + value[0]
+        yield row(
+            problem, direction, chosen[direction], auto_us, sparse_us, fallback_us, dense_us
+        ) | {"sparse_tflops": flops / sparse_us[0] / 1e6, "bsr_us": bsr_us, "error": error}
+    auto = microseconds(all_of(products(problem, chosen)), rep_ms)
+    whole = microseconds(all_of(dense), rep_ms)
+    names = "/".join(chosen.values())
+    yield row(problem, "layer", names, auto, [totals["sparse"]], [None], whole)
+
+
+def row(problem, direction, chosen, auto, sparse, fallback, dense) -> dict[str, object]:
+    facts = problem.facts | {"row_group": problem.facts["G"], "K": problem.pattern.num_live}
+    if torch.backends.cuda.matmul.allow_tf32:
+        facts["dtype"] = "tf32"
+    facts["density"] = problem.pattern.num_live / problem.pattern.C
+    facts |= {"direction": direction, "chosen": chosen, "sparse_us": sparse[0]}
+    facts |= {"auto_us": auto[0], "auto_p20_us": auto[1], "auto_p80_us": auto[2]}
+    facts |= {"dense_us": dense[0], "dense_p20_us": dense[1], "dense_p80_us": dense[2]}
+    return facts | {"fallback_us": fallback[0], "speedup": dense[0] / auto[0]}
+
+
+def bsr_forward(problem: Problem, rep_ms: int) -> float | None:
+    """torch's own block-sparse product; None where it refuses."""
+    B = problem.pattern.B
+    try:
+        weight = problem.dense.to_sparse_bsr((B, B))
+        ms = do_bench(
+            lambda: torch.nn.functional.linear(problem.x, weight),
+            warmup=5,
+            rep=rep_ms,
+            return_mode="median",
+        )
+    except (RuntimeError, ValueError) as error:
+        print("torch BSR:", problem.facts, str(error)[:80])
+        return None
+    return ms * 1e3
+
+
+def header(commit: str) -> str:
+    device = torch.cuda.get_device_name()
+    today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
+    versions = f"torch {torch.__version__}, triton {triton.__version__}"
+    return f"# {device}, {versions}, commit {commit}, {today}"
+
+
+def problems(quick: bool, dtype: torch.dtype):
+    """Functions that make the problems of the grid."""
+    wide = dtype == torch.float32
+    for shapes, structures, densities in [
+        (SHAPES[:2] if wide else SHAPES, STRUCTURES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
+        (MEDIUM, STRUCTURES, [0.1, 0.25, 0.5, 0.75]),
+        (FEW, STRUCTURES, [0.25, 0.5, 1.0]),
+    ]:
+        for shape in shapes:
+            for B, G in structures:
+                if shape[2] // B % G:
+                    continue
+                seen = set()
+                for density in [0.25, 0.5] if quick else densities:
+                    K = max(1, round(density * (shape[1] // B)))
+                    if K not in seen:
+                        seen.add(K)
+                        yield lambda s=shape, b=(B, G), d=density: Problem(*s, *b, d, dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("grid.csv"))
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--rep-ms", type=int, default=6)
+    parser.add_argument("--jobs", type=int, default=14)
+    parser.add_argument("--quick", action="store_true", help="densities 0.25 and 0.5 only")
+    parser.add_argument("--commit", default="unknown", help="for the header of the file")
+    parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
+    parser.add_argument("--bsr", action="store_true", help="time torch's BSR product too")
+    parser.add_argument("--minutes", type=float, default=60, help="stop after this long")
+    parser.add_argument("--compile-only", help="I/N: run every I-th problem once, to compile")
+    arguments = parser.parse_args()
+    dtype, started = getattr(torch, arguments.dtype), time.time()
+    torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
+    makers = list(problems(arguments.quick, dtype))
+    if arguments.compile_only:
+        shard, shards = map(int, arguments.compile_only.split("/"))
+        for make in makers[shard::shards]:
+            for name in ("triton", "dense"):
+                all_of(products(make(), dict.fromkeys(DIRECTIONS, name)))()
+        return
+    command = [sys.executable, *sys.argv, "--compile-only"]
+    workers = [subprocess.Popen([*command, f"{i}/{arguments.jobs}"]) for i in range(arguments.jobs)]
+    for worker in workers:
+        assert worker.wait() == 0
+    print(f"compiled in {time.time() - started:.0f} s", flush=True)
+    with arguments.out.open("w", newline="") as out:
+        out.write(header(arguments.commit) + "\n")
+        writer = csv.DictWriter(out, FIELDS, extrasaction="ignore")
+        writer.writeheader()
+        for make in makers:
+            for line in measure(make(), arguments.rep_ms, arguments.bsr):
+                rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()}
+                writer.writerow(rounded)
+            out.flush()
+            torch.cuda.empty_cache()
+            if time.time() - started > 60 * arguments.minutes:
+                print("stopped: out of time", flush=True)
+                break
+    print(f"all in {time.time() - started:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main()

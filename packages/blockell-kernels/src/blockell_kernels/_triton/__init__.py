@@ -1,0 +1,76 @@
+"""Block-sparse GPU kernels in Triton, behind the backend seam.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
+from blockell_kernels._gpu import TILE_SIZES
+from blockell_kernels._triton import _blocks, _forward, _grad_input, _grad_values
+from blockell_kernels._triton._device import INTERPRETED
+from blockell_kernels._triton._rule import verdict
+from blockell_kernels._triton._tilings import tiling_for
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+class TritonBackend(Backend):
+    name = "triton"
+
+    def unavailable(self) -> str | None:
+        if INTERPRETED or torch.cuda.is_available():
+            return None
+        return "no CUDA device is visible to torch"
+
+    def unsupported(self, case: Case) -> str | None:
+        if case.device.type != "cuda" and not INTERPRETED:
+            return f"its kernels do not run on device type {case.device.type!r}"
+        if case.B not in TILE_SIZES:
+            return f"tile_size (={case.B}) is not one of {TILE_SIZES}"
+        if case.dtype not in DTYPES:
+            return f"dtype (={case.dtype}) is not float32, float16 or bfloat16"
+        return None
+
+    def verdict(self, case: Case) -> Verdict:
+        return verdict(case)
+
+    def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+        tiling = tiling_for(_case("forward", x, pattern))
+        return _forward.forward(x, values, bias, pattern, tiling)
+
+    def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+        tiling = tiling_for(_case("grad_input", dy, pattern))
+        return _grad_input.grad_input(dy, values, pattern, tiling)
+
+    def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        tiling = tiling_for(_case("grad_values", x, pattern))
+        return _grad_values.grad_values(dy, x, pattern, tiling)
+
+    def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
+        return _blocks.block_norms_sq(dy, x, B)
+
+    def grad_values_and_norms(
+        self, dy: Tensor, x: Tensor, pattern: Pattern
+    ) -> tuple[Tensor, Tensor]:
+        return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+
+
+def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:
+    return Case(
+        direction,
+        operand.device,
+        operand.dtype,
+        operand.shape[0],
+        pattern.R,
+        pattern.C,
+        pattern.num_live,
+        pattern.B,
+        pattern.row_group,
+    )
+
+
+BACKEND = TritonBackend()

@@ -1,0 +1,124 @@
+"""Launches the kernels that move or measure whole blocks.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._backends import Pattern
+from blockell_kernels._triton._block_kernels import (
+    block_norms,
+    gather_blocks,
+    pack_rows,
+    scatter_blocks,
+    square_sums,
+)
+from blockell_kernels._triton._device import dot_precision, num_sms, upcast
+from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
+
+# Elements of a program's output in the kernels that only move data.
+_ELEMENTS = 4096
+
+
+def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
+    """W [R*B, C*B] from values [R, slots, B, B], in one launch."""
+    R, C, B = pattern.R, pattern.C, pattern.B
+    dense = torch.empty(R * B, C * B, dtype=values.dtype, device=values.device)
+    # As few lines per program as it takes to occupy the GPU.
+    LINES = B
+    while LINES > 2 and 2 * num_sms(values.device) > R * B // LINES:
+        LINES //= 2
+    KB = max(1, min(round_up_to_power_of_two(pattern.num_live), _ELEMENTS // (LINES * B)))
+    scatter_blocks[(R, B // LINES)](
+        values,
+        pattern.col_indices,
+        dense,
+        pattern.slots,
+        pattern.num_live,
+        C,
+        B=B,
+        LINES=LINES,
+        KB=KB,
+        ZEROS=min(_ELEMENTS, round_up_to_power_of_two(LINES * C * B)),
+        num_warps=4,
+    )
+    return dense
+
+
+def pack(values: Tensor, pattern: Pattern, multiple: int) -> Tensor:
+    """[R*B, width]: the live blocks of every row side by side, zeros up to a multiple."""
+    R, B, K = pattern.R, pattern.B, pattern.num_live
+    width = ceil_div(K * B, multiple) * multiple
+    packed = torch.empty(R * B, width, dtype=values.dtype, device=values.device)
+    KB = max(1, min(round_up_to_power_of_two(width // B), _ELEMENTS // (B * B)))
+    grid = (R, ceil_div(width, KB * B))
+    pack_rows[grid](values, packed, pattern.slots, K, width, B=B, KB=KB)
+    return packed
+
+
+def from_dense(dense: Tensor, pattern: Pattern) -> Tensor:
+    """The present blocks [R, slots, B, B] of a dense [R*B, C*B]; zeros in the spare slots."""
+    R, B, slots = pattern.R, pattern.B, pattern.slots
+    out = torch.empty(R, slots, B, B, dtype=dense.dtype, device=dense.device)
+    KB = max(1, min(round_up_to_power_of_two(slots), _ELEMENTS // (B * B)))
+    gather_blocks[(R, ceil_div(slots, KB))](
+        dense,
+        pattern.col_indices,
+        out,
+        slots,
+        pattern.num_live,
+        pattern.C,
+        B=B,
+        KB=KB,
+        num_warps=4 if B < 128 else 8,
+    )
+    return out
+
+
+def block_norms_sq(dy: Tensor, x: Tensor, B: int) -> Tensor:
+    """float32 [R, C]: ||dy_r^T x_c||_F^2 of all blocks; the product stays in registers."""
+    R, C = dy.shape[1] // B, x.shape[1] // B
+    out = torch.empty(R, C, dtype=torch.float32, device=x.device)
+    side = 128 if x.element_size() == 2 else 64
+    side = min(side, max(16, round_up_to_power_of_two(min(R, C) * B)))
+    blocks = max(1, side // B)
+    row_tiles = ceil_div(R, blocks)
+    block_norms[(row_tiles * ceil_div(C, blocks),)](
+        dy,
+        x,
+        out,
+        x.shape[0],
+        R,
+        C,
+        row_tiles,
+        dy.stride(0),
+        dy.stride(1),
+        x.stride(0),
+        x.stride(1),
+        B=B,
+        RB=blocks,
+        CB=blocks,
+        BT=64 if x.element_size() == 2 else 32,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=8 if blocks * B >= 128 else 4,
+        num_stages=3,
+    )
+    return out
+
+
+def block_sums_sq(t: Tensor, B: int) -> Tensor:
+    """float32 [M]: sum over tokens of |t_m|^2 per block of t [N, M*B], in one pass."""
+    N, M = t.shape[0], t.shape[1] // B
+    MB = max(1, 128 // B)
+    tiles = ceil_div(M, MB)
+    tokens = ceil_div(ceil_div(N, max(1, 4 * num_sms(t.device) // tiles)), 32) * 32
+    parts = max(1, ceil_div(N, max(tokens, 1)))
+    sums = torch.empty(parts, M, dtype=torch.float32, device=t.device)
+    square_sums[(tiles, parts)](
+        t, sums, N, M, tokens, t.stride(0), t.stride(1), B=B, MB=MB, BT=32, num_warps=4
+    )
+    return sums.sum(0)

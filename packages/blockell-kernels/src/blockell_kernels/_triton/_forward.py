@@ -1,0 +1,163 @@
+"""Launches the forward product.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from blockell_kernels._backends import Pattern
+from blockell_kernels._triton._blocks import pack
+from blockell_kernels._triton._device import describable, dot_precision, num_sms, upcast
+from blockell_kernels._triton._forward_kernels import (
+    forward_descriptors,
+    forward_packed,
+    forward_pointers,
+)
+from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
+
+
+def forward(
+    x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, tiling: Tiling
+) -> Tensor:
+    """y [N, R*B] from x [N, C*B], values [R, slots, B, B], bias [R*B]."""
+    y = torch.empty(x.shape[0], pattern.R * pattern.B, dtype=x.dtype, device=x.device)
+    if y.numel() == 0:
+        return y
+    BN = min(tiling.BN, power_of_two_divisor(pattern.row_group * pattern.B))
+    by_descriptors = (
+        tiling.path == "descriptors"
+        and pattern.B % tiling.BK == 0
+        and BN >= 16
+        and describable(x)
+        and describable(values)
+        and describable(y)
+    )
+    if tiling.path == "packed" and BN >= 16 and describable(y):
+        launch = _by_packing
+    else:
+        launch = _by_descriptors if by_descriptors else _by_pointers
+    launch(x, values, bias, y, pattern, tiling, BN)
+    return y
+
+
+def _by_pointers(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    BN: int,
+) -> None:
+    N, out_features = y.shape
+    live = pattern.num_live * pattern.B
+    grid = (ceil_div(N, tiling.BM) * (out_features // BN),)
+    forward_pointers[grid](
+        x,
+        values,
+        pattern.col_indices,
+        y if bias is None else bias,
+        y,
+        N,
+        pattern.slots,
+        pattern.num_live,
+        out_features,
+        x.stride(0),
+        x.stride(1),
+        B=pattern.B,
+        BM=tiling.BM,
+        BN=max(BN, 16),
+        BN_LIVE=BN,
+        BK=tiling.BK,
+        EVEN_K=live % tiling.BK == 0,
+        GROUP_M=tiling.group_m,
+        HAS_BIAS=bias is not None,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+def _by_descriptors(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    BN: int,
+) -> None:
+    N, out_features = y.shape
+    B, BM, BK = pattern.B, tiling.BM, tiling.BK
+    rows = max(1, BN // B)
+    tiles = ceil_div(N, BM) * (out_features // BN)
+    programs = tiling.persistent * num_sms(x.device)
+    parts = tiling.store_parts if BN >= 32 else 1
+    forward_descriptors[(min(programs, tiles) if programs else tiles,)](
+        TensorDescriptor.from_tensor(x, [BM, BK]),
+        TensorDescriptor.from_tensor(values, [rows, 1, BN // rows, BK]),
+        TensorDescriptor.from_tensor(y, [BM, BN // parts]),
+        pattern.col_indices,
+        y if bias is None else bias,
+        N,
+        pattern.slots,
+        pattern.num_live,
+        out_features,
+        B=B,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        GROUP_M=tiling.group_m,
+        STORE_PARTS=parts,
+        PROGRAMS=programs,
+        HAS_BIAS=bias is not None,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+def _by_packing(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    y: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    BN: int,
+) -> None:
+    N, out_features = y.shape
+    B, BM, BK = pattern.B, tiling.BM, max(tiling.BK, pattern.B)
+    packed = pack(values, pattern, BK)
+    parts = tiling.store_parts if BN >= 32 else 1
+    forward_packed[(ceil_div(N, BM) * (out_features // BN),)](
+        x,
+        TensorDescriptor.from_tensor(packed, [BN, BK]),
+        TensorDescriptor.from_tensor(y, [BM, BN // parts]),
+        pattern.col_indices,
+        y if bias is None else bias,
+        N,
+        pattern.slots,
+        pattern.num_live,
+        out_features,
+        x.stride(0),
+        x.stride(1),
+        B=B,
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        EVEN_K=pattern.num_live * B % BK == 0,
+        GROUP_M=tiling.group_m,
+        STORE_PARTS=parts,
+        HAS_BIAS=bias is not None,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )

@@ -1,0 +1,145 @@
+"""Launches the weight gradient.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from blockell_kernels._backends import Pattern
+from blockell_kernels._triton._device import describable, dot_precision, num_sms, upcast
+from blockell_kernels._triton._grad_values_kernels import (
+    grad_values_descriptors,
+    grad_values_pointers,
+    reduce_parts,
+)
+from blockell_kernels._triton._tiling import (
+    Tiling,
+    ceil_div,
+    power_of_two_divisor,
+    round_up_to_power_of_two,
+)
+
+# Fewer tokens than this per part cost more in partial sums than they gain in parallelism.
+MIN_TOKENS_PER_PART = 256
+
+
+def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tensor:
+    """dv [R, slots, B, B] from dy [N, R*B] and x [N, C*B]; zeros in the spare slots."""
+    N, (R, slots, B, K) = x.shape[0], (pattern.R, pattern.slots, pattern.B, pattern.num_live)
+    out = torch.empty(R, slots, B, B, dtype=x.dtype, device=x.device)
+    if N == 0:
+        return out.zero_()
+    by_descriptors = (
+        tiling.path == "descriptors"
+        and tiling.BN in (B, 2 * B)
+        and B >= 16
+        and describable(dy)
+        and describable(x)
+    )
+    BR = min(tiling.BM, power_of_two_divisor(pattern.row_group * B))
+    NB = min(max(tiling.BN // B, 1), round_up_to_power_of_two(K))  # blocks per program
+    if not by_descriptors:
+        NB = max(NB, 16 // B)
+    row_tiles = R * B // BR
+    tiles = row_tiles * ceil_div(K, NB)
+    tokens_per_part = _tokens_per_part(N, tiles, tiling, x.device)
+    parts = ceil_div(N, tokens_per_part)
+    partial = parts > 1 or slots > K
+    target = x.new_empty(parts, R, K, B, B, dtype=torch.float32) if partial else out
+    launch = _by_descriptors if by_descriptors else _by_pointers
+    launch(dy, x, target, pattern, tiling, (tiles, parts), BR, NB, row_tiles, tokens_per_part)
+    if partial:
+        rounded = round_up_to_power_of_two(parts)
+        block = min(max(4096 // rounded, 256), round_up_to_power_of_two(slots * B * B))
+        grid = (R, ceil_div(slots * B * B, block))
+        reduce_parts[grid](
+            target, out, parts, R * K * B * B, K, slots, BB=B * B, PARTS=rounded, BLOCK=block
+        )
+    return out
+
+
+def _tokens_per_part(N: int, tiles: int, tiling: Tiling, device: torch.device) -> int:
+    """Tokens of one part: as many parts as fill the GPU `waves` times, in whole steps."""
+    parts = max(1, tiling.waves * num_sms(device) // tiles)
+    tokens = max(ceil_div(N, parts), min(MIN_TOKENS_PER_PART, N))
+    return ceil_div(tokens, tiling.BK) * tiling.BK
+
+
+def _by_pointers(
+    dy: Tensor,
+    x: Tensor,
+    target: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    grid: tuple[int, int],
+    BR: int,
+    NB: int,
+    row_tiles: int,
+    tokens_per_part: int,
+) -> None:
+    grad_values_pointers[grid](
+        dy,
+        x,
+        pattern.col_indices,
+        target,
+        x.shape[0],
+        pattern.slots,
+        pattern.num_live,
+        target.shape[-3],
+        pattern.R * target.shape[-3] * pattern.B**2,
+        row_tiles,
+        tokens_per_part,
+        dy.stride(0),
+        dy.stride(1),
+        x.stride(0),
+        x.stride(1),
+        B=pattern.B,
+        BR=max(BR, 16),
+        BR_LIVE=BR,
+        NB=NB,
+        BT=tiling.BK,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+
+
+def _by_descriptors(
+    dy: Tensor,
+    x: Tensor,
+    target: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    grid: tuple[int, int],
+    BR: int,
+    NB: int,
+    row_tiles: int,
+    tokens_per_part: int,
+) -> None:
+    B, BT = pattern.B, tiling.BK
+    grad_values_descriptors[grid](
+        TensorDescriptor.from_tensor(dy, [BT, BR]),
+        TensorDescriptor.from_tensor(x, [BT, B]),
+        pattern.col_indices,
+        target,
+        x.shape[0],
+        pattern.slots,
+        pattern.num_live,
+        target.shape[-3],
+        pattern.R * target.shape[-3] * B**2,
+        row_tiles,
+        tokens_per_part,
+        B=B,
+        BR=BR,
+        NB=NB,
+        BT=BT,
+        PRECISION=dot_precision(x.dtype, x.device),
+        UPCAST=upcast(x),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )

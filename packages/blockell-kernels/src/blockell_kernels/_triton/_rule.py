@@ -1,0 +1,88 @@
+"""When the sparse kernels beat the dense product on a GPU: a measured table, looked up.
+
+Legend: B tile side, N tokens; width: outputs that share a column list (row_group*B).
+
+For every direction, arithmetic, tile and width, `break_even.json` holds the density up to which the
+sparse kernel was faster than scattering the weight and multiplying densely, at each measured
+(N, in, out). A case takes the number of the nearest of them, in octaves. `benchmarks/grid_gpu.py`
+measures, `benchmarks/break_even.py` writes the file.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from functools import cache, lru_cache
+from importlib.resources import files
+from typing import Any, NamedTuple
+
+import torch
+
+from blockell_kernels._backends import Case, Verdict
+from blockell_kernels._triton._device import capability, dot_precision
+
+UNMEASURED_FACTOR = 0.5
+"""Of the break-even density, on GPUs of another generation than the measured one."""
+
+
+class Measured(NamedTuple):
+    """The break-even density at one shape."""
+
+    N: int
+    in_features: int
+    out_features: int
+    density: float
+
+
+@cache
+def table() -> dict[str, Any]:
+    """The shipped measurements: {"device", "rows": {"direction arithmetic BxWidth": [...]}}."""
+    text = files("blockell_kernels._triton").joinpath("break_even.json").read_text("utf-8")
+    return json.loads(text)
+
+
+def arithmetic(case: Case) -> str:
+    """ "half", "float32" or "tf32"."""
+    if case.dtype != torch.float32:
+        return "half"
+    return "tf32" if dot_precision(case.dtype, case.device) == "tf32" else "float32"
+
+
+def nearest(case: Case, kind: str) -> tuple[Measured, int] | None:
+    """The nearest measured shape and its width, among the widest not above the case's."""
+    prefix, width = f"{case.direction} {kind} {case.B}x", case.row_group * case.B
+    widths = [int(key[len(prefix) :]) for key in table()["rows"] if key.startswith(prefix)]
+    fitting = [w for w in widths if w <= width]
+    if not fitting:
+        return None
+    shape = (case.N, case.C * case.B, case.R * case.B)
+
+    def octaves(row: list[float]) -> float:
+        return sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(shape, row[:3], strict=True))
+
+    row = min(table()["rows"][f"{prefix}{max(fitting)}"], key=octaves)
+    return Measured(*row), max(fitting)
+
+
+def verdict(case: Case) -> Verdict:
+    """Whether the sparse kernel beats the dense product on this case, and by which measurement."""
+    return _verdict(case, arithmetic(case))
+
+
+@lru_cache(maxsize=4096)
+def _verdict(case: Case, kind: str) -> Verdict:
+    found = nearest(case, kind)
+    if found is None:
+        return Verdict(False, f"tile {case.B} was not measured for {case.direction} in {kind}")
+    row, width = found
+    limit, factor = row.density, ""
+    if case.device.type == "cuda" and capability(case.device) != (9, 0):
+        limit *= UNMEASURED_FACTOR
+        factor = f" times {UNMEASURED_FACTOR} on a GPU not measured"
+    wins = case.density <= limit
+    return Verdict(
+        wins,
+        f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, the break-even of "
+        f"{case.direction} measured on {table()['device']} at N={row.N}, {row.in_features} -> "
+        f"{row.out_features}, tile {case.B}, {width} outputs sharing columns, {kind}{factor}",
+    )

@@ -1,0 +1,54 @@
+"""How a product is cut into programs.
+
+Legend: B tile side, N tokens.
+
+A tiling is chosen per (direction, element size, outputs that share a column list, class of token
+counts): a new number of tokens inside a class compiles nothing and tunes nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+Path = Literal["pointers", "descriptors", "packed"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tiling:
+    """One way to run a product.
+
+    forward and grad_input own `BM` tokens x `BN` outputs per program and step `BK` deep;
+    grad_values owns `BM` rows of the weight x `BN` columns and steps over `BK` tokens.
+    """
+
+    path: Path = "pointers"
+    """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
+    Hopper): x through pointers, a packed copy of the weight through descriptors."""
+    BM: int
+    BN: int
+    BK: int
+    warps: int = 4
+    stages: int = 3
+    group_m: int = 8
+    """Token tiles that pass over the outputs together, for reuse in L2."""
+    persistent: int = 0
+    """Programs per multiprocessor of a persistent grid; 0: one program per tile."""
+    store_parts: int = 1
+    """Pieces in which the forward epilogue is stored."""
+    waves: int = 1
+    """grad_values: programs per multiprocessor that the tokens are split for."""
+
+
+# Triton's own versions of these go through its compiler's wrappers: 4 us a call.
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def power_of_two_divisor(n: int) -> int:
+    """The largest power of two that divides n."""
+    return n & -n
+
+
+def round_up_to_power_of_two(n: int) -> int:
+    return 1 << (max(n, 1) - 1).bit_length()

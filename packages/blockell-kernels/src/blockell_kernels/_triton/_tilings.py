@@ -1,0 +1,150 @@
+"""Which tiling a product takes: rules read off `benchmarks/tune_gpu.py` on one H200.
+
+Legend: B tile side, N tokens; width: outputs that share a column list (row_group*B, its power of
+two, at most 128); depth: length of the sums.
+
+What decides, roughly. Two programs of 128 x 128 on a multiprocessor overlap one's epilogue with the
+other's loop, and win wherever there are many tiles; with few tiles, one program with more stages
+balances better. Deep sums like 256 tokens per program: fewer bytes from L2 per product. Blocks
+below 32 are too narrow for descriptors: their weight is packed first. Few tokens: whatever launches
+cheaply, and enough programs.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import torch
+
+from blockell_kernels._backends import Case
+from blockell_kernels._triton._device import capability, num_sms
+from blockell_kernels._triton._tiling import (
+    Tiling,
+    ceil_div,
+    power_of_two_divisor,
+    round_up_to_power_of_two,
+)
+
+FEW_TOKENS = 512
+"""Below this many tokens a product is bound by its launch and by the weight's traffic."""
+DEEP = 1024
+
+
+@lru_cache(maxsize=4096)
+def tiling_for(case: Case) -> Tiling:
+    """The tiling of a case. Launchers adapt what the operands do not allow (see `_forward`)."""
+    if case.N < FEW_TOKENS:
+        return _few_tokens(case)
+    if capability(case.device)[0] != 9:
+        return _portable(case)
+    if case.dtype == torch.float32:
+        return _wide_floats(case)
+    rules = {"forward": _forward, "grad_input": _grad_input, "grad_values": _grad_values}
+    return rules[case.direction](case)
+
+
+def _width(case: Case) -> int:
+    return min(128, power_of_two_divisor(case.row_group * case.B))
+
+
+def _few_tokens(case: Case) -> Tiling:
+    BM = min(64, max(16, round_up_to_power_of_two(max(case.N, 1))))
+    BK = 32 if case.dtype == torch.float32 else 64
+    if case.direction == "grad_values":
+        return Tiling(BM=_width(case), BN=128, BK=32, warps=4, stages=3)
+    return Tiling(BM=BM, BN=32, BK=BK, warps=4, stages=4, group_m=1)
+
+
+def _portable(case: Case) -> Tiling:
+    """GPUs without TMA: pointers, and shared memory of 100 KiB (48 before Ampere)."""
+    ampere = capability(case.device) >= (8, 0)
+    wide = case.dtype == torch.float32
+    BK = (32 if ampere else 16) if wide else (64 if ampere else 32)
+    if case.direction == "grad_values":
+        return Tiling(BM=_width(case), BN=128, BK=BK, warps=8, stages=2, waves=2)
+    BN = _width(case) if case.direction == "forward" else case.B
+    return Tiling(BM=128, BN=BN, BK=BK, warps=8 if BN >= 64 else 4, stages=3 if ampere else 2)
+
+
+def _token_tile(case: Case, columns: int, largest: int) -> int:
+    """The largest token tile, 64 at least, with which every multiprocessor gets a tile."""
+    BM = largest
+    while BM > 64 and ceil_div(case.N, BM) * columns < num_sms(case.device):
+        BM //= 2
+    return BM
+
+
+def _forward(case: Case) -> Tiling:
+    B, width = case.B, _width(case)
+    columns = case.R * B // width
+    few_tiles = ceil_div(case.N, 128) * columns <= 4 * num_sms(case.device)
+    depth = case.K * B
+    BM = _token_tile(case, columns, 128)
+    if B < 32:
+        return Tiling(path="packed", BM=BM, BN=width, BK=64, warps=4, stages=3)
+    by: dict[str, Any] = {"path": "descriptors", "BN": width, "BK": min(64, B)}
+    narrow = 64 // min(64, B)  # narrow boxes: as many bytes in flight, in more stages
+    if BM < 128:
+        return Tiling(**by, BM=BM, warps=4, stages=4 * narrow)
+    if width < 128:
+        if depth >= DEEP and not few_tiles:
+            return Tiling(**by, BM=256, warps=4, stages=4 * narrow, persistent=1)
+        return Tiling(**by, BM=128, warps=4, stages=4 * narrow, persistent=2, store_parts=2)
+    if few_tiles:
+        if narrow > 1:
+            return Tiling(**by, BM=128, warps=4, stages=8)
+        return Tiling(**by, BM=128, warps=4, stages=5, persistent=1)
+    if narrow > 1 and depth >= DEEP:
+        return Tiling(**by, BM=256, warps=8, stages=6)
+    return Tiling(**by, BM=128, warps=4, stages=3 * narrow, persistent=2, store_parts=2)
+
+
+def _grad_input(case: Case) -> Tiling:
+    B = case.B
+    if B < 64:
+        BM = _token_tile(case, case.C, 256)
+        return Tiling(BM=BM, BN=B, BK=64, warps=4, stages=3)
+    by: dict[str, Any] = {"path": "descriptors", "BN": B, "BK": 64}
+    few_tiles = ceil_div(case.N, 128) * case.C <= 4 * num_sms(case.device)
+    if B == 64:
+        BM = 128 if few_tiles or case.density < 0.4 else 256
+        return Tiling(**by, BM=_token_tile(case, case.C, BM), warps=4, stages=4)
+    BM = _token_tile(case, case.C, 256)
+    if BM < 256:
+        return Tiling(**by, BM=BM, warps=4, stages=4)
+    if case.R * B * case.density >= 768:  # the average depth of a column's sum
+        group_m = 1024 if few_tiles else 8
+        return Tiling(**by, BM=256, warps=8, stages=4, store_parts=2, group_m=group_m)
+    return Tiling(**by, BM=128, warps=4, stages=3, persistent=2, store_parts=2)
+
+
+def _grad_values(case: Case) -> Tiling:
+    B, width = case.B, _width(case)
+    if B == 128:
+        BN = 256 if case.K % 2 == 0 else 128
+        return Tiling(path="descriptors", BM=128, BN=BN, BK=64, warps=8, stages=4)
+    if B == 64:
+        return Tiling(path="descriptors", BM=width, BN=128, BK=64, warps=4, stages=3, waves=2)
+    if B == 32:
+        return Tiling(BM=width, BN=128, BK=64, warps=4, stages=4)
+    return Tiling(BM=width, BN=128, BK=64, warps=4, stages=3, waves=2)
+
+
+def _wide_floats(case: Case) -> Tiling:
+    """float32 on Hopper: 3xTF32 takes three products and twice the shared memory."""
+    B = case.B
+    by: dict[str, Any] = {"path": "descriptors", "BM": 128, "BK": 32}
+    if case.direction == "forward":
+        if B < 32:
+            return Tiling(BM=128, BN=_width(case), BK=32, warps=8, stages=3)
+        return Tiling(**by, BN=_width(case), warps=8, stages=4, persistent=1)
+    if case.direction == "grad_input":
+        if B < 64:
+            return Tiling(**by, BN=B, warps=4, stages=4)
+        if B == 64:
+            return Tiling(**by | {"BM": 256}, BN=B, warps=8, stages=3)
+        return Tiling(BM=128, BN=B, BK=32, warps=8, stages=3, group_m=1024)
+    if B >= 64:
+        return Tiling(**by | {"BM": _width(case)}, BN=128, warps=8, stages=4)
+    return Tiling(BM=_width(case), BN=128, BK=32, warps=4, stages=3, waves=2)

@@ -1,0 +1,179 @@
+"""Compiles every kernel for one GPU architecture, without a GPU; prints one JSON line per kernel.
+
+Run as `python triton_ahead.py 90` in a process of its own: the test process may run the
+interpreter, which replaces the compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from blockell_kernels._triton import _block_kernels as blocks
+from blockell_kernels._triton._forward_kernels import (
+    forward_descriptors,
+    forward_packed,
+    forward_pointers,
+)
+from blockell_kernels._triton._grad_input_kernels import (
+    grad_input_descriptors,
+    grad_input_pointers,
+)
+from blockell_kernels._triton._grad_values_kernels import (
+    grad_values_descriptors,
+    grad_values_pointers,
+    reduce_parts,
+)
+
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+
+
+def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, stages=3):
+    """Compile one kernel. Aligned pointers and strides are declared so, as a launch would."""
+    pointers, boxes = pointers or {}, boxes or {}
+    signature, values, attributes = {}, {}, {}
+    for position, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], values[name] = "constexpr", constants[name]
+        elif name in boxes:
+            dtype, box = boxes[name]
+            signature[name] = f"tensordesc<{dtype}[{','.join(map(str, box))}]>"
+        elif name in pointers:
+            signature[name] = "*" + pointers[name]
+            attributes[(position,)] = [["tt.divisibility", 16]]
+        elif name.endswith(("_xk", "_dk", "stride_k")):
+            signature[name], values[name] = "constexpr", 1
+        else:
+            signature[name] = "i32"
+            if "stride" in name or "features" in name:
+                attributes[(position,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constexprs=values, attrs=attributes)
+    options = {"num_warps": warps, "num_stages": stages}
+    return triton_compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def precision(dtype, arch):
+    return "tf32x3" if dtype == "fp32" and arch >= 80 else "ieee"
+
+
+def forward_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **options):
+    constants = {"B": B, "BM": BM, "BN": max(BN, 16), "BK": BK, "GROUP_M": 8, "HAS_BIAS": True}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False}
+    pointers = {"cols_ptr": "i32", "bias_ptr": dtype}
+    if path == "pointers":
+        constants |= {"BN_LIVE": BN, "EVEN_K": BK <= B}
+        pointers |= {"x_ptr": dtype, "values_ptr": dtype, "y_ptr": dtype}
+        return compile_for(arch, forward_pointers, constants, pointers=pointers, **options)
+    rows = max(1, BN // B)
+    constants |= {"STORE_PARTS": parts, "PROGRAMS": persistent}
+    boxes = {
+        "x_desc": (dtype, (BM, BK)),
+        "w_desc": (dtype, (rows, 1, BN // rows, BK)),
+        "y_desc": (dtype, (BM, BN // parts)),
+    }
+    return compile_for(
+        arch, forward_descriptors, constants, pointers=pointers, boxes=boxes, **options
+    )
+
+
+def packed_case(arch, dtype, B, BM, BN, BK, *, parts=1, **options):
+    constants = {"B": B, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "HAS_BIAS": True}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False, "EVEN_K": False}
+    constants |= {"STORE_PARTS": parts}
+    pointers = {"cols_ptr": "i32", "bias_ptr": dtype, "x_ptr": dtype}
+    boxes = {"w_desc": (dtype, (BN, BK)), "y_desc": (dtype, (BM, BN // parts))}
+    return compile_for(arch, forward_packed, constants, pointers=pointers, boxes=boxes, **options)
+
+
+def grad_input_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **options):
+    constants = {"B": B, "BM": BM, "BN": max(BN, 16), "BK": BK, "GROUP_M": 8}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False}
+    pointers = {"order_ptr": "i32", "col_start_ptr": "i32"}
+    if path == "pointers":
+        constants |= {"BN_LIVE": BN, "EVEN_K": BK <= B, "COLUMNS": 32}
+        pointers |= {"dy_ptr": dtype, "values_ptr": dtype, "dx_ptr": dtype}
+        return compile_for(arch, grad_input_pointers, constants, pointers=pointers, **options)
+    rows = max(1, BK // B)
+    constants |= {"PROGRAMS": persistent, "STORE_PARTS": parts, "COLUMNS": 32}
+    boxes = {
+        "dy_desc": (dtype, (BM, BK)),
+        "w_desc": (dtype, (rows, 1, BK // rows, BN)),
+        "dx_desc": (dtype, (BM, BN // parts)),
+    }
+    return compile_for(
+        arch, grad_input_descriptors, constants, pointers=pointers, boxes=boxes, **options
+    )
+
+
+def grad_values_case(arch, dtype, path, B, BR, NB, BT, **options):
+    constants = {"B": B, "BR": max(BR, 16), "NB": NB, "BT": BT}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False}
+    pointers = {"cols_ptr": "i32", "out_ptr": "fp32"}
+    if path == "pointers":
+        constants |= {"BR_LIVE": BR}
+        pointers |= {"dy_ptr": dtype, "x_ptr": dtype}
+        return compile_for(arch, grad_values_pointers, constants, pointers=pointers, **options)
+    boxes = {"dy_desc": (dtype, (BT, BR)), "x_desc": (dtype, (BT, B))}
+    return compile_for(
+        arch, grad_values_descriptors, constants, pointers=pointers, boxes=boxes, **options
+    )
+
+
+def block_cases(arch, dtype, B):
+    tensors = {"values_ptr": dtype, "dense_ptr": dtype, "cols_ptr": "i32", "out_ptr": dtype}
+    tensors |= {"dy_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "parts_ptr": "fp32"}
+    yield blocks.scatter_blocks, {"B": B, "LINES": 4, "KB": 1024 // B, "ZEROS": 4096}, tensors
+    yield blocks.gather_blocks, {"B": B, "KB": max(1, 4096 // B**2)}, tensors
+    yield blocks.square_sums, {"B": B, "MB": max(1, 128 // B), "BT": 32}, tensors
+    yield blocks.pack_rows, {"B": B, "KB": max(1, 4096 // B**2)}, tensors | {"packed_ptr": dtype}
+    yield reduce_parts, {"BB": B * B, "PARTS": 8, "BLOCK": 512}, tensors
+    norms = {"B": B, "RB": max(1, 64 // B), "CB": max(1, 64 // B), "BT": 32, "UPCAST": False}
+    yield blocks.block_norms, norms | {"PRECISION": precision(dtype, arch)}, tensors
+
+
+def all_cases(arch):
+    """(name, function that compiles) of every kernel that `arch` may run."""
+    paths = ("pointers", "descriptors") if arch >= 90 else ("pointers",)
+    for dtype in ("bf16", "fp32") if arch >= 80 else ("fp16", "fp32"):
+        step = 64 if dtype != "fp32" else 32
+        for path in paths:
+            for B in (8, 16, 32, 64, 128) if dtype != "fp32" and arch >= 80 else (16, 128):
+                if path == "descriptors" and B < 16:
+                    continue
+                width, name = (128 if B > 8 else 8), f"{path} {dtype} tile {B}"
+                BK = step if path == "pointers" else min(B, step)
+                big = {"warps": 8, "stages": 3}
+                yield f"forward {name}", forward_case, (arch, dtype, path, B, 128, width, BK), big
+                arguments = (arch, dtype, path, B, 128, B, step)
+                yield f"grad_input {name}", grad_input_case, arguments, big
+                NB = 1 if path == "descriptors" else max(1, 128 // B)
+                arguments = (arch, dtype, path, B, width, NB, step)
+                yield f"grad_values {name}", grad_values_case, arguments, big
+                if path == "descriptors" and B <= 32:
+                    arguments = (arch, dtype, B, 128, width, step)
+                    yield f"forward packed {dtype} tile {B}", packed_case, arguments, big
+
+
+def report(name, compiled):
+    ptx = compiled.asm["ptx"]
+    facts = {"name": name, "shared": compiled.metadata.shared}
+    facts |= {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
+    facts |= {"tma": ptx.count("cp.async.bulk.tensor"), "cp_async": ptx.count("cp.async.cg")}
+    sys.stdout.write(json.dumps(facts) + "\n")
+
+
+def main(arch):
+    for name, compile_one, arguments, options in all_cases(arch):
+        report(name, compile_one(*arguments, **options))
+    for B in (8, 128):
+        for kernel, constants, tensors in block_cases(arch, "fp32", B):
+            name = f"{kernel.fn.__name__} tile {B}"
+            report(name, compile_for(arch, kernel, constants, pointers=tensors, warps=8))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
