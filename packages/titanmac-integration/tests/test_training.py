@@ -175,3 +175,17 @@ def test_continual_matrix_and_forgetting(tiny_config: Make) -> None:
     assert len(result.swap_rates) == 12
     assert 0.0 < result.topology_share < 1.0
     assert result.to_dict()["relative_forgetting"][1] is None
+
+
+@pytest.mark.parametrize("progress", [True, False])
+def test_the_progress_bar_shows_loss_speed_and_swaps(
+    tiny_config: Make, capsys: pytest.CaptureFixture[str], progress: bool
+) -> None:
+    model = create_titanmac_model(tiny_config(use_block_sparse=True))
+    Trainer(model, training(), progress=progress, label="tiny").fit(ProseTask(TEXT), 12)
+    shown = capsys.readouterr().err
+    if progress:
+        assert "tiny prose" in shown
+        assert all(word in shown.splitlines()[-1] for word in ("loss=", "tok/s=", "swap="))
+    else:
+        assert shown == ""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from ._continual import ContinualResult
 
 UNITS = {"exact_match": "exact match", "bits_per_byte": "bits per byte"}
+HARDLY_LEARNED = 0.05
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,7 +35,6 @@ def retention_table(results: Sequence[ContinualResult]) -> str:
     rows = []
     for result in results:
         for index, task in enumerate(result.tasks):
-            lost = result.forgetting(index)
             metric = result.metrics[index]
             rows.append(
                 (
@@ -44,7 +44,7 @@ def retention_table(results: Sequence[ContinualResult]) -> str:
                     format_measure(metric, result.matrix[0][index]),
                     format_measure(metric, result.after_learning(index)),
                     format_measure(metric, result.at_end(index)),
-                    "-" if lost is None else f"{lost:.1%}",
+                    format_forgetting(result, index),
                 )
             )
     return format_table(header, rows)
@@ -79,6 +79,21 @@ def model_table(results: Sequence[ContinualResult]) -> str:
             )
         )
     return format_table(header, rows)
+
+
+def format_forgetting(result: ContinualResult, task: int) -> str:
+    """Relative forgetting in percent; "-" for the last task, nothing comes after it.
+
+    Of a task that was hardly learned, the quotient would be noise over noise.
+    """
+    lost = result.forgetting(task)
+    if task == len(result.tasks) - 1:
+        return "-"
+    chance = result.chance[task]
+    learned = abs(result.after_learning(task) - chance)
+    if lost is None or learned < HARDLY_LEARNED * max(chance, 1.0 - chance):
+        return "not learned"
+    return f"{lost:.1%}"
 
 
 def format_measure(metric: str, value: float) -> str:

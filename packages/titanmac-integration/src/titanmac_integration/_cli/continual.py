@@ -18,7 +18,7 @@ from .session import show_progress, training_session
 
 LEARNED = 0.95
 PLAIN_TRAINING_NOTE = """\
-Both models were trained plainly, without anything that protects an old task: they forget it. Moving
+Training was plain, without anything that protects an old task: the network forgets it. Moving
 blocks alone does not prevent that, and no promise is made here. A later release brings the
 mechanism that retains old tasks; these figures are what it has to beat."""
 
