@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -191,8 +191,10 @@ class CMSBlockLinear(nn.Module):
         """y = x W^T + b: [..., in_features] -> [..., out_features]."""
         if not torch.compiler.is_compiling():
             self._refresh_if_stale()
-        sampling = self.collect_candidates and self.training and torch.is_grad_enabled()
-        kind = "gradient" if self.scorer.config.candidate_score == "gradient" else "norms"
+        sample: Literal["none", "norms", "gradient"] = "none"
+        if self.collect_candidates and self.training and torch.is_grad_enabled():
+            exact = self.scorer.config.candidate_score == "gradient"
+            sample = "gradient" if exact else "norms"
         return block_ell_linear(
             x,
             self.values,
@@ -201,8 +203,8 @@ class CMSBlockLinear(nn.Module):
             row_group=self.row_group,
             num_live=self.num_live,
             index=self._index,
-            probe=self._probe if sampling else None,
-            sample=kind if sampling else "none",
+            probe=None if sample == "none" else self._probe,
+            sample=sample,
             backend=self.backend,
         )
 
