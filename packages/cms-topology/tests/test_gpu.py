@@ -1,0 +1,92 @@
+"""The lifecycle on a GPU: no host synchronisation, and the topology a CPU finds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch import nn
+
+from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager, sparse_layers
+
+pytestmark = pytest.mark.gpu
+
+LOOSE = ScoringConfig(max_swap_frac=0.2, max_row_swap_frac=0.5, swap_threshold=1.0)
+
+
+@contextmanager
+def no_host_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def build(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    kwargs = {"tile_size": 16, "row_group": 2, "scoring": LOOSE, "dtype": dtype}
+    return nn.Sequential(
+        CMSBlockLinear(128, 256, **kwargs), nn.GELU(), CMSBlockLinear(256, 128, **kwargs)
+    )
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, manager: TopologyManager, steps: int
+) -> int:
+    device = next(model.parameters()).device
+    generator = torch.Generator().manual_seed(1)
+    swaps = 0
+    for _ in range(steps):
+        x = torch.randn(64, 128, generator=generator) * torch.logspace(-1, 0.5, 128)
+        x = x.to(device)
+        (model(x) - x.roll(1, 1)).square().mean().backward()
+        optimizer.step()
+        swaps += sum(result.num_swaps for result in manager.step().swaps.values())
+        optimizer.zero_grad()
+    return swaps
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
+def test_the_same_topology_as_on_the_cpu(options: dict[str, bool]) -> None:
+    topologies = []
+    for device in ("cpu", "cuda"):
+        model = build().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, **options)
+        manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+        assert train(model, optimizer, manager, 8) > 0
+        topologies.append([x.col_indices.cpu() for x in sparse_layers(model).values()])
+    for on_cpu, on_gpu in zip(*topologies, strict=True):
+        # scores differ in the last bits, so a near-tie may fall otherwise: nearly all must agree
+        assert (on_cpu == on_gpu).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
+def test_the_clock_does_not_wait_for_the_device(options: dict[str, bool]) -> None:
+    model = build().cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), **options)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    train(model, optimizer, manager, 4)  # first use of kernels and allocations
+    for _ in range(4):
+        model(torch.randn(64, 128, device="cuda")).square().mean().backward()
+        optimizer.step()
+        with no_host_synchronisation():
+            report = manager.step()
+        optimizer.zero_grad()
+    assert report.swaps
+
+
+def test_bf16_layers_learn_and_swap() -> None:
+    model = build(torch.bfloat16).cuda()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    for _ in range(8):
+        x = torch.randn(64, 128, device="cuda", dtype=torch.bfloat16)
+        model(x).square().mean().backward()
+        optimizer.step()
+        manager.step()
+        optimizer.zero_grad()
+    assert all(p.isfinite().all() for p in model.parameters())
+    assert all(layer.scorer.block_age.max() == 8 for layer in manager.layers.values())
