@@ -51,7 +51,7 @@ def write_newborn_values(
     flat = (rows_slots // k) * K + rows_slots % k
     blocks = values.view(R * K, B, B)
     newborn = swapped.flatten()[rows_slots][:, None, None]
-    fresh = torch.where(newborn, drawn.to(values), blocks[flat])
+    fresh = torch.where(newborn, drawn.to(values, non_blocking=True), blocks[flat])
     blocks.index_copy_(0, flat, fresh)
 
 
@@ -113,7 +113,7 @@ class NewbornStepCorrection:
         if group is None or not optimizer.state.get(values):
             return
         state = optimizer.state[values]
-        t = state["step"].detach().to(values.device, torch.float32)
+        t = state["step"].detach().to(values.device, torch.float32, non_blocking=True)
         last = self._last_step.get(values)
         # a gradient scaler may have skipped the step: then there is nothing to correct
         moved = torch.ones_like(t, dtype=torch.bool) if last is None else t > last

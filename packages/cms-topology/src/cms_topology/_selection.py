@@ -139,7 +139,7 @@ def _explore(
     source = generator.device if generator is not None else accept.device
     draws = torch.rand(
         columns.shape[0], C + accept.shape[1], generator=generator, device=source
-    ).to(accept.device)
+    ).to(accept.device, non_blocking=True)  # a blocking copy would wait for the device
     keys, coin = draws.split((C, accept.shape[1]), dim=1)
     exploring = accept & (coin < epsilon)
     greedy = accept & ~exploring
