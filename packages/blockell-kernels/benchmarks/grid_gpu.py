@@ -80,7 +80,8 @@ def measure(problem: Problem, rep_ms: int, bsr: bool):
         sparse_us = microseconds(sparse[direction], rep_ms)
         fallback_us = microseconds(fallback[direction], rep_ms)
         auto_us = sparse_us if chosen[direction] == "triton" else fallback_us
-        bsr_us = bsr_forward(problem, rep_ms) if bsr and direction == "forward" else None
+        ask_bsr = bsr and direction == "forward" and 0.2 <= p.num_live / p.C <= 0.5
+        bsr_us = bsr_forward(problem, rep_ms) if ask_bsr and x.shape[0] >= 8192 else None
         for key, value in (("auto", auto_us), ("dense", dense_us), ("sparse", sparse_us)):
             totals[key] = totals.get(key, 0.0) + value[0]
         yield row(
@@ -156,7 +157,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="densities 0.25 and 0.5 only")
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
-    parser.add_argument("--bsr", action="store_true", help="time torch's BSR product too")
+    parser.add_argument("--bsr", action="store_true", help="time torch's BSR product (untuned)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long")
     parser.add_argument("--compile-only", help="I/N: run every I-th problem once, to compile")
     arguments = parser.parse_args()

@@ -29,15 +29,22 @@ def scatter_blocks(
     first = tl.program_id(1) * LINES
     width = C * B
     lines = dense_ptr + (r * B + first) * width
+    i = tl.arange(0, LINES)[None, :, None]
+    j = tl.arange(0, B)[None, None, :]
+    source = values_ptr + r * slots * (B * B) + (first + i) * B + j
+    # The first blocks are on their way while the lines are zeroed.
+    k = tl.arange(0, KB)
+    c = tl.load(cols_ptr + r * slots + k, k < num_live, other=0)[:, None, None]
+    k = k[:, None, None]
+    live = (k < num_live) & (i >= 0) & (j >= 0)
+    blocks = tl.load(source + k * (B * B), live)
     z = tl.arange(0, ZEROS)
     zeros = tl.zeros((ZEROS,), dense_ptr.dtype.element_ty)
     for z0 in range(0, LINES * width, ZEROS):
         tl.store(lines + z0 + z, zeros, z0 + z < LINES * width)
     tl.debug_barrier()
-    i = tl.arange(0, LINES)[None, :, None]
-    j = tl.arange(0, B)[None, None, :]
-    source = values_ptr + r * slots * (B * B) + (first + i) * B + j
-    for k0 in range(0, num_live, KB):
+    tl.store(lines + i * width + c * B + j, blocks, live)
+    for k0 in range(KB, num_live, KB):
         k = k0 + tl.arange(0, KB)
         c = tl.load(cols_ptr + r * slots + k, k < num_live, other=0)[:, None, None]
         k = k[:, None, None]

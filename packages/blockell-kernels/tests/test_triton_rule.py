@@ -1,0 +1,106 @@
+"""The dispatcher's rule on GPUs: its table, its lookup, the tilings. Needs no GPU.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+import importlib
+import itertools
+
+import pytest
+import torch
+
+from blockell_kernels._backends import DIRECTIONS, Case
+from blockell_kernels._gpu import TILE_SIZES
+
+rule = importlib.import_module("blockell_kernels._triton._rule")
+tilings = importlib.import_module("blockell_kernels._triton._tilings")
+device_module = importlib.import_module("blockell_kernels._triton._device")
+
+META = torch.device("meta")
+SHARED_MEMORY_BYTES = 227 * 1024
+
+
+def case(direction, N, inp, out, B, G=1, density=0.5, dtype=torch.bfloat16):
+    C = inp // B
+    return Case(direction, META, dtype, N, out // B, C, max(1, round(density * C)), B, G)
+
+
+def test_table_is_complete_and_sane():
+    table = rule.table()
+    assert table["device"]
+    assert table["sources"]
+    for direction, kind, B in itertools.product(DIRECTIONS, ("half", "float32"), TILE_SIZES):
+        keys = [k for k in table["rows"] if k.startswith(f"{direction} {kind} {B}x")]
+        assert f"{direction} {kind} {B}x{B}" in keys
+        for key in keys:
+            for N, inp, out, density in table["rows"][key]:
+                assert N >= 1
+                assert inp % B == 0
+                assert out % B == 0
+                assert 0 <= density <= 1
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_measured_shapes_are_found_again(direction):
+    rows = rule.table()["rows"]
+    for B, width in ((128, 128), (16, 128), (16, 16)):
+        for N, inp, out, density in rows[f"{direction} half {B}x{width}"]:
+            found, found_width = rule.nearest(case(direction, N, inp, out, B, width // B), "half")
+            assert (found.N, found.in_features, found.out_features) == (N, inp, out)
+            assert (found.density, found_width) == (density, width)
+
+
+def test_a_group_takes_the_widest_measured_width_below_it():
+    assert rule.nearest(case("forward", 8192, 640, 2560, 16, 4), "half")[1] == 16
+    assert rule.nearest(case("forward", 8192, 640, 2560, 16, 16), "half")[1] == 128
+
+
+def test_verdict_names_the_measurement():
+    said = rule.verdict(case("forward", 9000, 768, 2560, 128, density=0.25))
+    assert said.wins
+    assert said.why.startswith("density 0.33 <= ")
+    assert "at N=8192, 640 -> 2560, tile 128, 128 outputs sharing columns, half" in said.why
+    free = rule.verdict(case("grad_values", 8192, 640, 2560, 16))
+    assert not free.wins
+    assert free.why.startswith("density 0.50 > ")
+
+
+def test_a_gpu_not_measured_gets_half(monkeypatch):
+    monkeypatch.setattr(rule, "capability", lambda device: (8, 0))
+    monkeypatch.setattr(rule, "arithmetic", lambda case: "half")
+    wide = case("forward", 8192, 640, 2560, 128, density=0.8)
+    wide = wide._replace(device=torch.device("cuda"))
+    rule._verdict.cache_clear()
+    said = rule._verdict(wide, "half")
+    rule._verdict.cache_clear()
+    assert not said.wins
+    assert "times 0.5 on a GPU not measured" in said.why
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_case_has_a_tiling_that_fits(monkeypatch, capability, dtype):
+    monkeypatch.setattr(tilings, "capability", lambda device: capability)
+    limit = {7: 96, 8: 163, 9: 227}[capability[0]] * 1024
+    size = 4 if dtype == torch.float32 else 2
+    for direction, B, G, N in itertools.product(
+        DIRECTIONS, TILE_SIZES, (1, 2, 5, 16), (1, 33, 512, 2048, 65536)
+    ):
+        for inp, out in ((640, 2560), (2560, 640), (4096, 14336)):
+            if out // B % G:
+                continue
+            t = tilings.tiling_for.__wrapped__(case(direction, N, inp, out, B, G, dtype=dtype))
+            columns = B if direction == "grad_input" else t.BN
+            assert (t.BM + columns) * t.BK * size * t.stages * max(1, t.persistent) <= limit, t
+            for side in (t.BM, t.BN, t.BK):
+                assert side & (side - 1) == 0, t
+            assert t.path == "pointers" or capability == (9, 0)
+
+
+def test_a_new_number_of_tokens_needs_no_new_kernel():
+    found = {
+        tilings.tiling_for(case("forward", N, 640, 2560, 128)) for N in range(20000, 60000, 999)
+    }
+    assert len(found) == 1
