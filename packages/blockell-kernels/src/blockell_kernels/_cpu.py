@@ -7,11 +7,11 @@ The rows of a group share their columns, so the tiles of a group are one [H, K*B
 forward is `y_g = x[:, columns of g] W_g^T`: a gather of B-wide column blocks, then one product.
 Two schedules, both with buffers that stay in the cache and never hold [N, R*K*B]:
 
-- *tall* groups (H >= TALL): for each group gather all tokens of a chunk, one `mm` straight into the
-  slice of the result; grad_input adds each group's product to its columns with `index_add_`
-  (sequential, hence deterministic); grad_values is one `mm` per group.
-- *short* groups, and few tokens: for each chunk of tokens gather the columns of all groups, one
-  batched product straight into the result.
+- *batched*: for each chunk of tokens gather the columns of all groups, then one batched product.
+  Threads work on different groups, so it serves many groups and short ones.
+- *looped*: for each group a gather of (a chunk of) all tokens, then one product straight into the
+  result. Serves a few tall groups. grad_input is always looped, adding each group's product to its
+  columns with `index_add_` (sequential, hence deterministic), except with few tokens.
 
 Index errors: `index_select` and `index_add_` check every column, so a column outside [0, C) raises
 IndexError; it never reads or writes out of bounds.
@@ -27,8 +27,9 @@ from blockell_kernels._cpu_rule import few_tokens, verdict
 from blockell_kernels._dense import with_spare_slots
 
 TALL = 64
-TOKENS_PER_CHUNK = 4096  # tall schedule
-BUFFER_ELEMENTS = 2**20  # short schedule: 4 MiB of float32
+FEW_GROUPS = 8
+TOKENS_PER_CHUNK = 4096  # looped
+BUFFER_ELEMENTS = 2**20  # batched: 4 MiB of float32
 MIN_TOKENS_PER_CHUNK = 32
 
 
@@ -47,16 +48,63 @@ def unpack(packed: Tensor, pattern: Pattern) -> Tensor:
     return with_spare_slots(tiles, pattern)
 
 
-def _batched(N: int, pattern: Pattern) -> bool:
-    """Whether the batched schedule is used: short groups, or too few tokens for a loop."""
-    few = few_tokens(N, pattern.R, pattern.num_live, pattern.B, pattern.row_group)
-    return few or pattern.row_group * pattern.B < TALL
+def _few_tokens(N: int, pattern: Pattern) -> bool:
+    return few_tokens(N, pattern.R, pattern.num_live, pattern.B, pattern.row_group)
 
 
-def _chunk(pattern: Pattern) -> int:
-    """Tokens per chunk of the batched schedule."""
+def _looped(N: int, pattern: Pattern) -> bool:
+    """Whether forward loops over groups: a few tall ones, and tokens enough to fill a product."""
+    few_tall = (
+        pattern.row_group * pattern.B >= TALL and pattern.R // pattern.row_group <= FEW_GROUPS
+    )
+    return few_tall and not _few_tokens(N, pattern)
+
+
+def _chunk(N: int, pattern: Pattern) -> int:
+    """Tokens per chunk of the batched schedule, at least 1."""
     width = pattern.groups.numel() * pattern.B
-    return max(MIN_TOKENS_PER_CHUNK, BUFFER_ELEMENTS // max(1, width))
+    return max(1, min(N, max(MIN_TOKENS_PER_CHUNK, BUFFER_ELEMENTS // width)))
+
+
+def _forward_batched(x: Tensor, W: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    groups, H, KB = W.shape
+    N, B = x.shape[0], pattern.B
+    x_blocks, y = x.view(N, pattern.C, B), x.new_empty(N, groups, H)
+    columns = pattern.groups.reshape(-1)
+    step = _chunk(N, pattern)
+    buffer = x.new_empty(step, columns.numel(), B)
+    for start in range(0, N, step):
+        part = y[start : start + step]
+        gathered = buffer[: part.shape[0]]
+        torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
+        inputs = gathered.view(-1, groups, KB).transpose(0, 1)
+        # not straight into y: threads that write H-wide columns of it disturb each other
+        product = torch.bmm(inputs, W.transpose(1, 2)).transpose(0, 1)
+        if bias is None:
+            part.copy_(product)
+        else:
+            torch.add(product, bias.view(groups, H), out=part)
+    return y.view(N, groups * H)
+
+
+def _forward_looped(x: Tensor, W: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    groups, H, KB = W.shape
+    N, B = x.shape[0], pattern.B
+    x_blocks, y = x.view(N, pattern.C, B), x.new_empty(N, groups * H)
+    step = min(N, TOKENS_PER_CHUNK)
+    buffer = x.new_empty(step, pattern.num_live, B)
+    for start in range(0, N, step):
+        x_part = x_blocks[start : start + step]
+        gathered = buffer[: x_part.shape[0]]
+        for g, columns in enumerate(pattern.groups.unbind()):
+            outputs = slice(g * H, (g + 1) * H)
+            target = y[start : start + step, outputs]
+            torch.index_select(x_part, 1, columns, out=gathered)
+            if bias is None:
+                torch.mm(gathered.view(-1, KB), W[g].T, out=target)
+            else:
+                torch.addmm(bias[outputs], gathered.view(-1, KB), W[g].T, out=target)
+    return y
 
 
 class GatheredBackend(Backend):
@@ -73,47 +121,15 @@ class GatheredBackend(Backend):
         return verdict(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        W = pack(values, pattern)
-        groups, H, KB = W.shape
-        N, B = x.shape[0], pattern.B
-        x_blocks = x.view(N, pattern.C, B)
-        y = x.new_empty(N, groups * H)
-        if _batched(N, pattern):
-            columns = pattern.groups.reshape(-1)
-            step = min(N, _chunk(pattern)) or 1
-            buffer = x.new_empty(step, columns.numel(), B)
-            y_groups = y.view(N, groups, H)
-            for start in range(0, N, step):
-                part = y_groups[start : start + step]
-                gathered = buffer[: part.shape[0]]
-                torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
-                torch.bmm(
-                    gathered.view(-1, groups, KB).transpose(0, 1),
-                    W.transpose(1, 2),
-                    out=part.transpose(0, 1),
-                )
-            return y if bias is None else y.add_(bias)
-        step = min(N, TOKENS_PER_CHUNK)
-        buffer = x.new_empty(step, KB // B, B)
-        for start in range(0, N, step):
-            x_part = x_blocks[start : start + step]
-            gathered = buffer[: x_part.shape[0]]
-            for g, columns in enumerate(pattern.groups.unbind()):
-                outputs = slice(g * H, (g + 1) * H)
-                target = y[start : start + step, outputs]
-                torch.index_select(x_part, 1, columns, out=gathered)
-                if bias is None:
-                    torch.mm(gathered.view(-1, KB), W[g].T, out=target)
-                else:
-                    torch.addmm(bias[outputs], gathered.view(-1, KB), W[g].T, out=target)
-        return y
+        run = _forward_looped if _looped(x.shape[0], pattern) else _forward_batched
+        return run(x, pack(values, pattern), bias, pattern)
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         W = pack(values, pattern)
         groups, H, KB = W.shape
         N, B = dy.shape[0], pattern.B
         dx = dy.new_zeros(N, pattern.C, B)
-        if few_tokens(N, pattern.R, pattern.num_live, B, pattern.row_group):
+        if _few_tokens(N, pattern):
             parts = torch.bmm(dy.view(N, groups, H).transpose(0, 1), W)  # [R/G, N, K*B]
             parts = parts.transpose(0, 1).reshape(N, groups * KB // B, B)
             dx.index_add_(1, pattern.groups.reshape(-1), parts)
@@ -131,27 +147,16 @@ class GatheredBackend(Backend):
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         N, B, H = dy.shape[0], pattern.B, pattern.row_group * pattern.B
         groups, KB = pattern.R // pattern.row_group, pattern.num_live * B
-        x_blocks = x.view(N, pattern.C, B)
+        columns = pattern.groups.reshape(-1)
+        x_blocks, dy_groups = x.view(N, pattern.C, B), dy.view(N, groups, H)
         dW = x.new_zeros(groups, H, KB)
-        if _batched(N, pattern):
-            columns = pattern.groups.reshape(-1)
-            step = min(N, _chunk(pattern)) or 1
-            buffer = x.new_empty(step, columns.numel(), B)
-            dy_groups = dy.view(N, groups, H)
-            for start in range(0, N, step):
-                dy_part = dy_groups[start : start + step]
-                gathered = buffer[: dy_part.shape[0]]
-                torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
-                dW.baddbmm_(dy_part.permute(1, 2, 0), gathered.view(-1, groups, KB).transpose(0, 1))
-            return unpack(dW, pattern)
-        step = min(N, TOKENS_PER_CHUNK)
-        buffer = x.new_empty(step, KB // B, B)
+        step = _chunk(N, pattern)
+        buffer = x.new_empty(step, columns.numel(), B)
         for start in range(0, N, step):
-            dy_part, x_part = dy[start : start + step], x_blocks[start : start + step]
+            dy_part = dy_groups[start : start + step]
             gathered = buffer[: dy_part.shape[0]]
-            for g, columns in enumerate(pattern.groups.unbind()):
-                torch.index_select(x_part, 1, columns, out=gathered)
-                dW[g].addmm_(dy_part[:, g * H : (g + 1) * H].T, gathered.view(-1, KB))
+            torch.index_select(x_blocks[start : start + step], 1, columns, out=gathered)
+            dW.baddbmm_(dy_part.permute(1, 2, 0), gathered.view(-1, groups, KB).transpose(0, 1))
         return unpack(dW, pattern)
 
 
