@@ -16,8 +16,8 @@ into a dense buffer first costs 1.02 to 1.1.
 | 64  | 0.19/0.22/0.20 | 0.43/0.46/0.45                 | 0.90/0.93/0.88 | 1.4/1.2/1.2 |
 | 128 | 0.16/0.19/0.18 | 0.42/0.38/0.40                 | 0.75/0.74/0.78 | 1.1/1.1/1.1 |
 
-(Height 8 at 15%.) With few tokens the dense path pays for the whole weight: at N = 1, 640 -> 2560, 50%, it took 5 to
-15 times as long as `nn.Linear`'s product, gathering 1.4 to 2 times.
+(Height 8 at 15%.) With few tokens the dense path pays for the whole weight: at N = 1,
+640 -> 2560, 50%, it took 5 to 15 times as long as `nn.Linear`'s product, gathering 1.4 to 2 times.
 
 `python -m blockell_kernels.bench` repeats such measurements.
 """
