@@ -23,7 +23,7 @@ def test_kernels_compile(arch, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]
-    assert len(kernels) > 20
+    assert len(kernels) > 10
     for kernel in kernels:
         assert kernel["shared"] <= SHARED_MEMORY_BYTES[arch], kernel
         by_descriptors = "descriptors" in kernel["name"] or "packed" in kernel["name"]

@@ -5,6 +5,7 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import itertools
 
@@ -104,3 +105,22 @@ def test_a_new_number_of_tokens_needs_no_new_kernel():
         tilings.tiling_for(case("forward", N, 640, 2560, 128)) for N in range(20000, 60000, 999)
     }
     assert len(found) == 1
+
+
+@pytest.mark.parametrize(("current", "switched"), [(1, []), (0, [1])])
+def test_launches_on_the_operands_device(monkeypatch, current, switched):
+    seen = []
+
+    class Operand:
+        is_cuda = True
+        device = torch.device("cuda", 1)
+
+    @contextlib.contextmanager
+    def fake_device(device):
+        seen.append(device.index)
+        yield
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current)
+    monkeypatch.setattr(torch.cuda, "device", fake_device)
+    assert device_module.on_its_device(lambda t, n: n + 1)(Operand(), 2) == 3
+    assert seen == switched

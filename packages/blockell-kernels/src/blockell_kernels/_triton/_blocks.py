@@ -16,13 +16,14 @@ from blockell_kernels._triton._block_kernels import (
     scatter_blocks,
     square_sums,
 )
-from blockell_kernels._triton._device import dot_precision, num_sms, upcast
+from blockell_kernels._triton._device import dot_precision, num_sms, on_its_device, upcast
 from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
 
 # Elements of a program's output in the kernels that only move data.
 _ELEMENTS = 4096
 
 
+@on_its_device
 def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     """W [R*B, C*B] from values [R, slots, B, B], in one launch."""
     R, C, B = pattern.R, pattern.C, pattern.B
@@ -59,6 +60,7 @@ def pack(values: Tensor, pattern: Pattern, multiple: int) -> Tensor:
     return packed
 
 
+@on_its_device
 def from_dense(dense: Tensor, pattern: Pattern) -> Tensor:
     """The present blocks [R, slots, B, B] of a dense [R*B, C*B]; zeros in the spare slots."""
     R, B, slots = pattern.R, pattern.B, pattern.slots
@@ -78,6 +80,7 @@ def from_dense(dense: Tensor, pattern: Pattern) -> Tensor:
     return out
 
 
+@on_its_device
 def block_norms_sq(dy: Tensor, x: Tensor, B: int) -> Tensor:
     """float32 [R, C]: ||dy_r^T x_c||_F^2 of all blocks; the product stays in registers."""
     R, C = dy.shape[1] // B, x.shape[1] // B
@@ -110,6 +113,7 @@ def block_norms_sq(dy: Tensor, x: Tensor, B: int) -> Tensor:
     return out
 
 
+@on_its_device
 def block_sums_sq(t: Tensor, B: int) -> Tensor:
     """float32 [M]: sum over tokens of |t_m|^2 per block of t [N, M*B], in one pass."""
     N, M = t.shape[0], t.shape[1] // B

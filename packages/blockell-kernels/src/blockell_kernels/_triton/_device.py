@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Concatenate, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,25 @@ from triton import knobs
 # The interpreter runs kernels on CPU tensors, for tests. It has to be on before the kernels are
 # imported (TRITON_INTERPRET=1), hence one look at import is enough.
 INTERPRETED: bool = bool(knobs.runtime.interpret)
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def on_its_device(
+    launch: Callable[Concatenate[Tensor, _P], _T],
+) -> Callable[Concatenate[Tensor, _P], _T]:
+    """Run with the first operand's GPU current: Triton launches on the current one."""
+
+    @wraps(launch)
+    def guarded(t: Tensor, /, *args: _P.args, **kwargs: _P.kwargs) -> _T:
+        if not t.is_cuda or t.device.index == torch.cuda.current_device():
+            return launch(t, *args, **kwargs)
+        with torch.cuda.device(t.device):
+            return launch(t, *args, **kwargs)
+
+    return guarded
 
 
 @cache

@@ -11,7 +11,13 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._triton._blocks import pack
-from blockell_kernels._triton._device import describable, dot_precision, num_sms, upcast
+from blockell_kernels._triton._device import (
+    describable,
+    dot_precision,
+    num_sms,
+    on_its_device,
+    upcast,
+)
 from blockell_kernels._triton._forward_kernels import (
     forward_descriptors,
     forward_packed,
@@ -20,6 +26,7 @@ from blockell_kernels._triton._forward_kernels import (
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
 
+@on_its_device
 def forward(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, tiling: Tiling
 ) -> Tensor:

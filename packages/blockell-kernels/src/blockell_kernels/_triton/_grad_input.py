@@ -10,7 +10,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._triton._device import describable, dot_precision, num_sms, upcast
+from blockell_kernels._triton._device import (
+    describable,
+    dot_precision,
+    num_sms,
+    on_its_device,
+    upcast,
+)
 from blockell_kernels._triton._grad_input_kernels import (
     grad_input_descriptors,
     grad_input_pointers,
@@ -30,6 +36,7 @@ def _sorted_columns(pattern: Pattern) -> int:
     return round_up_to_power_of_two(pattern.C) if pattern.C <= MAX_SORTED_COLUMNS else 0
 
 
+@on_its_device
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, tiling: Tiling) -> Tensor:
     """dx [N, C*B] from dy [N, R*B] and values [R, slots, B, B]."""
     B = pattern.B

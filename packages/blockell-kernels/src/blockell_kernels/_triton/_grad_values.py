@@ -10,7 +10,13 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._triton._device import describable, dot_precision, num_sms, upcast
+from blockell_kernels._triton._device import (
+    describable,
+    dot_precision,
+    num_sms,
+    on_its_device,
+    upcast,
+)
 from blockell_kernels._triton._grad_values_kernels import (
     grad_values_descriptors,
     grad_values_pointers,
@@ -27,6 +33,7 @@ from blockell_kernels._triton._tiling import (
 MIN_TOKENS_PER_PART = 256
 
 
+@on_its_device
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tensor:
     """dv [R, slots, B, B] from dy [N, R*B] and x [N, C*B]; zeros in the spare slots."""
     N, (R, slots, B, K) = x.shape[0], (pattern.R, pattern.slots, pattern.B, pattern.num_live)
