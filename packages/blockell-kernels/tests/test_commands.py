@@ -3,6 +3,7 @@
 import csv
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
@@ -63,6 +64,12 @@ def test_bench_quick_writes_a_table_and_csv(tmp_path, capsys):
     assert "old" not in text
     assert "| 256 | 128 -> 256 | 16 | 8 | 50% | training | **1.00x**" in text
     assert text.split("bench:cpu -->\n")[1].splitlines()[0] in capsys.readouterr().out
+
+
+def test_cpu_time_is_not_wall_time():
+    wall, cpu = (_timing.clock_for("cpu", cpu_time).time_ms for cpu_time in (False, True))
+    assert cpu(lambda: time.sleep(0.1)) < 50 < wall(lambda: time.sleep(0.1))
+    assert _report.facts("cpu", cpu_time=True).clock == "CPU time"
 
 
 def test_bench_leaves_out_what_cannot_be_built(capsys):

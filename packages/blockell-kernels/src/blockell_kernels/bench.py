@@ -46,6 +46,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--backends", nargs="+", choices=BACKEND_NAMES, default=("auto",), help="of ours")
     add("--rounds", type=int, default=21)
     add("--budget-s", type=float, default=4.0, help="seconds per contender and case, at most")
+    add("--cpu-time", action="store_true", help="not wall time; for a busy machine, one thread")
     add("--csv", type=Path, help="write all rows to this file")
     add("--update", type=Path, help="replace the table in this Markdown file")
     options = parser.parse_args(arguments)
@@ -86,7 +87,7 @@ def measure(case: BenchCase, options: argparse.Namespace) -> list[Row]:
         if wrong:
             raise SystemExit(f"wrong result, nothing timed: {case}, {backend}: {wrong}")
     steps = contenders(case, operands, tuple(options.backends))
-    clock = clock_for(case.device)
+    clock = clock_for(case.device, options.cpu_time)
     times = time_all(steps, clock, rounds=options.rounds, budget_s=options.budget_s)
     dense = times["nn.Linear"].p50_ms
     rows = []
@@ -118,7 +119,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{row.chosen}",
                 flush=True,
             )
-    where = facts(options.device)
+    where = facts(options.device, options.cpu_time)
     table = markdown(rows, where)
     print("\n" + table)
     if options.csv:

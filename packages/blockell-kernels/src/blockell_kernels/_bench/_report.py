@@ -36,18 +36,20 @@ class Facts:
     torch: str
     triton: str
     threads: int
+    clock: str
     commit: str
     date: str
 
 
-def facts(device: str) -> Facts:
-    """The facts of this process and machine."""
+def facts(device: str, cpu_time: bool = False) -> Facts:
+    """The facts of this process and machine, and of the clock used on it."""
     is_cuda = torch.device(device).type == "cuda"
     return Facts(
         device=torch.cuda.get_device_name(device) if is_cuda else cpu_name(),
         torch=torch.__version__,
         triton=version_of("triton") or "none",
         threads=torch.get_num_threads(),
+        clock="device events" if is_cuda else "CPU time" if cpu_time else "wall time",
         commit=_commit(),
         date=datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
     )
@@ -89,8 +91,8 @@ def markdown(rows: list[Row], facts: Facts) -> str:
     columns = ["N", "in -> out", "tile", "row group", "density", "mode", *names, "chosen"]
     dtypes = sorted({str(row.case.dtype).removeprefix("torch.") for row in rows})
     lines = [
-        f"{facts.device}, {facts.threads} threads, {', '.join(dtypes)}, torch {facts.torch}, "
-        f"commit {facts.commit}, {facts.date}.",
+        f"{facts.device}, {facts.threads} CPU threads, {', '.join(dtypes)}, torch {facts.torch}, "
+        f"{facts.clock}, commit {facts.commit}, {facts.date}.",
         "",
         "| " + " | ".join(columns) + " |",
         "|" + "---|" * len(columns),
