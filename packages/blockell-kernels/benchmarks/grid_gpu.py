@@ -177,7 +177,7 @@ def main() -> None:
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     with arguments.out.open("w", newline="") as out:
         out.write(header(arguments.commit) + "\n")
-        writer = csv.DictWriter(out, FIELDS, extrasaction="ignore")
+        writer = csv.DictWriter(out, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for make in makers:
             for line in measure(make(), arguments.rep_ms, arguments.bsr):
