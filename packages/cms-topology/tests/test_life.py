@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cms_topology import CMSBlockLinear, ScoringConfig, TopologyDecisionResult
 
@@ -256,3 +257,34 @@ def test_grow_without_statistics_draws_from_the_generator() -> None:
     c.grow(0.75, torch.Generator().manual_seed(2))
     assert torch.equal(a.col_indices, b.col_indices)
     assert not torch.equal(a.col_indices, c.col_indices)
+
+
+class _Recorder(TorchDispatchMode):
+    """Names of the operators that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("candidate_score", ["gradient", "outer"])
+def test_a_decision_asks_the_host_nothing(candidate_score: str, backward: Backward) -> None:
+    """Operators whose result depends on data would make a GPU's host wait; none may run."""
+    scoring = ScoringConfig(candidate_score=candidate_score, **LOOSE)
+    layer = CMSBlockLinear(96, 64, tile_size=8, row_group=1, scoring=scoring)
+    backward(layer)
+    generator = torch.Generator().manual_seed(0)
+    with _Recorder() as recorder:
+        layer.accumulate_scores()
+        layer.score_step()
+        result = layer.topology_step(generator, 1)
+    waiting = {"aten._local_scalar_dense.default", "aten.nonzero.default", "aten.equal.default"}
+    waiting |= {"aten.masked_select.default", "aten.is_nonzero.default", "aten.unique.default"}
+    assert not recorder.names & waiting
+    with recorder:
+        assert result.num_swaps > 0
+    assert recorder.names & waiting, "reading the result does ask: the test can fail"

@@ -310,7 +310,9 @@ def update_gradient_emas(
         # where a product with a 0-d tensor would need one launch per layer, reuse the same trick
         ones = [torch.where(here, 1.0, weight) for weight in weights]
         torch._foreach_lerp_(weights, ones, 1.0 - decay)
-        torch._foreach_add_([scorers[i].block_age for i in members], here.to(torch.int32))
+        ages = [scorers[i].block_age for i in members]
+        # given one 0-d tensor for all, torch reads it as a number and waits for the device
+        torch._foreach_add_(ages, [here.to(age.dtype).expand_as(age) for age in ages])
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
