@@ -73,12 +73,12 @@ def _wait_for_server(process: subprocess.Popen[str]) -> str:
 
 
 def _get(url: str) -> str:
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while True:
         try:
             with urllib.request.urlopen(url, timeout=5) as answer:
                 return str(answer.read().decode())
-        except (urllib.error.URLError, ConnectionError):
+        except OSError:  # refused, or too busy to answer in time
             if time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
