@@ -232,7 +232,7 @@ def wheels(session: nox.Session) -> None:
     names = [f"{name}[{','.join(all_extras(name))}]".replace("[]", "") for name in PROJECTS]
     tools = sorted({tool for name in PROJECTS for tool in test_tools(name)})
     session.install("-c", CONSTRAINTS, "--find-links", str(dist), *names, *tools)
-    work = Path(session.create_tmp())
+    work = Path(session.create_tmp()).resolve()
     for name, folder in PROJECTS.items():
         shutil.rmtree(work / name, ignore_errors=True)
         shutil.copytree(folder / "tests", work / name / "tests")
