@@ -292,7 +292,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "block_sparse_layers": None,
         "block_sparse_row_group": 1,
         # Layers this small have few blocks to choose from, so their scores lie close together.
-        "block_sparse_swap_threshold": 1.2,
+        "block_sparse_swap_threshold": 1.1,
     },
     "titanmac-163m": {
         "vocab_size": 128_000,
