@@ -207,8 +207,14 @@ def docs(session: nox.Session) -> None:
 def demo(session: nox.Session) -> None:
     """The main job: arithmetic, then prose, with a topology that changes. About 4 minutes."""
     install(session, "titanmac-integration", "blockell-dashboard")
-    out = "runs/demo"
-    session.run("titanmac", "continual", "--preset", "demo", "--out", out, *session.posargs)
+    out = free_name(Path("runs/demo"))
+    session.run("titanmac", "continual", "--preset", "demo", "--out", str(out), *session.posargs)
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or with a number behind it when a run lies there already: runs are kept."""
+    names = (path.with_name(f"{path.name}-{i}") for i in range(2, 10**6))
+    return path if not path.exists() else next(name for name in names if not name.exists())
 
 
 @nox.session(default=False)
