@@ -1,6 +1,5 @@
 """A model on disk: ``model.safetensors`` and ``model.json``, each complete or absent."""
 
-import contextlib
 import json
 import os
 from collections.abc import Mapping
@@ -9,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load, save
+
+from blockell_format.snapshots import write_atomically
 
 from ._config import TitanMACConfig
 from ._model import TitanMAC, create_titanmac_model
@@ -69,18 +70,3 @@ def load_checkpoint(
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write JSON for people and programs, atomically."""
     write_atomically(path, (json.dumps(content, indent=2) + "\n").encode())
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The file appears complete under its name or not at all: temporary name, fsync, rename."""
-    temporary = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise

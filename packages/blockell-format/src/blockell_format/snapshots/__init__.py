@@ -4,6 +4,7 @@ FORMAT.md of this package states the format in one page.
 """
 
 from ._discover import discover_runs
+from ._files import write_atomically
 from ._layers import LayerInfo, LayerSnapshot
 from ._manifest import Attempt
 from ._problems import Problem, RunError, SnapshotError
@@ -23,4 +24,5 @@ __all__ = [
     "SnapshotWriter",
     "discover_runs",
     "open_run",
+    "write_atomically",
 ]
