@@ -21,15 +21,16 @@ from torch import nn
 from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
 
 
-def median_ms(run: Callable[[], object], repeats: int, device: str) -> float:
+def median_ms(run: Callable[[], object], args: argparse.Namespace) -> float:
+    clock = time.process_time if args.cpu_time else time.perf_counter
     times = []
-    for i in range(repeats + 2):
-        started = time.perf_counter()
+    for i in range(args.repeats + 2):
+        started = clock()
         run()
-        if device == "cuda":
+        if args.device == "cuda":
             torch.cuda.synchronize()
         if i >= 2:
-            times.append(1e3 * (time.perf_counter() - started))
+            times.append(1e3 * (clock() - started))
     return statistics.median(times)
 
 
@@ -66,7 +67,7 @@ def measure(candidate_score: str, args: argparse.Namespace) -> dict[str, float]:
         return run
 
     def time_of(run: Callable[[], object]) -> float:
-        return median_ms(run, args.repeats, args.device)
+        return median_ms(run, args)
 
     plain = time_of(backward(False))
     sampled = time_of(backward(True))
@@ -104,6 +105,9 @@ def main() -> None:
     parser.add_argument("--density", type=float, default=0.5)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="not wall time; for a busy machine, one thread"
+    )
     args = parser.parse_args()
     columns = {kind: measure(kind, args) for kind in ("gradient", "outer")}
     commit = subprocess.run(
@@ -112,7 +116,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(
         f"{args.layers} layers of 640 <-> 2560, tile 16, density {args.density}, {args.tokens} "
-        f"tokens; {device}, {torch.get_num_threads()} threads, torch {torch.__version__}, commit "
+        f"tokens; {device}, {torch.get_num_threads()} thread(s), "
+        f"{'CPU time' if args.cpu_time else 'wall time'}, torch {torch.__version__}, commit "
         f"{commit}, {time.strftime('%Y-%m-%d')}\n"
     )
     print("| | `gradient` | `outer` |\n|---|---|---|")
