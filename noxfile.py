@@ -67,8 +67,7 @@ def install(session: nox.Session, *names: str, extras: tuple[str, ...] = (), too
         suffix = f"[{','.join(sorted(wanted))}]" if wanted else ""
         targets += ["-e", f"{PROJECTS[local]}{suffix}"]
     session.install("-c", CONSTRAINTS, "hatchling", "editables")
-    # torch alone is ten thousand files; compile those that are imported, when they are
-    session.install("-c", CONSTRAINTS, "--no-compile", "--no-build-isolation", *targets, *tools)
+    session.install("-c", CONSTRAINTS, "--no-build-isolation", *targets, *tools)
 
 
 def test_tools(name: str) -> list[str]:

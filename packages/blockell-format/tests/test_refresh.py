@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import os
 import threading
-import time
 from typing import Any
 
 import pytest
@@ -102,7 +102,7 @@ def test_refresh_from_many_threads(run_maker: Any) -> None:
     assert (len(run.steps), len(run.metrics()), run.problems) == (30, 30, [])
 
 
-def test_ten_thousand_snapshots_list_in_seconds(
+def test_ten_thousand_snapshots_are_listed_and_not_read_again(
     run_maker: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The headers are those of 32 layers; only the tensors are small."""
@@ -122,12 +122,12 @@ def test_ten_thousand_snapshots_list_in_seconds(
         size = len(header).to_bytes(8, "little")
         name = directory / f"step-{step:08d}.safetensors"
         name.write_bytes(size + header + content[8 + length :])
-    begin = time.perf_counter()
     run = open_run(run_maker.path)
-    elapsed_s = time.perf_counter() - begin
     assert len(run.steps) == 10_000
     assert run.problems == []
-    assert elapsed_s < 10  # about 1 s on an idle machine
-    begin = time.perf_counter()
+
+    opened = []
+    real_open = os.open
+    monkeypatch.setattr(os, "open", lambda path, *a: opened.append(path) or real_open(path, *a))
     assert not run.refresh()
-    assert time.perf_counter() - begin < 1
+    assert not [path for path in opened if str(path).endswith(".safetensors")]
