@@ -127,7 +127,7 @@ def types(session: nox.Session) -> None:
 # -- tests ----------------------------------------------------------------------------------------
 
 
-def run_tests(session: nox.Session, name: str, *arguments: str) -> None:
+def run_tests(session: nox.Session, *arguments: str) -> None:
     workers = ["-n", str(min(4, os.cpu_count() or 1))]
     if "-n" in session.posargs or "-k" in session.posargs:
         workers = []
@@ -152,7 +152,7 @@ def add_test_session(name: str) -> None:
         if name == "blockell-dashboard":
             ensure_browser(session)
         install(session, name, extras=all_extras(name), tools=test_tools(name))
-        run_tests(session, name, str(PROJECTS[name] / "tests"))
+        run_tests(session, str(PROJECTS[name] / "tests"))
 
     test.__doc__ = f"Tests of {name}."
 
@@ -168,7 +168,7 @@ def add_torch_free_session(name: str) -> None:
     @nox.session(name=f"test-{name}-other", python=pythons, tags=[name, "tests"])
     def test(session: nox.Session) -> None:
         install(session, name, tools=test_tools(name))
-        run_tests(session, name, str(PROJECTS[name] / "tests"), "-m", "not gpu and not browser")
+        run_tests(session, str(PROJECTS[name] / "tests"), "-m", "not gpu and not browser")
 
     test.__doc__ = f"Tests of {name} without torch on other Pythons."
 
@@ -196,8 +196,8 @@ def ensure_browser(session: nox.Session) -> None:
 @nox.session(tags=["tests"])
 def docs(session: nox.Session) -> None:
     """Run every example of the README files and of docs/."""
-    install(session, *PROJECTS, tools=["pytest", "pytest-timeout", "sybil"])
-    run_tests(session, "docs", "-n", "0", str(ROOT / "docs" / "tests"))
+    install(session, *PROJECTS, tools=["pytest", "pytest-timeout", "pytest-xdist", "sybil"])
+    run_tests(session, str(ROOT / "docs" / "tests"))
 
 
 # -- the main job, and looking at it --------------------------------------------------------------
