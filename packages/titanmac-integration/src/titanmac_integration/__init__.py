@@ -5,7 +5,8 @@ from ._checkpoint import load_checkpoint, save_checkpoint
 from ._config import TitanMACConfig
 from ._continual import ContinualResult, run_continual
 from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
-from ._model import TitanMAC, TitanMLP, create_titanmac_model
+from ._mlp import TitanMLP
+from ._model import TitanMAC, create_titanmac_model
 from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
 from ._tasks import Batch, Mixture, Task

@@ -11,30 +11,11 @@ from cms_topology import CMSBlockLinear, sparse_layers
 
 from ._attention import CausalWindowAttention, attention_mask, rotary_table
 from ._config import TitanMACConfig
-from ._linear import init_linear, make_linear
+from ._linear import init_linear
+from ._mlp import TitanMLP
 
 EMBEDDING_STD = 0.02
 IGNORE_INDEX = -100
-
-
-class TitanMLP(nn.Module):
-    """fc1, GELU, fc2; both linear layers block-sparse when the configuration says so."""
-
-    def __init__(
-        self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.fc1 = make_linear(
-            config, layer, "mlp", config.d_model, config.d_ff, generator=generator
-        )
-        self.fc2 = make_linear(
-            config, layer, "mlp", config.d_ff, config.d_model, generator=generator
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """``x`` [..., d_model] -> [..., d_model]."""
-        output: Tensor = self.fc2(functional.gelu(self.fc1(x)))
-        return output
 
 
 class TitanBlock(nn.Module):

@@ -1,0 +1,28 @@
+"""TitanMAC's MLP: two linear layers with a GELU between them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ._config import TitanMACConfig
+from ._linear import make_linear
+
+
+class TitanMLP(nn.Module):
+    """fc1, GELU, fc2; both linear layers block-sparse when the configuration says so."""
+
+    def __init__(
+        self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.fc1 = make_linear(
+            config, layer, "mlp", config.d_model, config.d_ff, generator=generator
+        )
+        self.fc2 = make_linear(
+            config, layer, "mlp", config.d_ff, config.d_model, generator=generator
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x`` [..., d_model] -> [..., d_model]."""
+        output: Tensor = self.fc2(functional.gelu(self.fc1(x)))
+        return output
