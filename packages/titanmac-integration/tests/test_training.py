@@ -189,3 +189,60 @@ def test_the_progress_bar_shows_loss_speed_and_swaps(
         assert all(word in shown.splitlines()[-1] for word in ("loss=", "tok/s=", "swap="))
     else:
         assert shown == ""
+
+
+class Recorder:
+    """Writes down what it is told; knows only some of the events."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple] = []
+
+    def on_fit_start(self, trainer: Trainer, task: Task, steps: int) -> None:
+        self.events.append(("start", task.name, steps, trainer.step))
+
+    def on_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
+        assert loss.ndim == 0
+        assert not loss.requires_grad
+        self.events.append(("backward", trainer.step))
+
+    def on_fit_end(self, trainer: Trainer, report: object) -> None:
+        self.events.append(("end", trainer.step))
+
+
+class Freeze:
+    """Takes all gradients away."""
+
+    def on_backward(self, trainer: Trainer, loss: torch.Tensor) -> None:
+        for parameter in trainer.model.parameters():
+            parameter.grad.zero_()
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        assert all(p.grad is not None for p in trainer.model.parameters())
+        self.last = step
+
+
+def test_callbacks_see_every_event_and_may_change_gradients(tiny_config: Make) -> None:
+    model = create_titanmac_model(tiny_config())
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    recorder, freeze = Recorder(), Freeze()
+    Trainer(model, training(), callbacks=[recorder, freeze]).fit(ProseTask(TEXT), 2)
+    expected = [("start", "prose", 2, 0), ("backward", 0), ("backward", 1), ("end", 2)]
+    assert recorder.events == expected
+    assert freeze.last == 2
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+
+
+def test_a_ready_optimizer_keeps_its_own_learning_rates(tiny_config: Make) -> None:
+    model = create_titanmac_model(tiny_config())
+    names = dict(model.named_parameters())
+    still = names.pop("embedding.weight")
+    groups = [{"params": list(names.values())}, {"params": [still], "lr": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=0.5)
+    before = still.detach().clone()
+    trainer = Trainer(model, training(warmup_steps=0), optimizer=optimizer)
+    trainer.fit(ProseTask(TEXT), 2)
+    assert trainer.optimizer is optimizer
+    assert torch.equal(still, before)
+    halfway = trainer.config.lr_at(1, 2, peak=0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [halfway, 0.0]
+    assert 0.2 < halfway < 0.3

@@ -11,7 +11,7 @@ from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
 from ._tasks import Batch, Mixture, Task
 from ._tokenizer import ByteTokenizer
-from ._training import NonFiniteLossError, PhaseReport, Trainer
+from ._training import NonFiniteLossError, PhaseReport, Trainer, TrainerCallback
 from ._training_config import TrainingConfig
 
 __version__ = "0.1.0"
@@ -31,6 +31,7 @@ __all__ = [
     "TitanMACConfig",
     "TitanMLP",
     "Trainer",
+    "TrainerCallback",
     "TrainingConfig",
     "bits_per_byte",
     "create_titanmac_model",

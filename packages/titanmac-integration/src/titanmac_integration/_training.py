@@ -46,6 +46,25 @@ class PhaseReport:
     """Share of all live blocks swapped, per topology decision."""
 
 
+class TrainerCallback:
+    """What :class:`Trainer` tells its callbacks. Deriving from this class is not required."""
+
+    def on_fit_start(self, trainer: "Trainer", task: Task | Mixture, steps: int) -> None:
+        """Before the first of ``steps`` optimizer steps on ``task``."""
+
+    def on_backward(self, trainer: "Trainer", loss: Tensor) -> None:
+        """The gradients of a whole step are there, not yet clipped; they may be changed.
+
+        ``loss`` is the step's loss, a scalar without graph.
+        """
+
+    def on_step(self, trainer: "Trainer", step: int) -> None:
+        """After the optimizer and the topology; the gradients are still there."""
+
+    def on_fit_end(self, trainer: "Trainer", report: PhaseReport) -> None:
+        """After the last step on a task."""
+
+
 class Trainer:
     """Trains one model on one task after another, with one optimizer and one clock throughout.
 
@@ -59,6 +78,11 @@ class Trainer:
         eval_tasks: evaluated every ``config.eval_every`` steps.
         progress: whether a progress bar is shown on standard error.
         label: what the progress bar calls the model.
+        optimizer: a ready optimizer of the model's parameters. Its groups' learning rates are the
+            peaks of the schedule; ``config.lr``, betas and weight decay are not used. Default:
+            AdamW with the settings of ``config``.
+        callbacks: called at the events of :class:`TrainerCallback`, in this order; an object needs
+            only the methods that it uses.
     """
 
     def __init__(
@@ -70,18 +94,23 @@ class Trainer:
         eval_tasks: Sequence[Task] = (),
         progress: bool = False,
         label: str = "",
+        optimizer: torch.optim.Optimizer | None = None,
+        callbacks: Sequence[object] = (),
     ) -> None:
         config.check_fits(model.config)
         self.model, self.config = model, config
         self.writer, self.eval_tasks = writer, tuple(eval_tasks)
         self.progress, self.label = progress, label
         self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.AdamW(
+        self.callbacks = tuple(callbacks)
+        self.optimizer: torch.optim.Optimizer = optimizer or torch.optim.AdamW(
             model.parameters(),
             lr=config.lr,
             betas=(config.beta1, config.beta2),
             weight_decay=config.weight_decay,
         )
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
         self.manager: TopologyManager | None = None
         if model.block_sparse_layers:
             self.manager = TopologyManager(
@@ -108,14 +137,16 @@ class Trainer:
         if steps < 1:
             raise ValueError(f"steps (={steps}) must be at least 1.")
         self.model.train()
+        self._call("on_fit_start", task, steps)
         report = PhaseReport(task.name, steps, 0.0, 0.0, 0.0, 0, float("nan"))
         overhead = self.manager.overhead_seconds if self.manager else 0.0
         recent: deque[float] = deque(maxlen=self.config.log_every)
         started = time.perf_counter()
         with self._bar(task.name, steps) as bar:
             for done in range(steps):
-                loss, tokens = self._one_step(task, self.config.lr_at(done, steps))
+                loss, tokens = self._one_step(task, done, steps)
                 topology = self._topology_step(report)
+                self._call("on_step", self.step)
                 recent.append(loss)
                 report.tokens += tokens
                 spent = time.perf_counter() - started - report.eval_seconds
@@ -127,18 +158,26 @@ class Trainer:
         report.seconds = time.perf_counter() - started - report.eval_seconds
         report.topology_seconds = self.manager.overhead_seconds - overhead if self.manager else 0.0
         report.final_loss = fmean(recent)
+        self._call("on_fit_end", report)
         return report
 
-    def _one_step(self, task: Task | Mixture, lr: float) -> tuple[float, int]:
+    def _call(self, event: str, *arguments: object) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self, *arguments)
+
+    def _one_step(self, task: Task | Mixture, done: int, steps: int) -> tuple[float, int]:
         """One optimizer step; batches without a finite loss and gradient are passed over."""
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = self.config.lr_at(done, steps, peak=group["initial_lr"])
         while True:
             batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
             inputs, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
             self.optimizer.zero_grad()
             loss: Tensor = self.model(inputs, labels)["loss"]
             loss.backward()
+            self._call("on_backward", loss.detach())
             norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.grad_clip or float("inf")
             )
@@ -152,8 +191,9 @@ class Trainer:
             if self._nonfinite >= self.config.max_nonfinite:
                 raise NonFiniteLossError(
                     f"no finite loss and gradient in {self._nonfinite} batches in a row after step "
-                    f"{self.step} (loss {value}, gradient norm {norm.item()}, lr {lr:.2e}); lower "
-                    "lr, lengthen warmup_steps or lower grad_clip."
+                    f"{self.step} (loss {value}, gradient norm {norm.item()}, lr "
+                    f"{self.optimizer.param_groups[0]['lr']:.2e}); lower lr, lengthen "
+                    "warmup_steps or lower grad_clip."
                 )
 
     def _topology_step(self, report: PhaseReport) -> StepReport | None:

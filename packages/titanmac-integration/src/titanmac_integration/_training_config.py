@@ -110,8 +110,15 @@ class TrainingConfig:
                 f"(={model.max_seq_len}); lower the one or raise the other."
             )
 
-    def lr_at(self, step: int, steps: int) -> float:
-        """Learning rate of ``step`` (from 0) out of ``steps``: linear warmup, then cosine."""
+    def lr_at(self, step: int, steps: int, *, peak: float | None = None) -> float:
+        """Learning rate of ``step`` (from 0) out of ``steps``: linear warmup, then cosine.
+
+        ``peak`` replaces ``lr`` as the largest rate.
+        """
         warmup = min(1.0, (step + 1) / self.warmup_steps) if self.warmup_steps else 1.0
         cosine = 0.5 * (1.0 + math.cos(math.pi * step / steps))
-        return self.lr * warmup * (self.min_lr_frac + (1.0 - self.min_lr_frac) * cosine)
+        return (
+            (self.lr if peak is None else peak)
+            * warmup
+            * (self.min_lr_frac + (1.0 - self.min_lr_frac) * cosine)
+        )
