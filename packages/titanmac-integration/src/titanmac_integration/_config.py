@@ -2,15 +2,12 @@
 
 import dataclasses
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-TILE_SIZES = (8, 16, 32, 64, 128)
-COMPONENTS = ("mlp", "attention")
-CANDIDATE_SCORES = ("gradient", "outer")
-DENSITY_RANGE = (0.1, 1.0)
+from . import _config_checks as checks
+from ._config_presets import PRESETS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +43,27 @@ class TitanMACConfig:
     """Added to the mean square in every RMSNorm."""
     rope_base: float = 10_000.0
     """Base of the geometric series of rotary wavelengths."""
+    z_loss_weight: float = 0.0
+    """Weight of the squared log-partition in the loss (keeps logits small in bfloat16); 0: off."""
+    activation_checkpointing: bool = False
+    """Whether training recomputes each block in the backward pass instead of keeping it."""
+
+    use_neural_memory: bool = False
+    """Whether layers have a neural memory that learns while it reads, in training and after."""
+    titans_variant: Literal["MAC", "MAG", "MAL"] = "MAC"
+    """How memory and attention meet: as context, as a gate, or as a layer before attention."""
+    segment_size: int = 512
+    """MAC: tokens per segment; a token attends within its segment and asks memory for the rest."""
+    memory_layers: tuple[int, ...] | None = None
+    """Indices of the layers with a memory, from 0; None for all layers."""
+    memory_heads: int = 4
+    """Memories per layer, each with its own keys, values and gates."""
+    memory_width: int = 64
+    """Width of the keys and values of one memory."""
+    memory_depth: int = 1
+    """1: a memory is a matrix; 2: an MLP with a hidden layer of twice the width."""
+    memory_chunk_size: int = 64
+    """Tokens computed at once; with depth 2 their gradients are taken at the chunk's start."""
 
     use_block_sparse: bool = False
     """Whether the chosen linear layers are ``CMSBlockLinear``; False makes every layer dense."""
@@ -63,13 +81,28 @@ class TitanMACConfig:
     """How absent blocks are scored: "gradient" (exact norms) or "outer" (calibrated proxy)."""
     block_sparse_swap_threshold: float = 1.5
     """An absent block replaces a present one if its score exceeds this multiple; at least 1."""
+    block_sparse_max_density: float | None = None
+    """Share of the blocks there is storage for, to grow into; None for no more than live."""
 
     def __post_init__(self) -> None:
-        self._check_shape()
-        self._normalise_sequences()
-        self._check_block_sparse()
+        for name, value in (
+            (
+                "block_sparse_layers",
+                checks.normalise_layers("block_sparse_layers", self.block_sparse_layers),
+            ),
+            ("memory_layers", checks.normalise_layers("memory_layers", self.memory_layers)),
+            (
+                "block_sparse_components",
+                checks.normalise_components(self.block_sparse_components),
+            ),
+            ("block_sparse_density", checks.normalise_density(self.block_sparse_density)),
+        ):
+            object.__setattr__(self, name, value)
+        checks.check_shape(self)
+        checks.check_memory(self)
+        checks.check_block_sparse(self)
         if self.use_block_sparse:
-            self._check_layers()
+            checks.check_block_sparse_layers(self)
 
     # -- presets and JSON ------------------------------------------------------------------
 
@@ -78,7 +111,9 @@ class TitanMACConfig:
         """The named configuration with some fields replaced.
 
         ``demo``: two block-sparse layers, learns two-digit sums on a CPU in about a minute.
+        ``small``: bytes, width 384, 6 layers, memory as a gate; for one GPU.
         ``titanmac-163m``: d_model 640, 16 layers, tied vocabulary of 128,000.
+        ``titanmac-237m``: d_model 768, 16 layers, d_ff 4096, the same vocabulary.
         """
         if name not in PRESETS:
             raise ValueError(f"preset (={name!r}) must be one of {', '.join(sorted(PRESETS))}.")
@@ -87,7 +122,7 @@ class TitanMACConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes; :meth:`from_dict` makes an equal object of it."""
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        for key in ("block_sparse_layers", "block_sparse_components"):
+        for key in ("block_sparse_layers", "block_sparse_components", "memory_layers"):
             values[key] = None if values[key] is None else list(values[key])
         if isinstance(self.block_sparse_density, Mapping):
             values["block_sparse_density"] = {
@@ -125,6 +160,12 @@ class TitanMACConfig:
             and (layers is None or layer in layers)
         )
 
+    def has_memory(self, layer: int) -> bool:
+        """Whether ``layer`` has a neural memory."""
+        return self.use_neural_memory and (
+            self.memory_layers is None or layer in self.memory_layers
+        )
+
     def density_of(self, layer: int) -> float:
         """Density of the block-sparse parts of ``layer``."""
         if isinstance(self.block_sparse_density, Mapping):
@@ -138,200 +179,3 @@ class TitanMACConfig:
         if self.block_sparse_layers is None:
             return tuple(range(self.n_layers))
         return self.block_sparse_layers
-
-    # -- checks ----------------------------------------------------------------------------
-
-    def _check_shape(self) -> None:
-        for name in (
-            "vocab_size",
-            "d_model",
-            "n_heads",
-            "n_layers",
-            "d_ff",
-            "max_seq_len",
-            "window_size",
-        ):
-            _check_int(name, getattr(self, name), minimum=1)
-        _check_int("n_persistent", self.n_persistent, minimum=0)
-        for name in ("tie_weights", "use_block_sparse"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} (={getattr(self, name)!r}) must be True or False.")
-        step = 2 * self.n_heads
-        if self.d_model % step:
-            below = self.d_model // step * step
-            nearest = f"{below} or {below + step}" if below else f"{step}"
-            raise ValueError(
-                f"d_model (={self.d_model}) must be a multiple of 2 * n_heads (={step}); "
-                f"nearest: {nearest}."
-            )
-        _check_float("dropout", self.dropout)
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(
-                f"dropout (={self.dropout}) must be in [0, 1); 0 switches dropout off."
-            )
-        for name in ("norm_eps", "rope_base"):
-            value = getattr(self, name)
-            _check_float(name, value)
-            if not value > 0.0:
-                default = type(self).__dataclass_fields__[name].default
-                raise ValueError(f"{name} (={value}) must be above 0; the default is {default}.")
-
-    def _normalise_sequences(self) -> None:
-        """Lists (JSON has no tuples) become tuples; string keys of densities become indices."""
-        layers = self.block_sparse_layers
-        if layers is not None:
-            if not isinstance(layers, (list, tuple)):
-                raise ValueError(
-                    f"block_sparse_layers (={layers!r}) must be a tuple of layer indices or None "
-                    "for all layers."
-                )
-            object.__setattr__(self, "block_sparse_layers", tuple(layers))
-        components = self.block_sparse_components
-        if not isinstance(components, (list, tuple)):
-            raise ValueError(
-                f"block_sparse_components (={components!r}) must be a tuple out of "
-                f'"mlp" and "attention", for example ("mlp",).'
-            )
-        object.__setattr__(self, "block_sparse_components", tuple(components))
-
-    def _check_block_sparse(self) -> None:
-        if self.block_sparse_tile_size not in TILE_SIZES:
-            raise ValueError(
-                f"block_sparse_tile_size (={self.block_sparse_tile_size!r}) must be one of "
-                f"{', '.join(map(str, TILE_SIZES))}."
-            )
-        if not self.block_sparse_components:
-            raise ValueError(
-                "block_sparse_components (=()) must name at least one part; for a dense model "
-                "set use_block_sparse=False."
-            )
-        for component in self.block_sparse_components:
-            if component not in COMPONENTS:
-                raise ValueError(
-                    f"block_sparse_components (={self.block_sparse_components!r}) must be out of "
-                    f"{', '.join(COMPONENTS)}; {component!r} is not."
-                )
-        if self.block_sparse_candidate_score not in CANDIDATE_SCORES:
-            raise ValueError(
-                f"block_sparse_candidate_score (={self.block_sparse_candidate_score!r}) must be "
-                f"one of {', '.join(CANDIDATE_SCORES)}."
-            )
-        threshold = self.block_sparse_swap_threshold
-        _check_float("block_sparse_swap_threshold", threshold)
-        if threshold < 1.0:
-            raise ValueError(
-                f"block_sparse_swap_threshold (={threshold}) must be at least 1; below it, blocks "
-                "would be replaced by worse ones."
-            )
-        group = self.block_sparse_row_group
-        if group != "auto":
-            if isinstance(group, str):
-                raise ValueError(
-                    f'block_sparse_row_group (={group!r}) must be "auto" or a positive integer.'
-                )
-            _check_int("block_sparse_row_group", group, minimum=1)
-        density = self.block_sparse_density
-        if isinstance(density, Mapping):
-            by_layer = {_layer_key(key): value for key, value in density.items()}
-            by_layer = dict(sorted(by_layer.items()))
-            object.__setattr__(self, "block_sparse_density", by_layer)
-            for layer, value in by_layer.items():
-                _check_density(f"block_sparse_density[{layer}]", value)
-        else:
-            _check_density("block_sparse_density", density)
-
-    def _check_layers(self) -> None:
-        for layer in self.block_sparse_layers or ():
-            _check_int("block_sparse_layers", layer, minimum=0)
-            if layer >= self.n_layers:
-                raise ValueError(
-                    f"block_sparse_layers (={self.block_sparse_layers}) must be below n_layers "
-                    f"(={self.n_layers}); pass None for all layers."
-                )
-        if self.block_sparse_layers is not None:
-            if not self.block_sparse_layers:
-                raise ValueError(
-                    "block_sparse_layers (=()) must name at least one layer; pass None for all "
-                    "layers or set use_block_sparse=False."
-                )
-            if len(set(self.block_sparse_layers)) != len(self.block_sparse_layers):
-                raise ValueError(
-                    f"block_sparse_layers (={self.block_sparse_layers}) must not repeat a layer."
-                )
-        if isinstance(self.block_sparse_density, Mapping):
-            given = set(self.block_sparse_density)
-            wanted = set(self.block_sparse_layer_indices())
-            if given != wanted:
-                raise ValueError(
-                    f"block_sparse_density (layers {sorted(given)}) must name exactly the "
-                    f"block-sparse layers {sorted(wanted)}."
-                )
-        tile = self.block_sparse_tile_size
-        names = ["d_model"] + (["d_ff"] if "mlp" in self.block_sparse_components else [])
-        for name in names:
-            value = getattr(self, name)
-            if value % tile:
-                below = value // tile * tile
-                nearest = f"{below} or {below + tile}" if below else f"{tile}"
-                raise ValueError(
-                    f"{name} (={value}) must be a multiple of block_sparse_tile_size (={tile}); "
-                    f"nearest: {nearest}."
-                )
-
-
-PRESETS: dict[str, dict[str, Any]] = {
-    "demo": {
-        "d_model": 96,
-        "n_heads": 8,
-        "n_layers": 2,
-        "d_ff": 384,
-        "max_seq_len": 256,
-        "window_size": 32,
-        "n_persistent": 2,
-        "use_block_sparse": True,
-        "block_sparse_layers": None,
-        "block_sparse_row_group": 1,
-        # Layers this small have few blocks to choose from, so their scores lie close together.
-        "block_sparse_swap_threshold": 1.1,
-    },
-    "titanmac-163m": {
-        "vocab_size": 128_000,
-        "d_model": 640,
-        "n_heads": 10,
-        "n_layers": 16,
-        "d_ff": 2560,
-        "tie_weights": True,
-    },
-}
-
-
-def _check_int(name: str, value: object, *, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"{name} (={value!r}) must be an integer of at least {minimum}.")
-
-
-def _check_float(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        raise ValueError(f"{name} (={value!r}) must be a finite number.")
-
-
-def _check_density(name: str, value: object) -> None:
-    low, high = DENSITY_RANGE
-    _check_float(name, value)
-    assert isinstance(value, (int, float))
-    if not low <= value <= high:
-        raise ValueError(
-            f"{name} (={value}) must be in [{low}, {high}]; use 0.5 for half of the blocks."
-        )
-
-
-def _layer_key(key: object) -> int:
-    """A layer index; JSON turns integer keys into strings."""
-    if isinstance(key, str) and key.isdecimal():
-        return int(key)
-    if isinstance(key, bool) or not isinstance(key, int):
-        raise ValueError(
-            f"block_sparse_density (key {key!r}) must be keyed by layer index, for example "
-            "{0: 0.5, 1: 0.25}."
-        )
-    return key

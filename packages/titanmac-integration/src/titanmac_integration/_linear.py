@@ -29,6 +29,7 @@ def make_linear(
         out_features,
         tile_size=config.block_sparse_tile_size,
         density=config.density_of(layer),
+        max_density=config.block_sparse_max_density,
         row_group=config.block_sparse_row_group,
         scoring=ScoringConfig(
             candidate_score=config.block_sparse_candidate_score,

@@ -114,8 +114,10 @@ class TitanMAC(nn.Module):
         for block in self.blocks:
             x = block(x, mask, rotary)
         x = self.norm(x[:, config.n_persistent :])
-        weight = self.embedding.weight if self.head is None else self.head.weight
-        logits = functional.linear(x, weight)
+        if self.head is None:
+            logits = functional.linear(x, self.embedding.weight)
+        else:
+            logits = self.head(x)
         if labels is None:
             return {"logits": logits}
         predictions = logits[:, :-1].flatten(0, 1).float()

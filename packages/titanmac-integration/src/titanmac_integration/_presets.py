@@ -32,7 +32,17 @@ RUN_PRESETS = {
         tasks=("arithmetic", "prose"),
         steps=(780, 400),
     ),
+    "small": RunPreset(
+        training={"batch_size": 32, "seq_len": 512, "lr": 1e-3, "warmup_steps": 100},
+        tasks=("arithmetic", "prose"),
+        steps=(1000, 2000),
+    ),
     "titanmac-163m": RunPreset(
+        training={"batch_size": 8, "seq_len": 1024, "lr": 3e-4, "warmup_steps": 200},
+        tasks=("arithmetic", "prose"),
+        steps=(2000, 2000),
+    ),
+    "titanmac-237m": RunPreset(
         training={"batch_size": 8, "seq_len": 1024, "lr": 3e-4, "warmup_steps": 200},
         tasks=("arithmetic", "prose"),
         steps=(2000, 2000),

@@ -137,4 +137,6 @@ _PARSERS: dict[str, tuple[Callable[[str], Any], str | None]] = {
     "block_sparse_components": (_components, "mlp,attention"),
     "block_sparse_density": (_density, "0.5|0:0.5,1:0.25"),
     "block_sparse_row_group": (_row_group, "auto|N"),
+    "block_sparse_max_density": (float, "0.75"),
+    "memory_layers": (_layers, "all|0,1,..."),
 }
