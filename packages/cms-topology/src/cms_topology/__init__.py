@@ -9,6 +9,13 @@ from cms_topology._distributed import TopologyDivergenceError, sync_topology_sco
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
+from cms_topology._retention import (
+    Consolidation,
+    Covariance,
+    LayerMemory,
+    RetentionGuard,
+    consolidate,
+)
 from cms_topology._scorer import (
     TopologyScorer,
     compute_column_entropy,
@@ -24,8 +31,12 @@ __all__ = [
     "AgeHistogram",
     "CMSBlockLinear",
     "CMSClock",
+    "Consolidation",
+    "Covariance",
+    "LayerMemory",
     "Logger",
     "NewbornStepCorrection",
+    "RetentionGuard",
     "ScoringConfig",
     "Selection",
     "StepReport",
@@ -37,6 +48,7 @@ __all__ = [
     "accumulate_scores",
     "compute_column_entropy",
     "compute_gradient_frobenius_norms",
+    "consolidate",
     "decision_generator",
     "densify",
     "reset_optimizer_state",

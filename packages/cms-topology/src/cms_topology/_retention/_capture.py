@@ -1,0 +1,90 @@
+"""Which inputs reach which weight matrix, seen from outside the model.
+
+Legend: N tokens of a pass, n inputs and m outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+from cms_topology._linear import CMSBlockLinear
+
+OnLinear = Callable[[Tensor, Tensor, Tensor], None]
+"""Called with the weight parameter, its input [..., n] and its output [..., m]."""
+OnRows = Callable[[Tensor, Tensor], None]
+"""Called with an embedding's weight parameter and the indices that were looked up."""
+
+
+class _Products(TorchFunctionMode):
+    """Sees every `functional.linear` and `functional.embedding`, whoever calls it.
+
+    So an embedding matrix that also serves as the head is found although no `nn.Linear` holds it.
+    """
+
+    def __init__(self, on_linear: OnLinear, on_rows: OnRows) -> None:
+        super().__init__()
+        self.on_linear, self.on_rows = on_linear, on_rows
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if func is functional.linear or func is functional.embedding:
+            x = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if isinstance(weight, nn.Parameter):
+                if func is functional.linear:
+                    self.on_linear(weight, x, result)
+                else:
+                    self.on_rows(weight, x)
+        return result
+
+
+@contextmanager
+def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator[None]:
+    """Report every matrix product and embedding look-up of passes inside the block.
+
+    Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Products inside
+    `nn.MultiheadAttention` are not seen (torch runs them in one piece).
+    """
+
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        assert isinstance(layer, CMSBlockLinear)
+        on_linear(layer.values, args[0], output)
+
+    sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
+    handles = [layer.register_forward_hook(hook) for layer in sparse]
+    try:
+        with torch.compiler.set_stance("force_eager"), _Products(on_linear, on_rows):
+            yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def undisturbed(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and all parameters differentiable inside; outside as before, with the random
+    number generators."""
+    modes = {module: module.training for module in model.modules()}
+    frozen = [p for p in model.parameters() if not p.requires_grad and p.is_floating_point()]
+    cuda = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
+    with torch.random.fork_rng(devices=[i for i in cuda if i is not None]):
+        try:
+            model.eval()
+            for p in frozen:
+                p.requires_grad_(True)
+            yield
+        finally:
+            for p in frozen:
+                p.requires_grad_(False)
+            for module, training in modes.items():
+                module.training = training

@@ -1,0 +1,219 @@
+"""`consolidate`: one look at a task before its data are let go.
+
+Legend: N tokens of a pass, n inputs and m outputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cms_topology._retention._capture import captured, undisturbed
+from cms_topology._retention._consolidation import Consolidation
+from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
+from cms_topology._retention._sensitivity import measure_sensitivity
+from cms_topology._retention._statistics import TaskStatistics
+
+LossFn = Callable[[nn.Module, Any], Any]
+USAGES = ("loss", "sampled", "none")
+
+
+def consolidate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    task: str = "task",
+    *,
+    loss_fn: LossFn | None = None,
+    previous: Consolidation | None = None,
+    weight: float = 1.0,
+    generator: torch.Generator | None = None,
+    usage: str = "loss",
+    influence: bool = False,
+    outputs_fn: LossFn | None = None,
+    rank: int | None = None,
+    sensitivity_batches: int = 4,
+    dtype: torch.dtype = torch.float32,
+) -> Consolidation:
+    """Keep of a task what later training must respect: statistics of its inputs, no data.
+
+    Runs the model over `batches` in evaluation mode and accumulates, for every weight matrix that
+    is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear`, so also a
+    head that is tied to the embedding), the covariance of the inputs; which embedding rows are
+    looked up; and, from the gradients of the loss, the usage of every block. Weights, gradients,
+    modes and random number generators are left as they were. Under torch.distributed every rank
+    passes its own batches and all get the same result.
+
+    Args:
+        model: wrapped by DDP or torch.compile or not.
+        batches: a little of the task's training data; some thousand tokens are enough.
+        task: its name.
+        loss_fn: (model, batch) -> scalar, the mean over tokens in nats. Default:
+            `model(**batch)["loss"]` for a dict, else `model(*batch)`.
+        previous: what was kept of earlier tasks; the result holds them too.
+        weight: how much this task counts beside the others.
+        generator: source of the random perturbations and sampled labels, on the CPU; default: one
+            of a fixed seed.
+        usage: where the error signals come from. "loss": the loss itself (its labels).
+            "sampled": labels drawn from the model's own predictions, which is the Fisher
+            information proper (Kunstner et al. 2019). "none": forward passes only.
+        influence: weight each token by the squared sensitivity of the outputs that matter to it,
+            under a random projection; tokens that the answers do not depend on then count less.
+        outputs_fn: (model, batch) -> tensor [..., classes], the outputs that matter. Default: all
+            logits, `model(**batch)["logits"]`.
+        rank: keep only that many eigenvectors of every covariance.
+        sensitivity_batches: batches on which to measure how much drift the loss bears, which
+            sets the drift budget of `RetentionGuard` (at most; 0: no measurement). Needs a loss.
+        dtype: of the stored covariances. The sums are float64.
+
+    Returns:
+        What is kept; pass it to `RetentionGuard`.
+
+    Raises:
+        ValueError: no batches, a loss that is not a scalar, a setting outside its range, or a
+            model whose parameters no product uses.
+    """
+    if usage not in USAGES:
+        raise ValueError(f"usage (={usage!r}) must be one of {', '.join(map(repr, USAGES))}.")
+    if not weight > 0:
+        raise ValueError(f"weight (={weight}) must be greater than 0.")
+    if rank is not None and rank < 1:
+        raise ValueError(f"rank (={rank}) must be at least 1, or None to keep everything.")
+    model = unwrap(model)
+    loss_of = loss_fn if loss_fn is not None else default_loss
+    outputs_of = outputs_fn if outputs_fn is not None else _default_logits
+    rng = generator if generator is not None else torch.Generator().manual_seed(0)
+    sparse = sparse_by_values(model)
+    stats = TaskStatistics(parameter_names(model), sparse)
+    kept: list[Any] = []
+    with undisturbed(model):
+        for batch in batches:
+            if len(kept) < sensitivity_batches:
+                kept.append(batch)
+            _observe(model, batch, stats, loss_of, outputs_of, usage, influence, rng)
+        stats.all_reduce()
+        if not stats.layers:
+            raise ValueError(
+                f"batches (={batches!r}) of task {task!r} reached no weight matrix of "
+                f"{type(model).__name__}; pass at least one batch, and a loss_fn that calls the "
+                "model it is given."
+            )
+        memory = Consolidation(
+            {
+                name: layer.memory(weight, stats.live(name), usage != "none", dtype)
+                for name, layer in stats.layers.items()
+            },
+            stats.rows,
+            [task],
+            [weight],
+        )
+        if kept and usage != "none":
+            memory.drift_levels, memory.drift_rises = measure_sensitivity(
+                model, kept, loss_of, memory, rng
+            )
+    if rank is not None:
+        memory = memory.low_rank(rank)
+    return memory if previous is None else previous.plus(memory)
+
+
+def default_loss(model: nn.Module, batch: Any) -> Any:
+    """The loss a model computes by itself; see `consolidate`."""
+    if isinstance(batch, dict):
+        return model(**batch)["loss"]
+    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+
+
+def _default_logits(model: nn.Module, batch: Any) -> Tensor:
+    if isinstance(batch, dict):
+        logits: Tensor = model(**batch)["logits"]
+        return logits
+    raise ValueError(
+        f"batch (={type(batch).__name__}) must be a dict for the model to be asked for its logits; "
+        "pass outputs_fn(model, batch) -> [..., classes]."
+    )
+
+
+def _observe(
+    model: nn.Module,
+    batch: Any,
+    stats: TaskStatistics,
+    loss_of: LossFn,
+    outputs_of: LossFn,
+    usage: str,
+    influence: bool,
+    generator: torch.Generator,
+) -> None:
+    """One batch: covariances, embedding rows, and error signals if asked for."""
+
+    def projected() -> Tensor:
+        result = outputs_of(model, batch)
+        return (result * torch.randn(result.shape, generator=generator).to(result)).sum()
+
+    def loss() -> Tensor:
+        if usage == "sampled":
+            return _sampled_loss(outputs_of(model, batch), generator)
+        return check_scalar(loss_of(model, batch))
+
+    if influence:
+        for weight, x, gradient in _products(model, stats, projected, differentiate=True):
+            if gradient is not None:
+                stats.of(weight).add_inputs(x, gradient.double().square().sum(1))
+    if usage == "none":
+        if not influence:
+            forward = lambda: loss_of(model, batch)  # noqa: E731
+            for weight, x, _ in _products(model, stats, forward, differentiate=False):
+                stats.of(weight).add_inputs(x)
+        return
+    for weight, x, gradient in _products(model, stats, loss, differentiate=True):
+        if not influence:
+            stats.of(weight).add_inputs(x)
+        if gradient is not None:
+            # the loss is a mean over tokens: times N it is the sum of the tokens' own losses
+            stats.of(weight).add_errors(x, gradient * x.shape[0])
+
+
+def _products(
+    model: nn.Module, stats: TaskStatistics, run: Callable[[], Any], *, differentiate: bool
+) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+    """Weight, input [N, n] and gradient by the output [N, m] of every product of one pass."""
+    inputs: list[tuple[Tensor, Tensor]] = []
+    edges: list[Any] = []
+
+    def on_linear(weight: Tensor, x: Tensor, y: Tensor) -> None:
+        if weight not in stats.names or x.numel() == 0:  # a parameter from elsewhere
+            return
+        inputs.append((weight, x.detach().reshape(-1, x.shape[-1])))
+        if differentiate:
+            # the edge, not the tensor: what follows may change it in place
+            edges.append(torch.autograd.graph.get_gradient_edge(y))
+
+    with torch.set_grad_enabled(differentiate), captured(model, on_linear, stats.use_rows):
+        result = run()
+    if not differentiate:
+        return [(weight, x, None) for weight, x in inputs]
+    # outside the capture: recomputation (activation checkpointing) must not count twice
+    found = torch.autograd.grad(result, edges, allow_unused=True) if edges else ()
+    flat = [g if g is None else g.reshape(-1, g.shape[-1]) for g in found]
+    return [(weight, x, g) for (weight, x), g in zip(inputs, flat, strict=True)]
+
+
+def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
+    """Mean cross entropy against labels drawn from the predictions themselves."""
+    flat = logits.flatten(0, -2).float()
+    draws = torch.rand(flat.shape, generator=generator).to(flat)
+    # Gumbel's trick: the largest of log p - log(-log u) is a sample of p
+    labels = (flat.detach() - (-draws.clamp(min=1e-20).log()).clamp(min=1e-20).log()).argmax(-1)
+    return nn.functional.cross_entropy(flat, labels)
+
+
+def check_scalar(loss: Any) -> Tensor:
+    """The loss itself, or an error that says what to pass."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        shape = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"loss_fn's result (={shape}) must be a scalar tensor, the mean loss over tokens; pass "
+            "loss_fn(model, batch), or usage='none' to do without error signals."
+        )
+    return loss.reshape(())

@@ -1,0 +1,67 @@
+"""The nearest displacement whose drift is within a budget.
+
+Legend: L layers, G units of a layer, n inputs of a unit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ITERATIONS = 8
+
+
+def drift(spectrum: Tensor, energy: Tensor) -> Tensor:
+    """tr(dW K dW^T) per layer from eigenvalues and the displacement's energy along them.
+
+    Args:
+        spectrum: [L, G, n], eigenvalues of K.
+        energy: [L, G, n], sum over rows of the squared coefficients along each eigenvector.
+
+    Returns:
+        float64 [L].
+    """
+    return (spectrum.double() * energy.double()).sum((1, 2))
+
+
+def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor) -> Tensor:
+    """The lambda >= 0 for which dW (I + lambda K)^-1 has a drift of at most `budget`.
+
+    That is the Euclidean projection onto {dW: tr(dW K dW^T) <= budget}; lambda is its Lagrange
+    multiplier. Found by Newton's method on 1/sqrt(budget) - 1/sqrt(drift(lambda)), which is
+    nearly linear and converges from the left without overshooting (Moré & Sorensen 1983, section
+    3; Conn, Gould & Toint 2000, section 7.3). No host synchronisation.
+
+    Args:
+        spectrum, energy: as in `drift`.
+        budget: float64 [L]; 0 gives an infinite multiplier where there is drift.
+
+    Returns:
+        float64 [L].
+    """
+    s, e = spectrum.double(), energy.double()
+    lam = torch.zeros_like(budget)
+    for _ in range(ITERATIONS):
+        shrunk = 1 / (1 + lam[:, None, None] * s)
+        inside = s * e * shrunk.square()
+        D = inside.sum((1, 2))
+        Q = (inside * s * shrunk).sum((1, 2))
+        step = D * ((D / budget).sqrt() - 1) / Q
+        # where nothing drifts, 0/0: no step
+        lam = lam + torch.where((budget < D) & (Q > 0), step, 0.0)
+    return lam
+
+
+def shrink(spectrum: Tensor, energy: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors [L, G, n] for the coefficients along each eigenvector, and the multiplier [L].
+
+    All ones where the drift is within the budget already. The drift after multiplication exceeds
+    the budget by no more than rounding: what Newton's iterations leave over is scaled away.
+    """
+    lam = multiplier(spectrum, energy, budget)
+    factor = torch.where(
+        spectrum > 0, 1 / (1 + lam[:, None, None] * spectrum.double().clamp(min=0)), 1.0
+    )
+    left = drift(spectrum, energy.double() * factor.square())
+    scale = torch.where(left > budget, (budget / left).sqrt(), 1.0)
+    return factor * scale[:, None, None], lam

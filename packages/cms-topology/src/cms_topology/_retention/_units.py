@@ -1,0 +1,65 @@
+"""Weight matrices as stacks of independent units: rows that read the same inputs.
+
+Legend: R block rows, K live blocks per row, B tile side, G units of a layer, m rows of a unit, n
+inputs of a unit. A dense matrix is one unit of all its rows; a block-sparse layer has one unit per
+row group, of m = row_group * B rows that read n = K * B inputs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cms_topology._linear import CMSBlockLinear
+from cms_topology._retention._consolidation import LayerMemory
+
+
+@dataclass(frozen=True, eq=False)
+class ProtectedWeight:
+    """One weight matrix, its memory, and how it is cut into units."""
+
+    name: str
+    parameter: Tensor
+    memory: LayerMemory
+    layer: CMSBlockLinear | None = None
+    """The block-sparse layer the parameter is the `values` of; None for a dense matrix."""
+    rows: Tensor | None = None
+    """int64 indices of rows that must stay: embedding rows in use of a tied matrix."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(G, m, n)."""
+        if self.layer is None:
+            return (1, *self.parameter.shape)
+        group = self.layer.row_group
+        return self.layer.R // group, group * self.layer.B, self.layer.num_live * self.layer.B
+
+    def columns(self) -> Tensor:
+        """Inputs that each unit reads, int64 [G, n]."""
+        G, _, n = self.shape
+        if self.layer is None:
+            return torch.arange(n, device=self.parameter.device)[None]
+        blocks = self.layer.col_indices[:: self.layer.row_group, : self.layer.num_live].long()
+        within = torch.arange(self.layer.B, device=blocks.device)
+        return (blocks[:, :, None] * self.layer.B + within).view(G, n)
+
+    def read(self) -> Tensor:
+        """The weights, float32 [G, m, n] (float64 for a float64 model); a copy or a view."""
+        weight = self.parameter.detach()
+        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        if self.layer is None:
+            return weight.to(wide)[None]
+        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
+        tiles = weight[:, :K].to(wide).permute(0, 2, 1, 3).reshape(R * B, K * B)
+        return tiles.view(self.shape)
+
+    @torch.no_grad()
+    def write(self, units: Tensor) -> None:
+        """The inverse of `read`."""
+        if self.layer is None:
+            self.parameter.copy_(units[0])
+            return
+        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
+        self.parameter[:, :K].copy_(units.reshape(R, B, K, B).permute(0, 2, 1, 3))

@@ -1,0 +1,152 @@
+"""RetentionGuard: the two ends of its dials are exact, and what lies between is in bounds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cms_topology import CMSBlockLinear, Consolidation, RetentionGuard, consolidate
+
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, weight_decay=0.01),
+    "adam": lambda p: torch.optim.Adam(p, lr=1e-2, weight_decay=0.01),
+    "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, foreach=True),
+    "adamw-fused": lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1, fused=True),
+}
+A, B = range(10), range(10, 20)
+
+
+class Network(nn.Module):
+    """An embedding, a norm, a residual MLP with one sparse and one dense matrix, and a head."""
+
+    def __init__(self, tied: bool = False, row_group: int = 2) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(20, 32)
+        self.norm = nn.LayerNorm(32)
+        self.fc1 = CMSBlockLinear(32, 64, tile_size=8, max_density=0.75, row_group=row_group)
+        self.fc2 = nn.Linear(64, 32)
+        self.head = None if tied else nn.Linear(32, 20, bias=False)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        h = self.norm(self.embedding(x))
+        h = h + self.fc2(functional.relu(self.fc1(h)))
+        weight = self.embedding.weight if self.head is None else self.head.weight
+        logits = functional.linear(h, weight)
+        if labels is None:
+            return {"logits": logits}
+        return {
+            "logits": logits,
+            "loss": functional.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+        }
+
+
+def batches(symbols: range, count: int = 3, seed: int = 0) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    drawn = [
+        torch.randint(symbols.start, symbols.stop, (4, 6), generator=generator)
+        for _ in range(count)
+    ]
+    return [{"x": x, "labels": x.roll(1, 1)} for x in drawn]
+
+
+def make(**kwargs: Any) -> tuple[Network, Consolidation]:
+    torch.manual_seed(0)
+    model = Network(**kwargs)
+    return model, consolidate(model, batches(A), "a")
+
+
+def train(
+    model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 10, seed: int = 1
+) -> float:
+    loss = torch.zeros(())
+    for batch in batches(B, steps, seed):
+        optimizer.zero_grad()
+        loss = model(**batch)["loss"]
+        loss.backward()
+        optimizer.step()
+    return float(loss.detach())
+
+
+@torch.no_grad()
+def answers(model: nn.Module) -> Tensor:
+    return torch.stack([model(batch["x"])["logits"] for batch in batches(A)])
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("row_group", [1, 4])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("every", [1, 5])
+def test_without_slack_the_old_answers_stay_to_rounding(
+    tied: bool, row_group: int, name: str, every: int
+) -> None:
+    model, memory = make(tied=tied, row_group=row_group)
+    before = answers(model)
+    optimizer = OPTIMIZERS[name](model.parameters())
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.0, every=every)
+    start = model(**batches(B, 1)[0])["loss"].item()
+    train(model, optimizer)
+    torch.testing.assert_close(answers(model), before, rtol=0, atol=2e-5)
+    assert max(guard.drift().values()) < 1e-9
+    assert model(**batches(B, 1)[0])["loss"].item() < start  # and yet it has learned
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_without_limits_it_is_the_plain_optimizer_to_the_bit(name: str) -> None:
+    results = []
+    for guarded in (False, True):
+        model, memory = make()
+        optimizer = OPTIMIZERS[name](model.parameters())
+        if guarded:
+            RetentionGuard(model, optimizer, memory, drift=None, eps=math.inf)
+        train(model, optimizer)
+        results.append(model.state_dict())
+    for key, plain in results[0].items():
+        assert torch.equal(plain, results[1][key]), key
+
+
+def test_what_has_no_statistics_stays_to_the_bit_and_unused_rows_learn() -> None:
+    model, memory = make()
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    optimizer = OPTIMIZERS["adamw-foreach"](model.parameters())
+    RetentionGuard(model, optimizer, memory, drift=0.1, every=7)
+    train(model, optimizer, steps=10)  # not a multiple of the interval
+    for name in ("norm.weight", "norm.bias", "fc1.bias", "fc2.bias"):
+        assert torch.equal(model.get_parameter(name), before[name]), name
+    embedding = model.embedding.weight.detach()
+    used = sorted({int(t) for batch in batches(A) for t in batch["x"].flatten()})
+    assert torch.equal(embedding[used], before["embedding.weight"][used])
+    assert not torch.isclose(embedding[10:], before["embedding.weight"][10:]).all(1).any()
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("eps", [None, 0.1])
+def test_drift_never_exceeds_its_budget(every: int, eps: float | None) -> None:
+    model, memory = make()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    guard = RetentionGuard(model, optimizer, memory, drift=1e-3, eps=eps, every=every)
+    for seed in range(4):
+        train(model, optimizer, steps=3, seed=seed)
+        assert max(guard.drift().values()) <= 1e-3 * (1 + 1e-4)
+    assert guard.metrics()["retention/layers_at_budget_frac"] > 0
+
+
+def test_drift_is_the_error_of_the_outputs_on_the_old_data() -> None:
+    model, memory = make()
+    inputs: list[Tensor] = []
+    hook = model.fc1.register_forward_hook(lambda _, args, __: inputs.append(args[0].flatten(0, 1)))
+    answers(model)
+    hook.remove()
+    x = torch.cat(inputs)
+    bias = model.fc1.bias.detach()
+    before = model.fc1(x).detach()
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    guard = RetentionGuard(model, optimizer, memory, drift=0.01)
+    train(model, optimizer)
+    error = (model.fc1(x).detach() - before).square().sum() / (before - bias).square().sum()
+    assert guard.drift()["fc1.values"] == pytest.approx(float(error), rel=1e-3)
