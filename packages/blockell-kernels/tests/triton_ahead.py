@@ -28,8 +28,11 @@ from blockell_kernels._triton._grad_values_kernels import (
     grad_values_pointers,
     reduce_parts,
 )
+from blockell_kernels._triton._mlp_kernels import grad_input_activated
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+NO_ACTIVATION = {"ACTIVATION": "none", "KEEP_PRE": False}
+WITH_ACTIVATION = {"ACTIVATION": "gelu", "KEEP_PRE": True}
 
 
 def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, stages=3):
@@ -62,10 +65,11 @@ def precision(dtype, arch):
 
 def forward_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **options):
     constants = {"B": B, "BM": BM, "BN": max(BN, 16), "BK": BK, "GROUP_M": 8, "HAS_BIAS": True}
-    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False} | WITH_ACTIVATION
     pointers = {"cols_ptr": "i32", "bias_ptr": dtype}
     if path == "pointers":
         constants |= {"BN_LIVE": BN, "EVEN_K": BK <= B}
+        pointers |= {"pre_ptr": dtype}
         pointers |= {"x_ptr": dtype, "values_ptr": dtype, "y_ptr": dtype}
         return compile_for(arch, forward_pointers, constants, pointers=pointers, **options)
     rows = max(1, BN // B)
@@ -74,6 +78,7 @@ def forward_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **o
         "x_desc": (dtype, (BM, BK)),
         "w_desc": (dtype, (rows, 1, BN // rows, BK)),
         "y_desc": (dtype, (BM, BN // parts)),
+        "pre_desc": (dtype, (BM, BN // parts)),
     }
     return compile_for(
         arch, forward_descriptors, constants, pointers=pointers, boxes=boxes, **options
@@ -83,7 +88,7 @@ def forward_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **o
 def packed_case(arch, dtype, B, BM, BN, BK, *, parts=1, **options):
     constants = {"B": B, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "HAS_BIAS": True}
     constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False, "EVEN_K": False}
-    constants |= {"STORE_PARTS": parts}
+    constants |= {"STORE_PARTS": parts, "pre_desc": None} | NO_ACTIVATION
     pointers = {"cols_ptr": "i32", "bias_ptr": dtype, "x_ptr": dtype}
     boxes = {"w_desc": (dtype, (BN, BK)), "y_desc": (dtype, (BM, BN // parts))}
     return compile_for(arch, forward_packed, constants, pointers=pointers, boxes=boxes, **options)
@@ -106,6 +111,19 @@ def grad_input_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, 
     }
     return compile_for(
         arch, grad_input_descriptors, constants, pointers=pointers, boxes=boxes, **options
+    )
+
+
+def middle_case(arch, dtype, B, BM, BN, BK, *, parts=1, **options):
+    constants = {"B": B, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "COLUMNS": 32, "PROGRAMS": 0}
+    constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False, "STORE_PARTS": parts}
+    constants |= {"ACTIVATION": "gelu"}
+    pointers = {"order_ptr": "i32", "col_start_ptr": "i32", "sums_ptr": "fp32"}
+    rows, tile = max(1, BK // B), (dtype, (BM, BN // parts))
+    boxes = {"dy_desc": (dtype, (BM, BK)), "w_desc": (dtype, (rows, 1, BK // rows, BN))}
+    boxes |= dict.fromkeys(("dh_desc", "pre_desc", "a_desc"), tile)
+    return compile_for(
+        arch, grad_input_activated, constants, pointers=pointers, boxes=boxes, **options
     )
 
 
@@ -160,6 +178,9 @@ def all_cases(arch):
                 NB = 1 if path == "descriptors" else max(1, 128 // B)
                 arguments = (arch, dtype, path, B, width, NB, step)
                 yield f"grad_values {name}", grad_values_case, arguments, big
+                if path == "descriptors" and B >= 64 and dtype == "bf16":
+                    arguments = (arch, dtype, B, 128, B, 64)
+                    yield f"middle {name}", middle_case, arguments, big | {"parts": 2}
                 if path == "descriptors" and B <= 32:
                     arguments = (arch, dtype, B, 128, width, step)
                     yield f"forward packed {dtype} tile {B}", packed_case, arguments, big

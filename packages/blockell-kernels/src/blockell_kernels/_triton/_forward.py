@@ -1,4 +1,4 @@
-"""Launches the forward product.
+"""Launches the forward product, with an activation function in its epilogue if asked.
 
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
 """
@@ -26,14 +26,28 @@ from blockell_kernels._triton._forward_kernels import (
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
 
-@on_its_device
 def forward(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, tiling: Tiling
 ) -> Tensor:
     """y [N, R*B] from x [N, C*B], values [R, slots, B, B], bias [R*B]."""
+    return forward_activated(x, values, bias, pattern, tiling, "none", False)[0]
+
+
+@on_its_device
+def forward_activated(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    tiling: Tiling,
+    activation: str,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(f(h), h) for h = x W^T + bias [N, R*B]; None instead of h unless `keep_pre`."""
     y = torch.empty(x.shape[0], pattern.R * pattern.B, dtype=x.dtype, device=x.device)
+    pre = torch.empty_like(y) if keep_pre and activation != "none" else None
     if y.numel() == 0:
-        return y
+        return y, y if keep_pre else None
     BN = min(tiling.BN, power_of_two_divisor(pattern.row_group * pattern.B))
     by_descriptors = (
         tiling.path == "descriptors"
@@ -47,8 +61,8 @@ def forward(
         launch = _by_packing
     else:
         launch = _by_descriptors if by_descriptors else _by_pointers
-    launch(x, values, bias, y, pattern, tiling, BN)
-    return y
+    launch(x, values, bias, y, pre, pattern, tiling, BN, activation)
+    return y, y if keep_pre and pre is None else pre
 
 
 def _by_pointers(
@@ -56,9 +70,11 @@ def _by_pointers(
     values: Tensor,
     bias: Tensor | None,
     y: Tensor,
+    pre: Tensor | None,
     pattern: Pattern,
     tiling: Tiling,
     BN: int,
+    activation: str,
 ) -> None:
     N, out_features = y.shape
     live = pattern.num_live * pattern.B
@@ -69,6 +85,7 @@ def _by_pointers(
         pattern.col_indices,
         y if bias is None else bias,
         y,
+        pre,
         N,
         pattern.slots,
         pattern.num_live,
@@ -83,6 +100,8 @@ def _by_pointers(
         EVEN_K=live % tiling.BK == 0,
         GROUP_M=tiling.group_m,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
         num_warps=tiling.warps,
@@ -95,9 +114,11 @@ def _by_descriptors(
     values: Tensor,
     bias: Tensor | None,
     y: Tensor,
+    pre: Tensor | None,
     pattern: Pattern,
     tiling: Tiling,
     BN: int,
+    activation: str,
 ) -> None:
     N, out_features = y.shape
     B, BM, BK = pattern.B, tiling.BM, tiling.BK
@@ -105,10 +126,12 @@ def _by_descriptors(
     tiles = ceil_div(N, BM) * (out_features // BN)
     programs = tiling.persistent * num_sms(x.device)
     parts = tiling.store_parts if BN >= 32 else 1
+    y_desc = TensorDescriptor.from_tensor(y, [BM, BN // parts])
     forward_descriptors[(min(programs, tiles) if programs else tiles,)](
         TensorDescriptor.from_tensor(x, [BM, BK]),
         TensorDescriptor.from_tensor(values, [rows, 1, BN // rows, BK]),
-        TensorDescriptor.from_tensor(y, [BM, BN // parts]),
+        y_desc,
+        None if pre is None else TensorDescriptor.from_tensor(pre, [BM, BN // parts]),
         pattern.col_indices,
         y if bias is None else bias,
         N,
@@ -123,6 +146,8 @@ def _by_descriptors(
         STORE_PARTS=parts,
         PROGRAMS=programs,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
         num_warps=tiling.warps,
@@ -135,18 +160,22 @@ def _by_packing(
     values: Tensor,
     bias: Tensor | None,
     y: Tensor,
+    pre: Tensor | None,
     pattern: Pattern,
     tiling: Tiling,
     BN: int,
+    activation: str,
 ) -> None:
     N, out_features = y.shape
     B, BM, BK = pattern.B, tiling.BM, max(tiling.BK, pattern.B)
     packed = pack(values, pattern, BK)
     parts = tiling.store_parts if BN >= 32 else 1
+    y_desc = TensorDescriptor.from_tensor(y, [BM, BN // parts])
     forward_packed[(ceil_div(N, BM) * (out_features // BN),)](
         x,
         TensorDescriptor.from_tensor(packed, [BN, BK]),
-        TensorDescriptor.from_tensor(y, [BM, BN // parts]),
+        y_desc,
+        None if pre is None else TensorDescriptor.from_tensor(pre, [BM, BN // parts]),
         pattern.col_indices,
         y if bias is None else bias,
         N,
@@ -163,6 +192,8 @@ def _by_packing(
         GROUP_M=tiling.group_m,
         STORE_PARTS=parts,
         HAS_BIAS=bias is not None,
+        ACTIVATION=activation,
+        KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
         num_warps=tiling.warps,

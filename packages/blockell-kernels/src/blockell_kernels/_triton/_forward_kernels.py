@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Triton kernels of the forward product y = x W^T.
+"""Triton kernels of the forward product y = f(x W^T + bias).
 
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens; a program owns
 BM tokens and BN outputs. All outputs of a program share one list of columns (BN divides
@@ -9,10 +9,15 @@ as the M operand anything below 64 rows would leave the tensor core's fast path.
 The column index of the next step is loaded one step ahead and carried by the loop. Loaded in the
 step that uses it, it makes the load of x an indirect one, which the pipeliner prefetches one stage
 less deep.
+
+The activation is applied to the sum rounded to the result's dtype, as if it had been stored and
+read again: recomputed from a stored pre-activation it comes out the same.
 """
 
 import triton
 import triton.language as tl
+
+from blockell_kernels._triton._activation_kernels import activated
 
 
 @triton.jit
@@ -37,6 +42,42 @@ def store_in_parts(
         desc.store([row, col + BN // 2], right.to(desc.dtype))
 
 
+@triton.jit
+def store_activated_part(
+    desc, pre_desc, row, col, part, ACTIVATION: tl.constexpr, KEEP_PRE: tl.constexpr
+):
+    """Store f(part) and, if asked, the part itself."""
+    h = part.to(desc.dtype)
+    if KEEP_PRE:
+        pre_desc.store([row, col], h)
+    FAST: tl.constexpr = desc.dtype.primitive_bitwidth == 16
+    desc.store([row, col], activated(h.to(tl.float32), ACTIVATION, FAST).to(desc.dtype))
+
+
+@triton.jit
+def store_activated(
+    desc,
+    pre_desc,
+    row,
+    col,
+    acc,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    STORE_PARTS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP_PRE: tl.constexpr,
+):
+    """As `store_in_parts`, through the activation; the pre-activation, too, if it is to be kept."""
+    if ACTIVATION == "none":
+        store_in_parts(desc, row, col, acc, BM, BN, STORE_PARTS)
+    elif STORE_PARTS == 1:
+        store_activated_part(desc, pre_desc, row, col, acc, ACTIVATION, KEEP_PRE)
+    else:
+        left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
+        store_activated_part(desc, pre_desc, row, col, left, ACTIVATION, KEEP_PRE)
+        store_activated_part(desc, pre_desc, row, col + BN // 2, right, ACTIVATION, KEEP_PRE)
+
+
 @triton.jit(do_not_specialize=["N"])
 def forward_pointers(
     x_ptr,  # [N, C*B], any strides
@@ -44,6 +85,7 @@ def forward_pointers(
     cols_ptr,  # [R, slots]
     bias_ptr,  # [R*B] or unused
     y_ptr,  # [N, R*B]
+    pre_ptr,  # [N, R*B] or None
     N,
     slots,
     num_live,
@@ -58,6 +100,8 @@ def forward_pointers(
     EVEN_K: tl.constexpr,  # num_live*B is a multiple of BK
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -106,9 +150,15 @@ def forward_pointers(
             acc = tl.dot(x, w, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + out).to(tl.float32)[None, :]
-    y_rows = y_ptr + tokens.to(tl.int64)[:, None] * out_features
+    offsets = tokens.to(tl.int64)[:, None] * out_features + out[None, :]
     inside = (tokens < N)[:, None] & (n < BN_LIVE)[None, :]
-    tl.store(y_rows + out[None, :], acc.to(y_ptr.dtype.element_ty), inside)
+    h = acc.to(y_ptr.dtype.element_ty)
+    if KEEP_PRE:
+        tl.store(pre_ptr + offsets, h, inside)
+    if ACTIVATION != "none":
+        FAST: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
+        h = activated(h.to(tl.float32), ACTIVATION, FAST).to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + offsets, h, inside)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -116,6 +166,7 @@ def forward_packed(
     x_ptr,  # [N, C*B], any strides
     w_desc,  # [R*B, K*B rounded up to BK] in boxes [BN, BK]: the live blocks side by side
     y_desc,  # [N, R*B] in boxes [BM, BN / STORE_PARTS]
+    pre_desc,  # as y_desc, or None
     cols_ptr,
     bias_ptr,
     N,
@@ -132,6 +183,8 @@ def forward_packed(
     GROUP_M: tl.constexpr,
     STORE_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -157,7 +210,8 @@ def forward_packed(
         acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
     if HAS_BIAS:
         acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
-    store_in_parts(y_desc, pm * BM, pn * BN, acc, BM, BN, STORE_PARTS)
+    row, col = pm * BM, pn * BN
+    store_activated(y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, KEEP_PRE)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -165,6 +219,7 @@ def forward_descriptors(
     x_desc,  # [N, C*B] in boxes [BM, BK]
     w_desc,  # [R, slots, B, B] in boxes [rows, 1, BN/rows, BK]
     y_desc,  # [N, R*B] in boxes [BM, BN / STORE_PARTS]
+    pre_desc,  # as y_desc, or None
     cols_ptr,
     bias_ptr,
     N,
@@ -179,6 +234,8 @@ def forward_descriptors(
     STORE_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,  # 0: one tile per program; else a persistent grid of that size
     HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -204,4 +261,5 @@ def forward_descriptors(
             acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
         if HAS_BIAS:
             acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
-        store_in_parts(y_desc, pm * BM, pn * BN, acc, BM, BN, STORE_PARTS)
+        row, col = pm * BM, pn * BN
+        store_activated(y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, KEEP_PRE)

@@ -1,0 +1,75 @@
+"""Activation functions that can be fused into the products around them.
+
+Legend: h pre-activation, a = f(h), da and dh the gradients of a loss in a and h.
+
+On the GPU 16-bit tensors take one Triton kernel per pass over memory; everything else torch's own
+operations. Both compute f of h as it is stored, rounded to its dtype: so a fused product, an
+unfused one and a recomputation in the backward pass agree.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
+ACTIVATIONS: tuple[Activation, ...] = ("none", "gelu", "gelu_tanh", "relu", "silu")
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def check_activation(activation: str) -> None:
+    """Raise ValueError for a name that is not one of `ACTIVATIONS`."""
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation (={activation!r}) must be one of {', '.join(ACTIVATIONS)}.")
+
+
+def _kernels(t: Tensor) -> ModuleType | None:
+    """The Triton kernels for `t`, or None: not on a GPU, no Triton, a dtype they do not take."""
+    if not t.is_cuda or t.dtype not in _DTYPES or not t.is_contiguous():
+        return None
+    try:
+        from blockell_kernels._triton import _activate
+    except ImportError:  # no Triton on this platform
+        return None
+    return _activate
+
+
+def activate(h: Tensor, activation: str) -> Tensor:
+    """a = f(h), same shape and dtype; `h` itself for "none"."""
+    if activation == "none":
+        return h
+    if kernels := _kernels(h):
+        result: Tensor = kernels.activate(h, activation)
+        return result
+    if activation in ("gelu", "gelu_tanh"):
+        return functional.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return functional.relu(h) if activation == "relu" else functional.silu(h)
+
+
+def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
+    """dh = da f'(h), same shape and dtype; `da` itself for "none"."""
+    if activation == "none":
+        return da
+    if (kernels := _kernels(h)) and da.is_contiguous():
+        result: Tensor = kernels.gradient(da, h, activation, recompute=False)[0]
+        return result
+    aten = torch.ops.aten
+    if activation in ("gelu", "gelu_tanh"):
+        kind = "tanh" if activation == "gelu_tanh" else "none"
+        return aten.gelu_backward.default(da, h, approximate=kind)
+    if activation == "relu":
+        return aten.threshold_backward.default(da, h, 0)
+    return aten.silu_backward.default(da, h)
+
+
+def gradient_and_activation(da: Tensor, h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """(dh, a) from the gradient of a and from h, on the GPU in one pass."""
+    if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
+        dh, a = kernels.gradient(da, h, activation, recompute=True)
+        return dh, a
+    return activation_gradient(da, h, activation), activate(h, activation)

@@ -1,0 +1,114 @@
+"""Launches the middle of an MLP's backward pass: fc2's input gradient, through the activation.
+
+Legend: R block rows, C block columns, B tile side of fc2, N tokens; h pre-activation, a = f(h).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from blockell_kernels._backends import Case, Pattern
+from blockell_kernels._triton._device import (
+    capability,
+    describable,
+    dot_precision,
+    num_sms,
+    on_its_device,
+    upcast,
+)
+from blockell_kernels._triton._grad_input import _sorted_columns
+from blockell_kernels._triton._mlp_kernels import grad_input_activated as kernel
+from blockell_kernels._triton._tiling import Tiling, ceil_div
+
+FEW_TOKENS = 512
+DEEP = 768
+"""Products summed per element of da from which a tile of 256 tokens pays."""
+
+
+class Middle(NamedTuple):
+    """What the kernel returns."""
+
+    dh: Tensor
+    """[N, C*B]"""
+    a: Tensor | None
+    """f(h), if it was asked for."""
+    dbias: Tensor | None
+    """Sum of dh over the tokens, float32 [C*B], if it was asked for."""
+
+
+def tiling_for(case: Case) -> Tiling | None:
+    """The tiling of fc2's grad_input with this epilogue; None: two passes are better."""
+    B, N = case.B, case.N
+    if capability(case.device)[0] != 9 or B < 64 or N < FEW_TOKENS or case.dtype == torch.float32:
+        return None
+    if B == 64:
+        return Tiling(path="descriptors", BM=128, BN=64, BK=64, warps=4, stages=4)
+    few_tiles = ceil_div(N, 128) * case.C <= 4 * num_sms(case.device)
+    if not few_tiles and case.R * B * case.density >= DEEP:
+        return Tiling(path="descriptors", BM=256, BN=128, BK=64, warps=8, stages=3, store_parts=2)
+    return Tiling(path="descriptors", BM=128, BN=128, BK=64, warps=4, stages=3, store_parts=2)
+
+
+@on_its_device
+def grad_input_activated(
+    dy: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    pre: Tensor,
+    activation: str,
+    *,
+    keep_a: bool,
+    need_bias: bool,
+    tiling: Tiling,
+) -> Middle | None:
+    """From dy [N, R*B], values [R, slots, B, B] and h [N, C*B]; None where TMA cannot read them."""
+    N, in_features = pre.shape
+    B, BM, BK = pattern.B, tiling.BM, tiling.BK
+    BN = min(tiling.BN, B)
+    if not all(map(describable, (dy, values, pre))) or (BK > B and BK > pattern.row_group * B):
+        return None
+    dh = torch.empty_like(pre)
+    a = torch.empty_like(pre) if keep_a else None
+    token_tiles = ceil_div(N, BM)
+    sums = None
+    if need_bias:
+        sums = torch.empty(token_tiles, in_features, dtype=torch.float32, device=dy.device)
+    if N == 0:
+        return Middle(dh, a, None if sums is None else sums.sum(0))
+    order, col_start = pattern.transposed()
+    tiles = token_tiles * (in_features // BN)
+    programs = tiling.persistent * num_sms(dy.device)
+    parts = tiling.store_parts if BN >= 32 else 1
+    rows = max(1, BK // B)
+    box = [BM, BN // parts]
+    kernel[(min(programs, tiles) if programs else tiles,)](
+        TensorDescriptor.from_tensor(dy, [BM, BK]),
+        TensorDescriptor.from_tensor(values, [rows, 1, BK // rows, BN]),
+        TensorDescriptor.from_tensor(dh, box),
+        TensorDescriptor.from_tensor(pre, box),
+        None if a is None else TensorDescriptor.from_tensor(a, box),
+        sums,
+        order,
+        col_start,
+        N,
+        pattern.slots,
+        in_features,
+        B=B,
+        COLUMNS=_sorted_columns(pattern),
+        BM=BM,
+        BN=BN,
+        BK=BK,
+        GROUP_M=tiling.group_m,
+        STORE_PARTS=parts,
+        PROGRAMS=programs,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(dy.dtype, dy.device),
+        UPCAST=upcast(dy),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+    )
+    return Middle(dh, a, None if sums is None else sums.sum(0))

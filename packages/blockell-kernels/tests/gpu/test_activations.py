@@ -1,0 +1,125 @@
+"""Activation functions in the kernels, against torch's in float64, by name.
+
+Legend: h pre-activation, a = f(h), da and dh the gradients of a loss in a and h.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blockell_kernels._activation import ACTIVATIONS, activate, activation_gradient
+from blockell_kernels._triton import _activate, _forward, _mlp
+from blockell_kernels._triton._tiling import Tiling
+
+# numpy's, of infinities in the interpreter
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+CUDA = torch.cuda.is_available()
+FUNCTIONS = [name for name in ACTIVATIONS if name != "none"]
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# Against float64 on the same inputs. The interpreter rounds to bfloat16 towards zero.
+TOLERANCE = {FP32: 2e-6, FP16: 4e-4, BF16: 3e-3 if CUDA else 5e-3}
+SMALL = {"BM": 16, "BN": 32, "BK": 16}
+TILINGS = {
+    "pointers": Tiling(**SMALL),
+    "descriptors": Tiling(path="descriptors", **SMALL),
+    "packed": Tiling(path="packed", BM=16, BN=64, BK=32, store_parts=2),
+    "persistent": Tiling(path="descriptors", persistent=1, store_parts=2, BM=16, BN=128, BK=32),
+}
+
+
+def inputs(dtype):
+    h = torch.cat([torch.linspace(-9, 9, 4001), torch.randn(1000)]).to(dtype)
+    device = "cuda" if CUDA else "cpu"
+    return h.to(device), torch.randn(h.shape).to(dtype).to(device)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_values_and_slopes(error, name, dtype):
+    h, da = inputs(dtype)
+    h64, da64 = h.cpu().double(), da.cpu().double()
+    a = _activate.activate(h, name)
+    assert error(a, activate(h64, name)) < TOLERANCE[dtype]
+    dh, again = _activate.gradient(da, h, name, recompute=True)
+    assert error(dh, activation_gradient(da64, h64, name)) < TOLERANCE[dtype]
+    assert torch.equal(again, a)
+    assert torch.equal(_activate.gradient(da, h, name, recompute=False)[0], dh)
+    # near zero and in the tails, where a norm sees nothing
+    worst = (a.cpu().double() - activate(h64, name)).abs().max()
+    assert worst < 9 * 2 * TOLERANCE[dtype]
+    small = h.abs() < 1e-2
+    assert error(a[small], activate(h64[small.cpu()], name)) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_nan_and_inf(name, dtype):
+    h = torch.tensor([float("nan"), float("inf"), 1.0] * 8, dtype=dtype)
+    h = h.cuda() if CUDA else h
+    got, want = _activate.activate(h, name).cpu(), activate(h.cpu().double(), name)
+    assert torch.equal(got.isnan(), want.isnan())
+    assert torch.equal(got.isinf(), want.isinf())
+    dh = _activate.gradient(torch.ones_like(h), h, name, recompute=False)[0].cpu()
+    want = activation_gradient(torch.ones(24).double(), h.cpu().double(), name)
+    assert torch.equal(dh.isnan(), want.isnan())
+
+
+@pytest.mark.parametrize("keep_pre", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
+def test_in_the_forward_epilogue(make_problem, error, tiling, name, keep_pre):
+    for dtype in (FP32, BF16):
+        p = make_problem(B=32, R=4, C=3, K=2, N=37, G=2, spare=1, dtype=dtype)
+        arguments = (p.x, p.values, p.bias, p.pattern, tiling)
+        a, pre = _forward.forward_activated(*arguments, name, keep_pre)
+        h = _forward.forward(*arguments)
+        assert torch.equal(a, h if name == "none" else _activate.activate(h, name))
+        assert error(a, activate(p.expected()["y"], name)) < 3 * TOLERANCE[dtype]
+        if keep_pre:
+            assert torch.equal(pre, h)
+        else:
+            assert pre is None
+
+
+MIDDLES = {
+    "tile 64": ({"B": 64, "R": 3, "C": 4, "K": 2, "N": 37}, {"BN": 64, "BK": 64}),
+    "tile 64, group": ({"B": 64, "R": 4, "C": 3, "K": 1, "N": 20, "G": 2}, {"BN": 64, "BK": 32}),
+    "tile 128": ({"B": 128, "R": 2, "C": 3, "K": 1, "N": 16, "spare": 1}, {"BN": 128, "BK": 64}),
+}
+
+
+@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
+@pytest.mark.parametrize("options", [{}, {"store_parts": 2}, {"persistent": 1, "store_parts": 2}])
+@pytest.mark.parametrize("middle", MIDDLES.values(), ids=MIDDLES)
+def test_in_the_epilogue_of_the_input_gradient(make_problem, error, middle, options, wanted):
+    """Empty columns (K = 1 of several) get zero gradients, and a bias gradient of zero."""
+    shape, sizes = middle
+    p = make_problem(**shape, dtype=FP32 if options else BF16)
+    tiling = Tiling(path="descriptors", BM=16, **sizes, **options)
+    pre = torch.randn_like(p.x)
+    da64, h64 = p.expected()["grad_input"], pre.cpu().double()
+    keep_a, need_bias = wanted
+    got = _mlp.grad_input_activated(
+        p.dy, p.values, p.pattern, pre, "gelu", keep_a=keep_a, need_bias=need_bias, tiling=tiling
+    )
+    want = activation_gradient(da64, h64, "gelu")
+    tolerance = TOLERANCE[p.dtype] * 2
+    assert error(got.dh, want) < tolerance
+    assert (got.a is None) == (not keep_a)
+    assert (got.dbias is None) == (not need_bias)
+    if keep_a:
+        assert torch.equal(got.a, _activate.activate(pre, "gelu"))
+    if need_bias:
+        assert error(got.dbias, want.sum(0)) < 2 * tolerance
+
+
+def test_rows_that_descriptors_cannot_read_are_left_to_others(make_problem):
+    p = make_problem(B=64, R=2, C=2, K=1, N=9)
+    dy = torch.cat([p.dy[:, :1], p.dy], 1)[:, 1:]
+    got = _mlp.grad_input_activated(
+        dy, p.values, p.pattern, p.x, "relu", keep_a=True, need_bias=True,
+        tiling=Tiling(path="descriptors", BM=16, BN=64, BK=64),
+    )  # fmt: skip
+    assert got is None
