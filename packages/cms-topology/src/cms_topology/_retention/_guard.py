@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
 from cms_topology._retention._precision import full_float32
 from cms_topology._retention._projection import ProjectionBatch
+from cms_topology._retention._state import WeightState
 from cms_topology._retention._still import StillParameters
 from cms_topology._retention._units import ProtectedWeight
 
@@ -49,6 +51,8 @@ class RetentionGuard:
         eps: strength of the control of updates, as a fraction of the inputs' mean energy: 0 allows
             only what changes no output on the consolidated inputs, infinity everything. None: no
             such control, unless `drift` is None too; then 0.01.
+        ramp: optimizer steps over which the drift budget widens from nothing to `drift`, linearly.
+            The first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
             that stay are put back at every step.
         tolerance: nats, see `drift`.
@@ -65,16 +69,19 @@ class RetentionGuard:
         *,
         drift: str | float | None = "auto",
         eps: float | None = None,
+        ramp: int = 0,
         every: int = 1,
         tolerance: float = DEFAULT_TOLERANCE_NATS,
     ) -> None:
-        self.every, self.tolerance = every, tolerance
+        self.every, self.ramp, self.tolerance = every, ramp, tolerance
         self.budget = _budget(drift, memory, tolerance)
         """Budget of relative drift; None without that control."""
         self.eps = 0.01 if eps is None and self.budget is None else eps
         """Strength of the control of updates; None without it."""
         if every < 1:
             raise ValueError(f"every (={every}) must be at least 1.")
+        if ramp < 0:
+            raise ValueError(f"ramp (={ramp}) must be 0 or more steps.")
         if self.eps is not None and not self.eps >= 0:
             raise ValueError(f"eps (={eps}) must be 0 or more.")
         if self.eps == math.inf:
@@ -86,7 +93,9 @@ class RetentionGuard:
         weights, self._still = _sort(self.model, memory)
         self._active = self.eps is not None or self.budget is not None
         with full_float32(), torch.no_grad():
-            self._batches = [ProjectionBatch(group) for group in _by_shape(weights)]
+            states = {weight.name: WeightState.of(weight) for weight in weights}
+        self._weights = weights
+        self._arrange(states)
         self._hook = None
         if optimizer is not None:
             self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
@@ -102,15 +111,46 @@ class RetentionGuard:
         if self.steps % self.every == 0:
             self.flush()
 
+    @property
+    def budget_now(self) -> float | None:
+        """The drift budget at this step, on its way up the ramp."""
+        if self.budget is None or self.steps >= self.ramp:
+            return self.budget
+        return self.budget * max(self.steps, 1) / self.ramp
+
     def flush(self) -> None:
         """Project now, in the middle of an interval; before an evaluation, for example."""
         if not self._active:
             return
+        if self._topologies() != self._known_topologies:
+            self.refresh()
         with full_float32():
             for batch in self._batches:
-                eps = None if self.eps is None else torch.full_like(batch.scale, self.eps)
-                budget = None if self.budget is None else torch.full_like(batch.scale, self.budget)
-                batch.project(eps, budget)
+                batch.project(self.eps, self.budget_now)
+
+    def refresh(self) -> None:
+        """Take note that blocks came or went; `flush` does so by itself when it notices.
+
+        What a row held on blocks that are gone is absorbed by its other inputs, in the anchor;
+        weights that do not follow (see `TopologyManager(retention=...)`) are drawn there.
+        """
+        states: dict[str, WeightState] = {}
+        with full_float32():
+            for batch in self._batches:
+                for weight, state in zip(batch.weights, batch.states(), strict=True):
+                    states[weight.name] = state.carried_over(weight)
+        self._arrange(states)
+
+    def _arrange(self, states: Mapping[str, WeightState]) -> None:
+        """Batch the weights by shape, which growth may have changed."""
+        self._batches = [
+            ProjectionBatch(group, [states[weight.name] for weight in group])
+            for group in _by_shape(self._weights)
+        ]
+        self._known_topologies = self._topologies()
+
+    def _topologies(self) -> list[int]:
+        return [w.layer.col_indices._version for w in self._weights if w.layer is not None]
 
     def remove(self) -> None:
         """Project what is pending and let the optimizer go."""
@@ -139,15 +179,68 @@ class RetentionGuard:
             "retention/layers_at_budget_frac": float(tight.double().mean()),
         }
         if self.budget is not None:
-            figures["retention/budget"] = self.budget
+            figures["retention/budget"] = float(self.budget_now or 0.0)
         if self.eps is not None:
             figures["retention/eps"] = self.eps
         return figures
 
     @property
+    def still(self) -> list[str]:
+        """Names of the parameters that stay as a whole."""
+        return self._still.names
+
+    @property
     def num_bytes(self) -> int:
         """Bytes the guard holds beside the model and the memory."""
         return self._still.num_bytes + sum(batch.num_bytes for batch in self._batches)
+
+    # -- state --------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """Anchors, what is pending in the interval, and the step; the memory has its own state."""
+        weights = {
+            weight.name: {
+                "columns": state.columns,
+                "anchor": state.anchor,
+                "reference": state.reference,
+                "scale": state.scale,
+                "debt": state.debt,
+            }
+            for batch in self._batches
+            for weight, state in zip(batch.weights, batch.states(), strict=True)
+        }
+        settings = {"budget": self.budget, "eps": self.eps, "ramp": self.ramp, "every": self.every}
+        return {
+            "steps": self.steps,
+            "settings": settings,
+            "weights": weights,
+            "still": self._still.state_dict(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue where `state` was taken, with its settings; load the model's state first.
+
+        Raises:
+            ValueError: the state is that of another model.
+        """
+        mine, theirs = {weight.name for weight in self._weights}, set(state["weights"])
+        if mine != theirs:
+            raise ValueError(
+                f"state (with {len(theirs)} weight matrices) must be of this model (with "
+                f"{len(mine)}); they differ in {sorted(mine ^ theirs)[0]!r}."
+            )
+        self.steps = int(state["steps"])
+        for name, value in state["settings"].items():
+            setattr(self, name, value)
+        self._active = self.eps is not None or self.budget is not None
+        self._still.load_state_dict(state["still"])
+        states = {}
+        for weight in self._weights:
+            saved = state["weights"][weight.name]
+            states[weight.name] = WeightState.restored(weight, saved)
+        with full_float32():
+            states = {w.name: states[w.name].carried_over(w) for w in self._weights}
+        self._arrange(states)
 
 
 def _budget(drift: str | float | None, memory: Consolidation, tolerance: float) -> float | None:
@@ -191,7 +284,7 @@ def _sort(model: nn.Module, memory: Consolidation) -> tuple[list[ProtectedWeight
         used = memory.rows.get(name)
         indices = None if used is None else used.nonzero()[:, 0].to(parameter.device)
         if indices is not None:
-            still.add(parameter, indices)
+            still.add(name, parameter, indices)
         if name in memory.layers:
             weight = ProtectedWeight(
                 name, parameter, memory.layers[name], sparse.get(parameter), indices
@@ -203,7 +296,7 @@ def _sort(model: nn.Module, memory: Consolidation) -> tuple[list[ProtectedWeight
                 )
             weights.append(weight)
         elif indices is None:
-            still.add(parameter)
+            still.add(name, parameter)
     return weights, still
 
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
 
@@ -23,19 +24,38 @@ class ProjectionBatch:
 
     Args:
         weights: layers of one shape, dtype and device.
+        states: what is known of each.
     """
 
-    def __init__(self, weights: Sequence[ProtectedWeight]) -> None:
+    def __init__(self, weights: Sequence[ProtectedWeight], states: Sequence[WeightState]) -> None:
         self.weights = list(weights)
-        self.anchor = self.read()
+        self._columns = [state.columns for state in states]
+        self.anchor = torch.stack([state.anchor for state in states])
         self.reference = self.anchor
-        """Weights when `project` was last done: the update is counted from here."""
-        self.basis, self.spectrum = self._decompose(range(len(self.weights)))
-        coefficients = self._to_basis(self.anchor)
-        self.scale = drift(self.spectrum, _energy(coefficients)).clamp(min=1e-300)
-        """float64 [L]: tr(W K W^T) of the anchor, the unit of relative drift."""
+        if any(state.reference is not state.anchor for state in states):
+            self.reference = torch.stack([state.reference for state in states])
+        self.basis = torch.stack([state.basis for state in states])
+        self.spectrum = torch.stack([state.spectrum for state in states])
+        self.scale = torch.stack([state.scale for state in states])
+        self.debt = torch.stack([state.debt for state in states])
         self.last_drift = torch.zeros_like(self.scale)
         self.last_multiplier = torch.zeros_like(self.scale)
+
+    def states(self) -> list[WeightState]:
+        """What is known of each weight matrix now; views, not copies."""
+        same = self.reference is self.anchor
+        return [
+            WeightState(
+                self._columns[i],
+                anchor,
+                anchor if same else self.reference[i],
+                self.basis[i],
+                self.spectrum[i],
+                self.scale[i],
+                self.debt[i],
+            )
+            for i, anchor in enumerate(self.anchor)
+        ]
 
     @property
     def names(self) -> list[str]:
@@ -54,12 +74,12 @@ class ProjectionBatch:
         return torch.stack([weight.read() for weight in self.weights])
 
     @torch.no_grad()
-    def project(self, eps: Tensor | None, budget: Tensor | None) -> None:
+    def project(self, eps: float | None, budget: float | None) -> None:
         """Replace the weights by what the controls leave of them; no host synchronisation.
 
         Args:
-            eps: float64 [L] or None: no control of the update.
-            budget: relative drift, float64 [L] or None: no control of the displacement.
+            eps: None: no control of the update.
+            budget: relative drift; None: no control of the displacement.
         """
         now = self.read()
         moved = now - self.anchor
@@ -69,16 +89,18 @@ class ProjectionBatch:
             update = self._to_basis(now - self.reference)
             # removed share s / (s + eps): exact for eps = 0 too, where a direction without energy
             # stays free
-            removed = self.spectrum / (self.spectrum + eps[:, None, None]).clamp(min=1e-300)
+            removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
             coefficients = coefficients - update * removed[:, :, None].to(update)
         energy = _energy(coefficients)
         if budget is not None:
-            factor, self.last_multiplier = shrink(self.spectrum, energy, budget * self.scale)
+            # what dropped blocks cost is spent, but a layer is never brought to a complete stop
+            left = (budget * self.scale - self.debt).clamp(min=0.01 * budget * self.scale)
+            factor, self.last_multiplier = shrink(self.spectrum, energy, left)
             if eps is None:
                 changed = self.last_multiplier > 0
             coefficients = coefficients * factor[:, :, None].to(coefficients)
             energy = energy * factor.square()
-        self.last_drift = drift(self.spectrum, energy) / self.scale
+        self.last_drift = (self.debt + drift(self.spectrum, energy)) / self.scale
         result = self.anchor + self._from_basis(coefficients)
         if changed is not None:
             # a layer within its budget keeps its weights to the bit
@@ -91,7 +113,7 @@ class ProjectionBatch:
     def measure(self) -> Tensor:
         """Relative drift of the weights as they are, float64 [L]."""
         energy = _energy(self._to_basis(self.read() - self.anchor))
-        return drift(self.spectrum, energy) / self.scale
+        return (self.debt + drift(self.spectrum, energy)) / self.scale
 
     def _write(self, result: Tensor) -> None:
         for weight, units, anchor in zip(self.weights, result, self.anchor, strict=True):
@@ -104,19 +126,6 @@ class ProjectionBatch:
 
     def _from_basis(self, coefficients: Tensor) -> Tensor:
         return _bmm(coefficients, self.basis.mT)
-
-    def _decompose(self, members: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """Eigenvectors [L, G, n, n] in the weights' precision, eigenvalues [L, G, n] in float64."""
-        vectors, values = [], []
-        for i in members:
-            weight = self.weights[i]
-            K = weight.memory.covariance.to(weight.parameter.device)
-            s, U = torch.linalg.eigh(K.restricted(weight.columns()))
-            # below the rounding of the largest, an eigenvalue is noise around zero
-            floor = 1e-12 * s[:, -1:].clamp(min=0)
-            values.append(torch.where(s > floor, s, 0.0))
-            vectors.append(U.to(self.anchor.dtype))
-        return torch.stack(vectors), torch.stack(values)
 
 
 def _energy(coefficients: Tensor) -> Tensor:

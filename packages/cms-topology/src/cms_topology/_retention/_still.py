@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -10,29 +12,52 @@ class StillParameters:
     """Remembers values and puts them back."""
 
     def __init__(self) -> None:
+        self._names: list[str] = []
         self._whole: list[Tensor] = []
         self._whole_values: list[Tensor] = []
-        self._rows: list[tuple[Tensor, Tensor, Tensor]] = []
+        self._rows: list[tuple[str, Tensor, Tensor, Tensor]] = []
 
-    def add(self, parameter: Tensor, rows: Tensor | None = None) -> None:
+    @property
+    def names(self) -> list[str]:
+        """Parameters that stay as a whole."""
+        return list(self._names)
+
+    def add(self, name: str, parameter: Tensor, rows: Tensor | None = None) -> None:
         """Keep `parameter`, or only its `rows` (int64 indices, distinct)."""
         data = parameter.detach()
         if rows is None:
+            self._names.append(name)
             self._whole.append(data)
             self._whole_values.append(data.clone())
         else:
-            self._rows.append((data, rows, data[rows].clone()))
+            self._rows.append((name, data, rows, data[rows].clone()))
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo whatever happened to what is kept; a handful of launches for all together."""
         if self._whole:
             torch._foreach_copy_(self._whole, self._whole_values)
-        for data, rows, values in self._rows:
+        for _, data, rows, values in self._rows:
             data.index_copy_(0, rows, values)
 
     @property
     def num_bytes(self) -> int:
         """Bytes of what is remembered."""
-        held = self._whole_values + [values for _, _, values in self._rows]
+        held = self._whole_values + [values for *_, values in self._rows]
         return sum(t.numel() * t.element_size() for t in held)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is remembered, by parameter name."""
+        return dict(self._entries())
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Remember what `state` remembered."""
+        for name, values in self._entries():
+            values.copy_(state[name])
+
+    def _entries(self) -> list[tuple[str, Tensor]]:
+        return [
+            *((f"whole/{n}", v) for n, v in zip(self._names, self._whole_values, strict=True)),
+            *((f"rows/{name}", values) for name, _, _, values in self._rows),
+        ]

@@ -1,0 +1,98 @@
+"""Retention on a GPU: exact under TF32 and autocast, without waiting for the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cms_topology import CMSBlockLinear, RetentionGuard, consolidate
+
+pytestmark = pytest.mark.gpu
+
+
+class Network(nn.Module):
+    def __init__(self, row_group: int) -> None:
+        super().__init__()
+        kwargs: dict[str, Any] = {"tile_size": 16, "row_group": row_group}
+        self.fc1 = CMSBlockLinear(128, 256, **kwargs)
+        self.fc2 = CMSBlockLinear(256, 128, **kwargs)
+        self.head = nn.Linear(128, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x + self.fc2(nn.functional.gelu(self.fc1(x))))
+
+
+def inputs(seed: int, rank: int = 40) -> Tensor:
+    """512 tokens in a subspace, so that there is room beside it."""
+    generator = torch.Generator().manual_seed(seed)
+    basis = torch.randn(rank, 128, generator=generator)
+    return (torch.randn(512, rank, generator=generator) @ basis / rank**0.5).cuda()
+
+
+def loss_of(model: nn.Module, x: Tensor) -> Tensor:
+    return (model(x) - x[:, :32]).square().mean()
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, amp: bool) -> list[float]:
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            loss = loss_of(model, inputs(2 + step % 4))
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.detach())
+    return torch.stack(losses).tolist()
+
+
+@pytest.mark.parametrize("row_group", [1, 4])
+@pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
+@pytest.mark.parametrize("amp", [False, True])
+def test_old_answers_stay_although_products_run_in_tf32(
+    row_group: int, options: dict[str, bool], amp: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    model = Network(row_group).cuda()
+    old = inputs(1)
+    memory = consolidate(model, [old], loss_fn=loss_of)
+    before = model(old).detach()
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, **options)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.0)
+    losses = train(model, optimizer, 40, amp)
+    monkeypatch.undo()
+    assert losses[-1] < 0.9 * losses[0]
+    torch.testing.assert_close(model(old), before, rtol=0, atol=2e-4)
+    assert max(guard.drift().values()) < 1e-8
+
+
+def test_drift_stays_in_budget_without_waiting_for_the_device() -> None:
+    torch.manual_seed(0)
+    model = Network(4).cuda()
+    memory = consolidate(model, [inputs(1)], loss_fn=loss_of)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    guard = RetentionGuard(model, optimizer, memory, drift=1e-3, eps=0.1)
+    train(model, optimizer, 4, amp=False)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        guard.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    train(model, optimizer, 20, amp=False)
+    assert max(guard.drift().values()) < 1e-3 * (1 + 1e-3)
+    assert guard.metrics()["retention/layers_at_budget_frac"] == 1.0
+
+
+def test_the_same_memory_as_on_the_cpu() -> None:
+    torch.manual_seed(0)
+    model = Network(4)
+    old = inputs(1).cpu()
+    on_cpu = consolidate(model, [old], loss_fn=loss_of)
+    on_gpu = consolidate(model.cuda(), [old.cuda()], loss_fn=loss_of).to("cpu").to_tensors()
+    for name, expected in on_cpu.to_tensors().items():
+        if not name.startswith("drift"):
+            torch.testing.assert_close(on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=name)
