@@ -87,7 +87,7 @@ def test_a_run_directory_tells_the_story(tiny_config: Make, tmp_path: Path) -> N
     with SnapshotWriter(tmp_path, layers=probe.manager.layer_table()) as writer:
         trainer = Trainer(
             model,
-            training(eval_every=10, log_every=5),
+            training(eval_every=10, log_every=5, eval_max_frac=1.0),
             writer=writer,
             eval_tasks=[ProseTask(TEXT)],
         )

@@ -11,8 +11,11 @@ from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
 from ._tasks import Batch, Mixture, Task
 from ._tokenizer import ByteTokenizer
-from ._training import NonFiniteLossError, PhaseReport, Trainer, TrainerCallback
+from ._training import NonFiniteLossError, Trainer, TrainingStopped
+from ._training_callback import TrainerCallback
+from ._training_checkpoint import CheckpointStore
 from ._training_config import TrainingConfig
+from ._training_report import PhaseReport
 
 __version__ = "0.1.0"
 
@@ -21,6 +24,7 @@ __all__ = [
     "ArithmeticTask",
     "Batch",
     "ByteTokenizer",
+    "CheckpointStore",
     "ContinualResult",
     "Mixture",
     "NonFiniteLossError",
@@ -33,6 +37,7 @@ __all__ = [
     "Trainer",
     "TrainerCallback",
     "TrainingConfig",
+    "TrainingStopped",
     "bits_per_byte",
     "create_titanmac_model",
     "exact_match",

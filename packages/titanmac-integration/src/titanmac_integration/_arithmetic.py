@@ -1,5 +1,7 @@
 """Generated additions, with held-out pairs that training never sees."""
 
+import hashlib
+
 import torch
 from torch import Tensor, nn
 
@@ -61,6 +63,12 @@ class ArithmeticTask(Task):
         self._train = self.encode(self.train_pairs)
         kept = torch.randperm(len(self.held_out_pairs), generator=generator)[:max_eval]
         self._held_out = self.encode(self.held_out_pairs[kept])
+
+    @property
+    def fingerprint(self) -> str:
+        """Name, digits and the held-out pairs."""
+        digest = hashlib.blake2b(self.held_out_pairs.numpy().data, digest_size=8).hexdigest()
+        return f"{self.name}/{self.n_digits}/{digest}"
 
     def encode(self, pairs: Tensor) -> Tensor:
         """Problems as bytes: ``pairs`` int64 [n, 2] -> int64 [n, problem_length]."""

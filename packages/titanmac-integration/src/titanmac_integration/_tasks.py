@@ -31,6 +31,11 @@ class Task(ABC):
     min_vocab_size: int = 256
     """Smallest vocabulary that holds the task's tokens."""
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells one set of training data from another, so that a run is continued with its own."""
+        return self.name
+
     @abstractmethod
     def batch(self, batch_size: int, seq_len: int, generator: torch.Generator) -> Batch:
         """A training batch of sequences no longer than ``seq_len``, drawn from ``generator``."""
@@ -63,6 +68,11 @@ class Mixture:
     def name(self) -> str:
         """Names of the parts, joined by "+"."""
         return "+".join(task.name for task in self.tasks)
+
+    @property
+    def fingerprint(self) -> str:
+        """Those of the parts, joined by "+"."""
+        return "+".join(task.fingerprint for task in self.tasks)
 
     def batch(self, batch_size: int, seq_len: int, generator: torch.Generator) -> Batch:
         """A batch of one of the tasks."""

@@ -1,12 +1,37 @@
-"""The byte-level tokenizer: a token is a byte."""
+"""Tokenizers: text to tokens and back."""
 
+import os
 from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+BYTES = "bytes"
+_CHUNK = 1 << 20
+
+
+class Tokenizer(Protocol):
+    """What the data and the commands need of a tokenizer."""
+
+    vocab_size: int
+    """Tokens are in [0, vocab_size)."""
+    end_of_text: int | None
+    """The token behind a document or an answer; None if there is none."""
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of ``text``."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of ``tokens``."""
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as tokens 0 to 255. No merges, no special tokens, nothing to download."""
+    """UTF-8 bytes as tokens 0 to 255. No merges, nothing to download; byte 0 ends a text."""
 
     vocab_size = 256
+    end_of_text: int | None = 0
 
     def encode(self, text: str) -> list[int]:
         """Tokens of ``text``."""
@@ -23,3 +48,82 @@ class ByteTokenizer:
             if not 0 <= value < self.vocab_size:
                 raise ValueError(f"tokens (contains {value}) must be in [0, 256).")
         return bytes(values).decode("utf-8", errors="replace")
+
+
+class HuggingFaceTokenizer:
+    """A ``tokenizer.json`` of Hugging Face's `tokenizers` library. Needs the extra ``hf``.
+
+    Args:
+        path: the file.
+
+    Raises:
+        ImportError: `tokenizers` is not installed.
+        ValueError: the file cannot be read as a tokenizer.
+    """
+
+    END_OF_TEXT = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+    """The first of these that the vocabulary has ends a text."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            from tokenizers import Tokenizer as Loaded
+        except ImportError as error:
+            raise ImportError(
+                f"tokenizer (={os.fspath(path)!r}) needs the tokenizers library: "
+                "pip install 'titanmac-integration[hf]'."
+            ) from error
+        try:
+            self._tokenizer: Any = Loaded.from_file(os.fspath(path))
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(
+                f"tokenizer (={os.fspath(path)!r}) must be a tokenizer.json of Hugging Face's "
+                f"tokenizers: {error}."
+            ) from error
+        self.vocab_size = int(self._tokenizer.get_vocab_size())
+        known = map(self._tokenizer.token_to_id, self.END_OF_TEXT)
+        self.end_of_text: int | None = next((token for token in known if token is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        """Tokens of ``text``, without special ones. Long texts are cut at line ends on the way."""
+        tokens: list[int] = []
+        for encoding in self._tokenizer.encode_batch(_chunks(text), add_special_tokens=False):
+            tokens.extend(encoding.ids)
+        return tokens
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """Text of ``tokens``."""
+        return str(self._tokenizer.decode([int(token) for token in tokens]))
+
+
+def make_tokenizer(name: str | os.PathLike[str]) -> Tokenizer:
+    """``"bytes"``, or the path of a ``tokenizer.json``.
+
+    Raises:
+        ValueError: neither.
+    """
+    if name == BYTES:
+        return ByteTokenizer()
+    if not Path(name).is_file():
+        raise ValueError(
+            f'tokenizer (={os.fspath(name)!r}) must be "bytes" or the path of a tokenizer.json.'
+        )
+    return HuggingFaceTokenizer(name)
+
+
+def token_tensor(tokenizer: Tokenizer, text: str) -> Tensor:
+    """Tokens of ``text``, [tokens], uint8 for bytes and int32 otherwise."""
+    if isinstance(tokenizer, ByteTokenizer):
+        data = bytearray(text.encode("utf-8"))
+        return torch.frombuffer(data, dtype=torch.uint8) if data else torch.empty(0).byte()
+    return torch.tensor(tokenizer.encode(text), dtype=torch.int32)
+
+
+def _chunks(text: str) -> list[str]:
+    """``text`` in pieces of about a million characters that end where a line ends."""
+    pieces, start = [], 0
+    while start < len(text):
+        end = text.find("\n", start + _CHUNK) + 1
+        end = end if end > 0 else len(text)
+        pieces.append(text[start:end])
+        start = end
+    return pieces

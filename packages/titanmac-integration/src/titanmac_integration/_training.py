@@ -1,9 +1,9 @@
-"""The training loop: AdamW, and the topology at the levels of the clock."""
+"""The training loop: an optimizer, and the topology at the levels of the clock."""
 
-import time
-from collections import deque
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
@@ -17,72 +17,56 @@ from cms_topology import StepReport, TopologyManager
 from ._model import TitanMAC
 from ._seeding import stream
 from ._tasks import Mixture, Task
+from ._training_callback import TrainerCallback
+from ._training_checkpoint import CheckpointStore, read_training_checkpoint
 from ._training_config import TrainingConfig
+from ._training_log import Loggers, MetricsLogger, write_first_snapshot
+from ._training_phase import Phase
+from ._training_processes import rank, sum_over_processes
+from ._training_report import PhaseReport, peak_memory_bytes
+from ._training_state import load_trainer_state, trainer_state
+from ._training_step import StepRunner
+
+__all__ = ["NonFiniteLossError", "PhaseReport", "Trainer", "TrainerCallback", "TrainingStopped"]
 
 
 class NonFiniteLossError(RuntimeError):
     """Loss or gradients were infinite or NaN for many batches in a row."""
 
 
-@dataclass
-class PhaseReport:
-    """What training on one task (or mixture) did."""
-
-    task: str
-    """Name of the task."""
-    steps: int
-    """Optimizer steps."""
-    seconds: float
-    """Wall time of training, evaluations not counted."""
-    eval_seconds: float
-    """Wall time of the evaluations in between."""
-    topology_seconds: float
-    """Host time that topology work took, part of ``seconds``."""
-    tokens: int
-    """Training tokens seen."""
-    final_loss: float
-    """Mean training loss of the last steps, in nats."""
-    swap_rates: list[float] = field(default_factory=list)
-    """Share of all live blocks swapped, per topology decision."""
-
-
-class TrainerCallback:
-    """What :class:`Trainer` tells its callbacks. Deriving from this class is not required."""
-
-    def on_fit_start(self, trainer: "Trainer", task: Task | Mixture, steps: int) -> None:
-        """Before the first of ``steps`` optimizer steps on ``task``."""
-
-    def on_backward(self, trainer: "Trainer", loss: Tensor) -> None:
-        """The gradients of a whole step are there, not yet clipped; they may be changed.
-
-        ``loss`` is the step's loss, a scalar without graph.
-        """
-
-    def on_step(self, trainer: "Trainer", step: int) -> None:
-        """After the optimizer and the topology; the gradients are still there."""
-
-    def on_fit_end(self, trainer: "Trainer", report: PhaseReport) -> None:
-        """After the last step on a task."""
+class TrainingStopped(Exception):  # noqa: N818 - not an error
+    """Training ended before its last step because it was asked to."""
 
 
 class Trainer:
     """Trains one model on one task after another, with one optimizer and one clock throughout.
 
     The same model, settings and tasks give the same result to the bit on one machine and thread
-    count. Each call of :meth:`fit` has its own learning-rate schedule.
+    count, continued from a checkpoint or not. Each call of :meth:`fit` has its own learning-rate
+    schedule. Under torchrun every process makes the same trainer; each works on its share of every
+    batch.
 
     Args:
         model: the model; it stays on its device.
         config: settings.
-        writer: receives metrics, and a snapshot at the start and at every topology decision.
+        writer: receives metrics, and a snapshot at the start and at every topology decision. Only
+            in process 0.
         eval_tasks: evaluated every ``config.eval_every`` steps.
         progress: whether a progress bar is shown on standard error.
         label: what the progress bar calls the model.
         optimizer: a ready optimizer of the model's parameters. Its groups' learning rates are the
-            peaks of the schedule; ``config.lr``, betas and weight decay are not used. Default:
-            AdamW with the settings of ``config``.
+            peaks of the schedule; ``config.lr``, betas and weight decay are not used. One that
+            drives the topology itself says so by an attribute ``topology_manager``. Default: AdamW
+            with the settings of ``config``.
         callbacks: called at the events of :class:`TrainerCallback`, in this order; an object needs
-            only the methods that it uses.
+            only the methods that it uses. One with ``state_dict`` and ``load_state_dict`` is part
+            of the checkpoints.
+        loggers: receive the metrics that ``writer`` receives: ``log(metrics, step)``.
+        checkpoints: where checkpoints go; None writes none.
+        checkpoint_every: optimizer steps between checkpoints; one is also written at the end of
+            :meth:`fit` and when it is stopped. 0 writes only those.
+        stop: asked after every step; True ends :meth:`fit` with :class:`TrainingStopped`, in all
+            processes as soon as one says so.
     """
 
     def __init__(
@@ -96,13 +80,24 @@ class Trainer:
         label: str = "",
         optimizer: torch.optim.Optimizer | None = None,
         callbacks: Sequence[object] = (),
+        loggers: Sequence[MetricsLogger] = (),
+        checkpoints: CheckpointStore | None = None,
+        checkpoint_every: int = 0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> None:
         config.check_fits(model.config)
+        if checkpoint_every < 0:
+            raise ValueError(f"checkpoint_every (={checkpoint_every}) must be 0 (off) or more.")
         self.model, self.config = model, config
         self.writer, self.eval_tasks = writer, tuple(eval_tasks)
         self.progress, self.label = progress, label
         self.device = next(model.parameters()).device
         self.callbacks = tuple(callbacks)
+        self.checkpoints, self.checkpoint_every = checkpoints, checkpoint_every
+        self.stop = stop
+        self.info: dict[str, Any] = {}
+        """What JSON can hold; part of every checkpoint."""
+        self._logger = Loggers([writer, *loggers] if writer is not None else loggers)
         self.optimizer: torch.optim.Optimizer = optimizer or torch.optim.AdamW(
             model.parameters(),
             lr=config.lr,
@@ -111,61 +106,90 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
-        self.manager: TopologyManager | None = None
-        if model.block_sparse_layers:
-            self.manager = TopologyManager(
-                model,
-                self.optimizer,
-                periods=config.level_periods,
-                seed=config.seed,
-                writer=writer,
-                logger=writer,
-            )
-            self.manager.write_snapshot()
+        self._optimizer_drives = getattr(self.optimizer, "topology_manager", None) is not None
+        self.manager: TopologyManager | None = self._make_manager()
         self.step = 0
         """Optimizer steps so far."""
+        self._runner = StepRunner(model, config, self.device)
         self._data = stream(config.seed, "data")
         self._nonfinite = 0
+        self._stopping = False
+        self._phase: Phase | None = None
+        self._resumed: Mapping[str, Any] | None = None
+
+    def _make_manager(self) -> TopologyManager | None:
+        if self._optimizer_drives:
+            manager: TopologyManager = self.optimizer.topology_manager  # type: ignore[attr-defined]
+            manager.writer, manager.logger = self.writer, self._logger.or_none()
+            return manager
+        if not self.model.block_sparse_layers:
+            return None
+        return TopologyManager(
+            self.model,
+            self.optimizer,
+            periods=self.config.level_periods,
+            seed=self.config.seed,
+            writer=self.writer,
+            logger=self._logger.or_none(),
+        )
+
+    # -- training ------------------------------------------------------------------------------
 
     def fit(self, task: Task | Mixture, steps: int) -> PhaseReport:
         """Train for ``steps`` optimizer steps on batches of ``task``.
 
+        After :meth:`load` the first call continues where the checkpoint was taken.
+
         Raises:
             NonFiniteLossError: ``max_nonfinite`` batches in a row had no finite loss.
-            ValueError: ``steps`` is not positive.
+            TrainingStopped: ``stop`` asked for it; a checkpoint has been written.
+            ValueError: ``steps`` is not positive, or the task is not the checkpoint's.
+            OSError: a checkpoint could not be written.
         """
         if steps < 1:
             raise ValueError(f"steps (={steps}) must be at least 1.")
+        window = self.config.log_every
+        if self._resumed is not None:
+            phase = Phase.resumed(self._resumed, task, steps, window)
+        else:
+            phase = Phase(task, steps, window)
+        self._phase, self._resumed = phase, None
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
         self.model.train()
+        if self.step == 0:
+            write_first_snapshot(self.manager, self.writer, self.device)
         self._call("on_fit_start", task, steps)
-        report = PhaseReport(task.name, steps, 0.0, 0.0, 0.0, 0, float("nan"))
-        overhead = self.manager.overhead_seconds if self.manager else 0.0
-        recent: deque[float] = deque(maxlen=self.config.log_every)
-        started = time.perf_counter()
-        with self._bar(task.name, steps) as bar:
-            for done in range(steps):
-                loss, tokens = self._one_step(task, done, steps)
-                topology = self._topology_step(report)
+        with self._bar(phase) as bar:
+            while phase.done < steps:
+                loss, tokens = self._one_step(task, phase.done, steps)
+                phase.count(loss, tokens)
+                topology = self._topology_step()
+                if topology is not None:
+                    phase.report.topology_seconds += topology.overhead_s
+                    if topology.swap_rate is not None:
+                        phase.report.swap_rates.append(topology.swap_rate)
                 self._call("on_step", self.step)
-                recent.append(loss)
-                report.tokens += tokens
-                spent = time.perf_counter() - started - report.eval_seconds
-                if self.step % self.config.log_every == 0 or done + 1 == steps:
-                    self._log(bar, fmean(recent), report.tokens / spent, topology)
-                bar.update()
-                if self.config.eval_every and (done + 1) % self.config.eval_every == 0:
-                    report.eval_seconds += self._evaluate_in_between()
-        report.seconds = time.perf_counter() - started - report.eval_seconds
-        report.topology_seconds = self.manager.overhead_seconds - overhead if self.manager else 0.0
-        report.final_loss = fmean(recent)
+                self._after_step(phase, bar)
+        report = phase.update_report()
+        report.peak_memory_bytes = peak_memory_bytes(self.device)
+        self._phase = None
         self._call("on_fit_end", report)
         return report
 
-    def _call(self, event: str, *arguments: object) -> None:
-        for callback in self.callbacks:
-            method = getattr(callback, event, None)
-            if method is not None:
-                method(self, *arguments)
+    def _after_step(self, phase: Phase, bar: Any) -> None:
+        """Everything but learning: log, evaluate, save, stop."""
+        config, finished = self.config, phase.done == phase.report.steps
+        if self.step % config.log_every == 0 or finished:
+            self._log(phase, bar)
+        bar.update()
+        if config.eval_every and phase.done % config.eval_every == 0:
+            self._evaluate_in_between(phase)
+        due = self.checkpoint_every and self.step % self.checkpoint_every == 0
+        if due or finished or self._stopping:
+            self.save()
+        if self._stopping and not finished:
+            raise TrainingStopped(f"stopped after step {self.step}")
 
     def _one_step(self, task: Task | Mixture, done: int, steps: int) -> tuple[float, int]:
         """One optimizer step; batches without a finite loss and gradient are passed over."""
@@ -173,58 +197,117 @@ class Trainer:
             group["lr"] = self.config.lr_at(done, steps, peak=group["initial_lr"])
         while True:
             batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
-            inputs, labels = batch.input_ids.to(self.device), batch.labels.to(self.device)
             self.optimizer.zero_grad()
-            loss: Tensor = self.model(inputs, labels)["loss"]
-            loss.backward()
-            self._call("on_backward", loss.detach())
+            loss = self._agree(self._runner.backward(batch, self.optimizer))
+            self._call("on_backward", loss)
             norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.grad_clip or float("inf")
             )
-            value = loss.item()
-            if torch.isfinite(loss + norm):
+            value, size = torch.stack((loss, norm.float())).tolist()
+            finite = math.isfinite(value) and math.isfinite(size)
+            self._runner.step(self.optimizer, finite=finite)
+            if finite:
                 self._nonfinite = 0
-                self.optimizer.step()
                 self.step += 1
-                return value, inputs.numel()
+                return value, batch.input_ids.numel()
             self._nonfinite += 1
             if self._nonfinite >= self.config.max_nonfinite:
                 raise NonFiniteLossError(
                     f"no finite loss and gradient in {self._nonfinite} batches in a row after step "
-                    f"{self.step} (loss {value}, gradient norm {norm.item()}, lr "
+                    f"{self.step} (loss {value}, gradient norm {size}, lr "
                     f"{self.optimizer.param_groups[0]['lr']:.2e}); lower lr, lengthen "
                     "warmup_steps or lower grad_clip."
                 )
 
-    def _topology_step(self, report: PhaseReport) -> StepReport | None:
-        if self.manager is None:
-            return None
-        outcome = self.manager.step()
-        if outcome.swap_rate is not None:
-            report.swap_rates.append(outcome.swap_rate)
-        return outcome
+    def _agree(self, loss: Tensor) -> Tensor:
+        """The sum of the processes' shares of the loss; on the way, whether one wants to stop."""
+        shares = torch.stack((loss, loss.new_tensor(float(self.stop()))))
+        total = sum_over_processes(shares)
+        self._stopping = bool(total[1] > 0)
+        return total[0]
 
-    def _log(self, bar: Any, loss: float, tokens_per_s: float, topology: StepReport | None) -> None:
-        shown = {"loss": f"{loss:.3f}", "tok/s": f"{tokens_per_s:,.0f}"}
+    def _topology_step(self) -> StepReport | None:
+        if self._optimizer_drives:
+            report: StepReport | None = self.optimizer.last_topology  # type: ignore[attr-defined]
+            return report
+        return None if self.manager is None else self.manager.step()
+
+    def _call(self, event: str, *arguments: object) -> None:
+        for callback in self.callbacks:
+            method = getattr(callback, event, None)
+            if method is not None:
+                method(self, *arguments)
+
+    # -- records -------------------------------------------------------------------------------
+
+    def _log(self, phase: Phase, bar: Any) -> None:
+        loss, speed = fmean(phase.recent), phase.tokens_per_second()
+        shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
         if self.manager is not None and self.manager.swap_rate is not None:
             shown["swap"] = f"{self.manager.swap_rate:.1%}"
         bar.set_postfix(shown, refresh=False)
-        if self.writer is not None:
-            metrics = {
-                "train/loss": loss,
-                "train/tokens_per_s": tokens_per_s,
-                "train/lr": self.optimizer.param_groups[0]["lr"],
-            }
-            self.writer.log(metrics, self.step)
+        report = phase.update_report()
+        metrics = {
+            "train/loss": loss,
+            "train/tokens_per_s": speed,
+            "train/lr": float(self.optimizer.param_groups[0]["lr"]),
+            "train/topology_frac": report.topology_frac,
+            "train/peak_memory_bytes": peak_memory_bytes(self.device),
+        }
+        self._logger.log(metrics, self.step)
 
-    def _evaluate_in_between(self) -> float:
-        """Log the measure of every evaluation task; returns the seconds it took."""
-        started = time.perf_counter()
-        metrics = {f"eval/{t.name}/{t.metric}": t.evaluate(self.model) for t in self.eval_tasks}
-        if self.writer is not None:
-            self.writer.log(metrics, self.step)
-        return time.perf_counter() - started
+    def _evaluate_in_between(self, phase: Phase) -> None:
+        """Log the measure of every evaluation task, in process 0, if there is time for it."""
+        if rank() != 0 or not phase.watch.evaluation_fits(self.config.eval_max_frac):
+            return
+        with phase.watch.doing("evaluation"):
+            metrics = {f"eval/{t.name}/{t.metric}": t.evaluate(self.model) for t in self.eval_tasks}
+            self._logger.log(metrics, self.step)
 
-    def _bar(self, task: str, steps: int) -> Any:
-        name = f"{self.label} {task}".strip()
-        return tqdm(total=steps, desc=name, unit="step", disable=not self.progress, leave=True)
+    def _bar(self, phase: Phase) -> Any:
+        return tqdm(
+            total=phase.report.steps,
+            initial=phase.done,
+            desc=f"{self.label} {phase.report.task}".strip(),
+            unit="step",
+            disable=not self.progress,
+            leave=True,
+        )
+
+    # -- checkpoints ---------------------------------------------------------------------------
+
+    def save(self) -> Path | None:
+        """Write a checkpoint; all processes must call this. Returns its path in process 0.
+
+        Nothing without ``checkpoints``.
+
+        Raises:
+            OSError: it could not be written; older checkpoints are as they were.
+        """
+        if self.checkpoints is None:
+            return None
+        if self._phase is None:
+            return self._save()
+        with self._phase.watch.doing("checkpoint"):
+            return self._save()
+
+    def _save(self) -> Path | None:
+        assert self.checkpoints is not None
+        state = trainer_state(self)
+        if rank() != 0:
+            return None
+        info = {
+            "model": self.model.config.to_dict(),
+            "training": self.config.to_dict(),
+            **self.info,
+        }
+        return self.checkpoints.save(self.step, self.model, state=state, info=info)
+
+    def load(self, path: str | os.PathLike[str]) -> None:
+        """Continue from a checkpoint's directory: the next :meth:`fit` goes on where it was taken.
+
+        Raises:
+            ValueError: it is damaged, or belongs to another configuration; the message says what
+                is wrong or which fields differ.
+        """
+        load_trainer_state(self, read_training_checkpoint(path))

@@ -8,6 +8,17 @@ from typing import Any
 
 from ._config import TitanMACConfig
 
+PRECISIONS = ("fp32", "bf16", "fp16")
+FREE_FIELDS = (
+    "accumulation_steps",
+    "compile",
+    "eval_every",
+    "eval_max_frac",
+    "log_every",
+    "max_nonfinite",
+)
+"""Fields that a resumed run may change: they do not change what is learned, except for rounding."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
@@ -31,10 +42,18 @@ class TrainingConfig:
     """AdamW's decay of the mean squared gradient."""
     grad_clip: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
+    accumulation_steps: int = 1
+    """Parts in which a batch is worked on one after another, to save memory."""
+    precision: str = "fp32"
+    """"fp32", "bf16" or "fp16" (with loss scaling): what autocast computes products in."""
+    compile: bool = False
+    """Whether torch.compile compiles the model."""
     level_periods: tuple[int, int, int] = (1, 10, 100)
     """Optimizer steps between accumulating, folding and deciding on the topology."""
     eval_every: int = 0
     """Steps between evaluations during training; 0 evaluates at the end of each task only."""
+    eval_max_frac: float = 0.25
+    """Evaluations during training are left out where they would exceed this share of the time."""
     log_every: int = 10
     """Steps between lines in metrics.jsonl."""
     max_nonfinite: int = 10
@@ -47,6 +66,7 @@ class TrainingConfig:
             ("batch_size", 1),
             ("seq_len", 2),
             ("warmup_steps", 0),
+            ("accumulation_steps", 1),
             ("eval_every", 0),
             ("log_every", 1),
             ("max_nonfinite", 1),
@@ -62,11 +82,23 @@ class TrainingConfig:
             ("beta1", "in [0, 1)", lambda v: 0 <= v < 1),
             ("beta2", "in [0, 1)", lambda v: 0 <= v < 1),
             ("grad_clip", "0 (off) or more", lambda v: v >= 0),
+            ("eval_max_frac", "in (0, 1]", lambda v: 0 < v <= 1),
         ):
             value = getattr(self, name)
             number = isinstance(value, (int, float)) and not isinstance(value, bool)
             if not number or not math.isfinite(value) or not holds(value):
                 raise ValueError(f"{name} (={value!r}) must be a number {rule}.")
+        if self.precision not in PRECISIONS:
+            raise ValueError(
+                f"precision (={self.precision!r}) must be one of {', '.join(PRECISIONS)}."
+            )
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile (={self.compile!r}) must be True or False.")
+        if self.accumulation_steps > self.batch_size:
+            raise ValueError(
+                f"accumulation_steps (={self.accumulation_steps}) must be at most batch_size "
+                f"(={self.batch_size}): every part needs a sequence."
+            )
         self._check_periods()
 
     def _check_periods(self) -> None:

@@ -1,0 +1,53 @@
+"""Where metrics and the first snapshot go."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import torch
+
+from blockell_format.snapshots import SnapshotWriter
+from cms_topology import TopologyManager
+
+from ._training_processes import gather_bytes
+
+
+class MetricsLogger(Protocol):
+    """Anything that takes metrics."""
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take the metrics of an optimizer step."""
+
+
+class Loggers:
+    """Several loggers as one."""
+
+    def __init__(self, loggers: Sequence[MetricsLogger]) -> None:
+        self.loggers = tuple(loggers)
+
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Hand the metrics to every logger."""
+        for logger in self.loggers:
+            logger.log(metrics, step)
+
+    def or_none(self) -> "Loggers | None":
+        """None where nobody listens, so that nothing need be computed."""
+        return self if self.loggers else None
+
+
+def write_first_snapshot(
+    manager: TopologyManager | None, writer: SnapshotWriter | None, device: torch.device
+) -> None:
+    """Record the topology before the first step, with every process's checksums."""
+    if manager is None:
+        return
+    mine = [layer.topology_checksum() for layer in manager.layers.values()]
+    every = [data.decode().split() for data in gather_bytes(" ".join(mine).encode(), device)]
+    if writer is None:
+        return
+    per_layer = zip(*every, strict=True)
+    writer.write(
+        manager.global_step,
+        manager.snapshot(),
+        checksums={n: list(s) for n, s in zip(manager.layers, per_layer, strict=True)},
+        swap_counts=dict.fromkeys(manager.layers, 0),
+    )

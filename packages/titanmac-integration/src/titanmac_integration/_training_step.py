@@ -1,0 +1,121 @@
+"""Loss and gradients of one optimizer step: parts of a batch, precision, compilation, processes."""
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ._tasks import Batch
+from ._training_config import TrainingConfig
+from ._training_processes import rank, sum_over_processes, world_size
+
+IGNORE_INDEX = -100
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepRunner:
+    """Computes the gradient of the mean loss over all counted tokens of a batch.
+
+    Every process is given the same batch and works on its rows, in ``accumulation_steps`` parts.
+    A part weighs as much as it has tokens that count, so that neither the number of parts nor that
+    of processes changes what is computed, except for rounding.
+
+    Args:
+        model: returns a dict with ``loss``, the mean over counted tokens, and ``logits``.
+        config: settings.
+        device: the model's.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._forward: Any = torch.compile(model) if config.compile else model
+        if world_size() > 1:
+            # buffers follow from averaged gradients and agree without being sent around
+            self._forward = DistributedDataParallel(self._forward, broadcast_buffers=False)
+        self.scaler: torch.amp.GradScaler | None = None
+        """Of gradients in float16, whose range is small; None for other precisions."""
+        if config.precision == "fp16":
+            self.scaler = torch.amp.GradScaler(device.type)
+
+    def backward(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Leave the gradients in ``optimizer``'s parameters; returns the loss, 0-d float32.
+
+        Raises:
+            ValueError: the batch has fewer sequences than there are parts.
+        """
+        parts = self._parts(batch)
+        whole = len(parts) == world_size() == 1
+        total = None if whole else _counted(batch.labels)
+        loss: Tensor | None = None
+        for last, part in ((i == len(parts) - 1, part) for i, part in enumerate(parts)):
+            with self._without_averaging(last):
+                value = self._part_loss(part, total)
+                scaled = value * world_size() if world_size() > 1 else value
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            loss = value.detach() if loss is None else loss + value.detach()
+        assert loss is not None
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return sum_over_processes(loss.float())
+
+    def _part_loss(self, part: Batch, total: int | None) -> Tensor:
+        """The part's share of the loss, by counted tokens out of ``total``; None: it is all."""
+        dtype = _AUTOCAST.get(self.config.precision)
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self._forward(self._to_device(part.input_ids), self._to_device(part.labels))
+        loss: Tensor = output["loss"]
+        if total is None:
+            return loss
+        counted = _counted(part.labels)
+        if counted == 0 < total:  # its mean is not a number
+            return output["logits"].float().sum() * 0.0
+        return loss * (counted / max(total, 1))
+
+    def step(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+        """Let the optimizer step, unless loss or gradients were not finite."""
+        if self.scaler is None:
+            if finite:
+                optimizer.step()
+            return
+        if finite:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        rows, wanted = len(batch.input_ids), world_size() * self.config.accumulation_steps
+        if rows < wanted:
+            raise ValueError(
+                f"batch ({rows} sequences) must have at least one sequence for each of "
+                f"{self.config.accumulation_steps} accumulation steps of {world_size()} processes; "
+                "raise batch_size or lower accumulation_steps."
+            )
+        if wanted == 1:
+            return [batch]
+        mine = range(
+            rank() * self.config.accumulation_steps, (rank() + 1) * self.config.accumulation_steps
+        )
+        split = zip(*(tensor.tensor_split(wanted) for tensor in batch), strict=True)
+        parts = [Batch(*tensors) for tensors in split]
+        return [parts[i] for i in mine]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def _without_averaging(self, last: bool) -> Iterator[None]:
+        """Processes average their gradients in the last part only."""
+        if world_size() > 1 and not last:
+            with self._forward.no_sync():
+                yield
+        else:
+            yield
+
+
+def _counted(labels: Tensor) -> int:
+    """Tokens whose prediction counts; the first of a sequence is never predicted."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
