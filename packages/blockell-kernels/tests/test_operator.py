@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from blockell_format import transposed_index
-from blockell_kernels import _backends, block_ell_linear, probe_size
+from blockell_kernels import _backends, _plan, block_ell_linear, probe_size
 
 
 def call(o, x=None, values=None, bias=None, **kwargs):
@@ -103,9 +103,8 @@ def spy(monkeypatch):
     backend = Spy(_backends.get_backend("gathered"))
     _backends.select.cache_clear()
     monkeypatch.setattr(_backends, "get_backend", lambda name: backend)
-    from blockell_kernels import _ops
-
-    monkeypatch.setattr(_ops, "get_backend", lambda name: backend)
+    monkeypatch.setattr(_plan, "get_backend", lambda name: backend)
+    monkeypatch.setattr(_plan, "_plans", {})
     yield backend
     _backends.select.cache_clear()
 

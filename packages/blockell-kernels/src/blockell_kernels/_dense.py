@@ -3,10 +3,13 @@
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
 
 Runs on any device and is the fallback everywhere: it costs one dense product plus the traffic of
-the weight. The buffer lives for the duration of one call.
+the weight. The buffer lives for the duration of one call, or from a forward pass to its backward.
 """
 
 from __future__ import annotations
+
+import math
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ from torch import Tensor
 from blockell_kernels._backends import Backend, Pattern
 from blockell_kernels._gpu import gpu_blocks
 from blockell_kernels._stats import block_grad_norms_sq, norms_sq_of_rows, rows_per_chunk
+
+WHOLE_GRADIENT_BYTES = 2**24
+"""Below this size a dense gradient is computed whole at any density."""
 
 
 def _check_columns(pattern: Pattern) -> None:
@@ -61,18 +67,59 @@ class DenseBackend(Backend):
 
     name = "dense"
 
+    def weight(self, values: Tensor, pattern: Pattern) -> Tensor:
+        """W [R*B, C*B], for the two products below."""
+        return to_dense(values, pattern)
+
+    def forward_by(self, weight: Tensor, x: Tensor, bias: Tensor | None) -> Tensor:
+        """`forward` by a weight that is dense already."""
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def grad_input_by(self, weight: Tensor, dy: Tensor) -> Tensor:
+        """`grad_input` by a weight that is dense already."""
+        return torch.mm(dy, weight)
+
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        return torch.nn.functional.linear(x, to_dense(values, pattern), bias)
+        return self.forward_by(to_dense(values, pattern), x, bias)
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-        return dy @ to_dense(values, pattern)
+        return self.grad_input_by(to_dense(values, pattern), dy)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         if kernels := gpu_blocks(x, pattern.B):
-            return kernels.from_dense(dy.T @ x, pattern)
+            chunks = grad_chunks(pattern, x.element_size())
+            if chunks == 1:
+                return kernels.from_dense(torch.mm(dy.T, x), pattern)
+            return _grad_values_by_chunks(kernels, dy, x, pattern, chunks)
         _check_columns(pattern)
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
         return with_spare_slots(blocks, pattern)
+
+
+def grad_chunks(pattern: Pattern, element_bytes: int) -> int:
+    """Into how many chunks of rows the dense gradient is cut on a GPU.
+
+    A step holds the tiles, their gradient and the dense gradient of one chunk: together not more
+    than a dense layer's weight and gradient, up to 90% density. Small weights are left whole.
+    """
+    whole = pattern.R * pattern.C * pattern.B**2 * element_bytes
+    dead = 1 - pattern.num_live / pattern.C
+    if whole < WHOLE_GRADIENT_BYTES or not 0.1 <= dead < 0.5:
+        return 1
+    return min(pattern.R, math.ceil(1 / (2 * dead)))
+
+
+def _grad_values_by_chunks(
+    kernels: ModuleType, dy: Tensor, x: Tensor, pattern: Pattern, chunks: int
+) -> Tensor:
+    R, B, cols = pattern.R, pattern.B, pattern.col_indices
+    out = x.new_empty(R, pattern.slots, B, B)
+    step = -(-R // chunks)
+    for start in range(0, R, step):
+        rows = pattern._replace(col_indices=cols[start : start + step])
+        product = torch.mm(dy[:, start * B : (start + step) * B].T, x)
+        kernels.from_dense(product, rows, out=out[start : start + step])
+    return out
 
 
 def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
-from blockell_kernels._ops import compute_dtype, linear_op
+from blockell_kernels._eager import eager_linear, plain
+from blockell_kernels._ops import linear_op
+from blockell_kernels._plan import compute_dtype
 from blockell_kernels._stats import Sample, block_grad_norms_sq
 from blockell_kernels._validation import check_operands
 
@@ -73,13 +75,20 @@ def block_ell_linear(
     Raises:
         ValueError: an operand's shape, dtype or device breaks a rule above.
     """
+    order, col_start = (None, None) if index is None else (index.order, index.col_start)
+    if not torch.compiler.is_compiling() and plain(x, values, col_indices, bias):
+        if sample == "none":
+            probe = None
+        return eager_linear(
+            x, values, col_indices, bias, probe, order, col_start, row_group, num_live, sample,
+            backend,
+        )  # fmt: skip
     slots = col_indices.shape[-1] if num_live is None else num_live
     check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
     if backend is not None:
         requested_backend(backend)
     if sample == "none" or (probe is not None and not probe.requires_grad):
         probe = None
-    order, col_start = (None, None) if index is None else (index.order, index.col_start)
     result: Tensor = linear_op(
         x, values, col_indices, bias, probe, order, col_start, row_group, slots, sample,
         backend or "",

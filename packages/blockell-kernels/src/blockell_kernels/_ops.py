@@ -7,7 +7,8 @@ compiled graph is not specialised on that choice, and a topology changed in plac
 Operands have been validated by `block_ell_linear`.
 
 They are registered through `torch.library.Library` and not through its front `custom_op`, whose
-generated autograd and aliasing checks cost 150 us per call here, as much as a small product.
+generated autograd and aliasing checks cost 150 us per call here, as much as a small product. Eager
+calls that nothing watches go past them (`_eager`).
 """
 
 from __future__ import annotations
@@ -17,17 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockell_kernels._backends import (
-    Backend,
-    Case,
-    Direction,
-    Pattern,
-    get_backend,
-    requested_backend,
-    select,
-    warn_refused,
-)
-from blockell_kernels._stats import probe_gradient, probe_size
+from blockell_kernels._backends import requested_backend
+from blockell_kernels._plan import plan_for
+from blockell_kernels._stats import probe_size
 
 _library = torch.library.Library("blockell", "FRAGMENT")
 _TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
@@ -49,24 +42,6 @@ linear_op = torch.ops.blockell.linear.default
 linear_backward_op = torch.ops.blockell.linear_backward.default
 
 
-def compute_dtype(t: Tensor) -> torch.dtype:
-    """float32 for 16-bit floats on the CPU, where their own products are slow; else as it is."""
-    if t.device.type == "cpu" and t.dtype in (torch.bfloat16, torch.float16):
-        return torch.float32
-    return t.dtype
-
-
-def _backend_for(direction: Direction, operand: Tensor, pattern: Pattern, backend: str) -> Backend:
-    """The backend for one direction; `operand` is [N, ...]."""
-    requested = requested_backend(backend or None)
-    p = pattern
-    sizes = (operand.shape[0], p.R, p.C, p.num_live, p.B, p.row_group)
-    choice = select(Case(direction, operand.device, operand.dtype, *sizes), requested)
-    if choice.refused is not None:
-        warn_refused(requested, choice)
-    return get_backend(choice.backend)
-
-
 @torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
 def linear(
     x: Tensor,
@@ -84,16 +59,9 @@ def linear(
     """y [..., R*B] from x [..., C*B]; see `block_ell_linear`."""
     R, _, B, _ = values.shape
     in_features = x.shape[-1]
-    pattern = Pattern(col_indices, in_features // B, B, row_group, num_live, order, col_start)
-    dtype = compute_dtype(x)
-    x2d = x if x.ndim == 2 else x.reshape(x.numel() // in_features, in_features)
-    if dtype != x.dtype:
-        x2d, values = x2d.to(dtype), values.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
-    chosen = _backend_for("forward", x2d, pattern, backend)
-    y = chosen.forward(x2d, values, bias, pattern)
-    y = y.to(x.dtype)
-    return y if x.ndim == 2 else y.view(*x.shape[:-1], R * B)
+    sizes = (R, in_features // B, B, row_group, num_live)
+    plan = plan_for(x, x.numel() // in_features, sizes, requested_backend(backend or None))
+    return plan.forward(x, values, bias, plan.pattern(col_indices, order, col_start))[0]
 
 
 def _linear_fake(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
@@ -119,34 +87,17 @@ def linear_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx, dvalues, dbias, dprobe); those not needed are empty. See `block_ell_linear`."""
-    out_features = col_indices.shape[0] * B
-    pattern = Pattern(col_indices, C, B, row_group, num_live, order, col_start)
-    dtype = compute_dtype(dy)
-    dy2d = dy.reshape(dy.numel() // out_features, out_features).to(dtype).contiguous()
-    dx, dvalues, dbias, dprobe = (dy.new_empty(0) for _ in range(4))
+    R = col_indices.shape[0]
+    sizes = (R, C, B, row_group, num_live)
+    plan = plan_for(dy, dy.numel() // (R * B), sizes, requested_backend(backend or None))
+    pattern = plan.pattern(col_indices, order, col_start)
+    needs = (need_input, need_values, need_bias)
+    dx, dvalues, dbias, dprobe = plan.backward(dy, x, values, pattern, needs, sample)
 
-    if need_input:
-        assert values is not None
-        chosen = _backend_for("grad_input", dy2d, pattern, backend)
-        dx = chosen.grad_input(dy2d, values.to(dtype), pattern)
-        dx = dx.to(dy.dtype).view(*dy.shape[:-1], C * B)
-    if need_values or sample != "none":
-        assert x is not None
-        x2d = x.reshape(dy2d.shape[0], C * B).to(dtype)
-        norms_sq = None
-        chosen = _backend_for("grad_values", dy2d, pattern, backend)
-        if sample == "gradient" and need_values:
-            dvalues, norms_sq = chosen.grad_values_and_norms(dy2d, x2d, pattern)
-        elif sample == "gradient":
-            norms_sq = chosen.block_grad_norms(dy2d, x2d, B)
-        elif need_values:
-            dvalues = chosen.grad_values(dy2d, x2d, pattern)
-        dvalues = dvalues.to(dy.dtype)
-        if sample != "none":
-            dprobe = probe_gradient(dy2d, x2d, C, B, norms_sq)
-    if need_bias:
-        dbias = dy2d.sum(0).to(dy.dtype)
-    return dx, dvalues, dbias, dprobe
+    def or_empty(t: Tensor | None) -> Tensor:
+        return dy.new_empty(0) if t is None else t
+
+    return or_empty(dx), or_empty(dvalues), or_empty(dbias), or_empty(dprobe)
 
 
 def _linear_backward_fake(
@@ -241,21 +192,23 @@ _register_autograd("linear", linear_op, _Linear)
 _register_autograd("linear_backward", linear_backward_op, _LinearBackward)
 
 
+def cast_for_autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """The tensor in the dtype that autocast asks for; float64 and integers stay."""
+    if t is None or t.dtype is dtype or t.dtype is torch.float64 or not t.is_floating_point():
+        return t
+    return t.to(dtype)
+
+
 # torch.library.register_autocast casts every floating operand to one fixed dtype; here the dtype
 # is the one in force, and the float32 probe stays as it is.
 def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-        eligible = t is not None and t.is_floating_point() and t.dtype != torch.float64
-        return t.to(dtype) if t is not None and eligible else t
-
     def kernel(
         x: Tensor, values: Tensor, col_indices: Tensor, bias: Tensor | None, *rest: Any
     ) -> Tensor:
         dtype = torch.get_autocast_dtype(device_type)
+        cast = [cast_for_autocast(t, dtype) for t in (x, values, bias)]
         with torch.autocast(device_type, enabled=False):
-            return linear_op(
-                cast(x, dtype), cast(values, dtype), col_indices, cast(bias, dtype), *rest
-            )
+            return linear_op(cast[0], cast[1], col_indices, cast[2], *rest)
 
     _library.impl("linear", kernel, dispatch_key)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
 from blockell_kernels._gpu import TILE_SIZES
-from blockell_kernels._triton import _blocks, _forward, _grad_input, _grad_values
+from blockell_kernels._triton import _blocks, _few_tokens, _forward, _grad_input, _grad_values
 from blockell_kernels._triton._device import INTERPRETED
 from blockell_kernels._triton._rule import verdict
 from blockell_kernels._triton._tilings import tiling_for
@@ -36,19 +36,25 @@ class TritonBackend(Backend):
         return None
 
     def verdict(self, case: Case) -> Verdict:
-        return verdict(case)
+        return _few_tokens.verdict(case) if _few_tokens.takes(case) else verdict(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        tiling = tiling_for(_case("forward", x, pattern))
-        return _forward.forward(x, values, bias, pattern, tiling)
+        case = _case("forward", x, pattern)
+        if _few_tokens.takes(case):
+            return _few_tokens.forward(x, values, bias, pattern, _few_tokens.strip_for(case))
+        return _forward.forward(x, values, bias, pattern, tiling_for(case))
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-        tiling = tiling_for(_case("grad_input", dy, pattern))
-        return _grad_input.grad_input(dy, values, pattern, tiling)
+        case = _case("grad_input", dy, pattern)
+        if _few_tokens.takes(case):
+            return _few_tokens.grad_input(dy, values, pattern, _few_tokens.strip_for(case))
+        return _grad_input.grad_input(dy, values, pattern, tiling_for(case))
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-        tiling = tiling_for(_case("grad_values", x, pattern))
-        return _grad_values.grad_values(dy, x, pattern, tiling)
+        case = _case("grad_values", x, pattern)
+        if _few_tokens.takes(case):
+            return _few_tokens.grad_values(dy, x, pattern, _few_tokens.strip_for(case))
+        return _grad_values.grad_values(dy, x, pattern, tiling_for(case))
 
     def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
         return _blocks.block_norms_sq(dy, x, B)

@@ -54,6 +54,38 @@ def scatter_blocks(
 
 
 @triton.jit
+def expand_blocks(
+    values_ptr,  # [R, slots, B, B]
+    cols_ptr,  # [R, slots]
+    dense_ptr,  # [R*B, C*B]
+    slots,
+    num_live,
+    C,
+    B: tl.constexpr,
+    LINES: tl.constexpr,  # lines of a block row per program; divides B
+    CB: tl.constexpr,  # block columns per program
+    KB: tl.constexpr,  # slots looked through at a time
+):
+    """The dense matrix, every element written once: a program looks up who fills its columns."""
+    r = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * CB + tl.arange(0, CB)
+    slot = tl.full((CB,), -1, tl.int32)
+    for k0 in range(0, num_live, KB):
+        k = k0 + tl.arange(0, KB)
+        held = tl.load(cols_ptr + r * slots + k, k < num_live, other=-1)
+        found = tl.where(held[:, None] == c[None, :], k[:, None], -1)
+        slot = tl.maximum(slot, tl.max(found, axis=0))
+    i = tl.program_id(2) * LINES + tl.arange(0, LINES)[:, None, None]
+    j = tl.arange(0, B)[None, None, :]
+    slot, c = slot[None, :, None], c[None, :, None]
+    source = values_ptr + (r * slots + slot) * (B * B) + i * B + j
+    present = (slot >= 0) & (i >= 0) & (j >= 0)
+    blocks = tl.load(source, present, other=0.0)
+    target = dense_ptr + (r * B + i) * C * B + c * B + j
+    tl.store(target, blocks, (c < C) & (i >= 0) & (j >= 0))
+
+
+@triton.jit
 def gather_blocks(
     dense_ptr,  # [R*B, C*B]
     cols_ptr,  # [R, slots]

@@ -17,6 +17,7 @@ from blockell_kernels._triton._block_kernels import (
     square_sums,
 )
 from blockell_kernels._triton._device import dot_precision, num_sms, on_its_device, upcast
+from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
 
 # Elements of a program's output in the kernels that only move data.
@@ -33,7 +34,9 @@ def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     while LINES > 2 and 2 * num_sms(values.device) > R * B // LINES:
         LINES //= 2
     KB = max(1, min(round_up_to_power_of_two(pattern.num_live), _ELEMENTS // (LINES * B)))
-    scatter_blocks[(R, B // LINES)](
+    launch(
+        scatter_blocks,
+        (R, B // LINES),
         values,
         pattern.col_indices,
         dense,
@@ -56,17 +59,20 @@ def pack(values: Tensor, pattern: Pattern, multiple: int) -> Tensor:
     packed = torch.empty(R * B, width, dtype=values.dtype, device=values.device)
     KB = max(1, min(round_up_to_power_of_two(width // B), _ELEMENTS // (B * B)))
     grid = (R, ceil_div(width, KB * B))
-    pack_rows[grid](values, packed, pattern.slots, K, width, B=B, KB=KB)
+    launch(pack_rows, grid, values, packed, pattern.slots, K, width, B=B, KB=KB)
     return packed
 
 
 @on_its_device
-def from_dense(dense: Tensor, pattern: Pattern) -> Tensor:
+def from_dense(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
     """The present blocks [R, slots, B, B] of a dense [R*B, C*B]; zeros in the spare slots."""
     R, B, slots = pattern.R, pattern.B, pattern.slots
-    out = torch.empty(R, slots, B, B, dtype=dense.dtype, device=dense.device)
+    if out is None:
+        out = dense.new_empty(R, slots, B, B)
     KB = max(1, min(round_up_to_power_of_two(slots), _ELEMENTS // (B * B)))
-    gather_blocks[(R, ceil_div(slots, KB))](
+    launch(
+        gather_blocks,
+        (R, ceil_div(slots, KB)),
         dense,
         pattern.col_indices,
         out,
@@ -89,7 +95,9 @@ def block_norms_sq(dy: Tensor, x: Tensor, B: int) -> Tensor:
     side = min(side, max(16, round_up_to_power_of_two(min(R, C) * B)))
     blocks = max(1, side // B)
     row_tiles = ceil_div(R, blocks)
-    block_norms[(row_tiles * ceil_div(C, blocks),)](
+    launch(
+        block_norms,
+        (row_tiles * ceil_div(C, blocks),),
         dy,
         x,
         out,
@@ -122,7 +130,19 @@ def block_sums_sq(t: Tensor, B: int) -> Tensor:
     tokens = ceil_div(ceil_div(N, max(1, 4 * num_sms(t.device) // tiles)), 32) * 32
     parts = max(1, ceil_div(N, max(tokens, 1)))
     sums = torch.empty(parts, M, dtype=torch.float32, device=t.device)
-    square_sums[(tiles, parts)](
-        t, sums, N, M, tokens, t.stride(0), t.stride(1), B=B, MB=MB, BT=32, num_warps=4
+    launch(
+        square_sums,
+        (tiles, parts),
+        t,
+        sums,
+        N,
+        M,
+        tokens,
+        t.stride(0),
+        t.stride(1),
+        B=B,
+        MB=MB,
+        BT=32,
+        num_warps=4,
     )
     return sums.sum(0)

@@ -1,0 +1,224 @@
+"""What one kind of call needs, looked up once: backends per direction, sizes, and how they join.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+
+A plan belongs to sizes, dtype, device and the backend asked for; calls of one kind share it. Its
+methods are the operator's forward and backward over checked operands.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._backends import (
+    DIRECTIONS,
+    Backend,
+    Case,
+    Choice,
+    Pattern,
+    get_backend,
+    select,
+    warn_refused,
+)
+from blockell_kernels._dense import DenseBackend
+from blockell_kernels._stats import probe_gradient
+
+MAX_PLANS = 4096
+KEPT_DENSITY = 0.75
+"""Up to this density a dense copy of the weight is kept from the forward to the backward pass: a
+step then still takes less memory than a dense layer's, whose gradient and optimizer state are
+larger by more than the copy."""
+KEPT_SHARE = 4
+"""Above that density it is kept where the layer's input and output are this many times larger."""
+
+
+def compute_dtype(t: Tensor) -> torch.dtype:
+    """float32 for 16-bit floats on the CPU, where their own products are slow; else as it is."""
+    dtype = t.dtype
+    if dtype is not torch.float32 and not t.is_cuda and t.device.type == "cpu":
+        return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return dtype
+
+
+def arithmetic(dtype: torch.dtype) -> object:
+    """What the choice of a float32 product depends on besides its sizes: torch's TF32 setting."""
+    if dtype is not torch.float32:
+        return None
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:  # the newer setting is in use, and reading the older one is an error
+        return matmul.fp32_precision
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Plan:
+    """How one kind of call is computed."""
+
+    N: int
+    R: int
+    C: int
+    B: int
+    row_group: int
+    num_live: int
+    dtype: torch.dtype
+    """In which it is computed."""
+    forward_backend: Backend
+    grad_input_backend: Backend
+    grad_values_backend: Backend
+    keeps: bool
+    """Whether forward and grad_input share one dense copy of the weight."""
+    requested: str
+    refused: tuple[Choice, ...]
+    """Choices that are not what was asked for."""
+
+    def pattern(self, col_indices: Tensor, order: Tensor | None, start: Tensor | None) -> Pattern:
+        """The pattern of one call."""
+        return Pattern(
+            col_indices, self.C, self.B, self.row_group, self.num_live, order, start
+        )  # fmt: skip
+
+    def forward(
+        self,
+        x: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        pattern: Pattern,
+        keep: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """y [..., R*B] from x [..., C*B], and the dense weight [R*B, C*B] if it is to be kept."""
+        x2d = x if x.ndim == 2 else x.reshape(self.N, self.C * self.B)
+        given = x.dtype
+        if given is not self.dtype:
+            x2d, values = x2d.to(self.dtype), values.to(self.dtype)
+            bias = None if bias is None else bias.to(self.dtype)
+        weight = None
+        backend = self.forward_backend
+        if keep and self.keeps:
+            assert isinstance(backend, DenseBackend)
+            weight = backend.weight(values, pattern)
+            y = backend.forward_by(weight, x2d, bias)
+        else:
+            y = backend.forward(x2d, values, bias, pattern)
+        if given is not self.dtype:
+            y = y.to(given)
+        return (y if x.ndim == 2 else y.view(*x.shape[:-1], self.R * self.B)), weight
+
+    def backward(
+        self,
+        dy: Tensor,
+        x: Tensor | None,
+        values: Tensor | None,
+        pattern: Pattern,
+        needs: tuple[bool, bool, bool],
+        sample: str,
+        weight: list[Tensor | None] | None = None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """(dx, dvalues, dbias, dprobe) of dy [..., R*B]; None where not needed.
+
+        Args:
+            dy: gradient of y.
+            x: as in `forward`; None where neither dvalues nor dprobe is needed.
+            values: as in `forward`; None where dx is not needed.
+            pattern: as in `forward`.
+            needs: whether dx, dvalues and dbias are needed.
+            sample: what the probe collects.
+            weight: holds the dense weight that `forward` kept, and is emptied: it is not in memory
+                any more when the gradient of the values is computed.
+        """
+        need_input, need_values, need_bias = needs
+        shape, given, dtype = dy.shape, dy.dtype, self.dtype
+        dy2d = dy if dy.ndim == 2 else dy.reshape(self.N, self.R * self.B)
+        if given is not dtype:
+            dy2d = dy2d.to(dtype)
+        if not dy2d.is_contiguous():
+            dy2d = dy2d.contiguous()
+        dx = dvalues = dbias = dprobe = None
+        if need_input:
+            assert values is not None
+            backend = self.grad_input_backend
+            if weight is not None and weight[0] is not None:
+                assert isinstance(backend, DenseBackend)
+                dx = backend.grad_input_by(weight[0], dy2d)
+                weight[0] = None
+            else:
+                dx = backend.grad_input(
+                    dy2d, values if values.dtype is dtype else values.to(dtype), pattern
+                )
+            if given is not dtype:
+                dx = dx.to(given)
+            if len(shape) != 2:
+                dx = dx.view(*shape[:-1], self.C * self.B)
+        if need_values or sample != "none":
+            assert x is not None
+            x2d = x if x.ndim == 2 else x.reshape(self.N, self.C * self.B)
+            if x2d.dtype is not dtype:
+                x2d = x2d.to(dtype)
+            backend, norms_sq = self.grad_values_backend, None
+            if sample == "gradient" and need_values:
+                dvalues, norms_sq = backend.grad_values_and_norms(dy2d, x2d, pattern)
+            elif sample == "gradient":
+                norms_sq = backend.block_grad_norms(dy2d, x2d, self.B)
+            elif need_values:
+                dvalues = backend.grad_values(dy2d, x2d, pattern)
+            if dvalues is not None and given is not dtype:
+                dvalues = dvalues.to(given)
+            if sample != "none":
+                dprobe = probe_gradient(dy2d, x2d, self.C, self.B, norms_sq)
+        if need_bias:
+            dbias = dy2d.sum(0)
+            if given is not dtype:
+                dbias = dbias.to(given)
+        return dx, dvalues, dbias, dprobe
+
+
+_plans: dict[tuple[Any, ...], Plan] = {}
+
+
+def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested: str) -> Plan:
+    """The plan of calls with this tensor's dtype and device.
+
+    Args:
+        t: an operand: x, or dy.
+        N: tokens.
+        sizes: (R, C, B, row_group, num_live).
+        requested: one of `BACKEND_NAMES`.
+    """
+    dtype, device = t.dtype, t.device
+    key = (N, sizes, dtype, device, requested, arithmetic(dtype))
+    plan = _plans.get(key)
+    if plan is None:
+        if len(_plans) >= MAX_PLANS:
+            _plans.clear()
+        plan = _plans[key] = _make(compute_dtype(t), device, N, sizes, requested)
+    for choice in plan.refused:
+        warn_refused(requested, choice)
+    return plan
+
+
+def _make(
+    dtype: torch.dtype,
+    device: torch.device,
+    N: int,
+    sizes: tuple[int, int, int, int, int],
+    requested: str,
+) -> Plan:
+    R, C, B, row_group, num_live = sizes
+    case = Case("forward", device, dtype, N, R, C, num_live, B, row_group)
+    choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
+    copy, activations = R * C * B * B, N * (R + C) * B
+    keeps = (
+        choices[0].backend == choices[1].backend == "dense"
+        and device.type == "cuda"
+        and (case.density <= KEPT_DENSITY or KEPT_SHARE * copy <= activations)
+    )
+    refused = tuple(choice for choice in choices if choice.refused is not None)
+    forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
+    return Plan(
+        N, R, C, B, row_group, num_live, dtype, forward, grad_input, grad_values, keeps,
+        requested, refused,
+    )  # fmt: skip
