@@ -5,8 +5,9 @@ Legend: N tokens of a pass, n inputs and m outputs of a layer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -63,11 +64,18 @@ def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator
     sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
     handles = [layer.register_forward_hook(hook) for layer in sparse]
     try:
-        with torch.compiler.set_stance("force_eager"), _Products(on_linear, on_rows):
+        with _eager(), _Products(on_linear, on_rows):
             yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _eager() -> AbstractContextManager[Any]:
+    # importing the compiler to tell it to stay away would cost seconds
+    if "torch._dynamo" not in sys.modules:
+        return nullcontext()
+    return torch.compiler.set_stance("force_eager")
 
 
 @contextmanager
