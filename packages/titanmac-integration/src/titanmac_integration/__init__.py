@@ -4,13 +4,16 @@ from ._arithmetic import ArithmeticTask
 from ._checkpoint import load_checkpoint, save_checkpoint
 from ._config import TitanMACConfig
 from ._continual import ContinualResult, run_continual
+from ._data_files import load_data
+from ._data_records import QuestionTask
+from ._data_text import TextTask
 from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
 from ._mlp import TitanMLP
 from ._model import TitanMAC, create_titanmac_model
 from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
 from ._tasks import Batch, Mixture, Task
-from ._tokenizer import ByteTokenizer
+from ._tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, make_tokenizer
 from ._training import NonFiniteLossError, Trainer, TrainingStopped
 from ._training_callback import TrainerCallback
 from ._training_checkpoint import CheckpointStore
@@ -26,14 +29,18 @@ __all__ = [
     "ByteTokenizer",
     "CheckpointStore",
     "ContinualResult",
+    "HuggingFaceTokenizer",
     "Mixture",
     "NonFiniteLossError",
     "PhaseReport",
     "ProseTask",
+    "QuestionTask",
     "Task",
+    "TextTask",
     "TitanMAC",
     "TitanMACConfig",
     "TitanMLP",
+    "Tokenizer",
     "Trainer",
     "TrainerCallback",
     "TrainingConfig",
@@ -42,7 +49,9 @@ __all__ = [
     "create_titanmac_model",
     "exact_match",
     "load_checkpoint",
+    "load_data",
     "make_task",
+    "make_tokenizer",
     "relative_forgetting",
     "run_continual",
     "sample_greedily",
