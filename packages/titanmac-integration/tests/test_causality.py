@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
-from titanmac_integration._attention import attention_mask
+from titanmac_integration._window import attention_mask
 
 LENGTH = 24
 SPARSE = [
@@ -86,7 +86,7 @@ def test_a_leak_would_be_seen(
         mask[:n_persistent] = True
         return mask
 
-    monkeypatch.setattr("titanmac_integration._model.attention_mask", leaking)
+    monkeypatch.setattr("titanmac_integration._window.attention_mask", leaking)
     model = create_titanmac_model(tiny_config()).eval()
     tokens = torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()

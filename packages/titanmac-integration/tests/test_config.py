@@ -85,7 +85,9 @@ def test_presets() -> None:
     assert demo.dropout == 0.1
     large = TitanMACConfig.preset("titanmac-163m")
     assert (large.d_model, large.n_layers, large.vocab_size) == (640, 16, 128_000)
-    with pytest.raises(ValueError, match=r"preset \(='huge'\) must be one of demo, small, titanmac-163m"):
+    with pytest.raises(
+        ValueError, match=r"preset \(=.huge.\) must be one of demo, small, titanmac-163m"
+    ):
         TitanMACConfig.preset("huge")
     with pytest.raises(ValueError, match=r"names \(='widht'\) must be fields of TitanMACConfig"):
         TitanMACConfig.preset("demo", widht=3)

@@ -1,8 +1,10 @@
-"""Causal sliding-window attention with rotary positions and persistent tokens.
+"""Causal multi-head attention with rotary positions, persistent tokens and a cache.
 
 Legend: S batch, P persistent tokens, T tokens of the sequence, L = P + T, H heads, D head width.
 The P persistent tokens come first, so position i of the sequence is row P + i.
 """
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -10,36 +12,39 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
+from ._state import Cache
+from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
+
+Rotary = tuple[Tensor, Tensor]
+"""Cosines and sines of some positions, [positions, D / 2] each."""
 
 
-def attention_mask(
-    n_tokens: int, *, window_size: int, n_persistent: int, device: torch.device | None = None
-) -> Tensor | None:
-    """Who may attend to whom: bool [L, L], True where the row may see the column.
+class Pass(NamedTuple):
+    """What the layers of one forward pass share."""
 
-    A token sees all persistent tokens, itself and the ``window_size - 1`` tokens before it.
-    A persistent token sees persistent tokens only: if it saw the sequence, every token would see
-    the future through it. None stands for plain causal attention.
-    """
-    if n_persistent == 0 and window_size >= n_tokens:
-        return None
-    position = torch.arange(n_persistent + n_tokens, device=device)
-    distance = position[:, None] - position[None, :]
-    in_window = (distance >= 0) & (distance < window_size)
-    persistent = position < n_persistent
-    return torch.where(persistent[:, None], persistent[None, :], in_window | persistent[None, :])
+    rotary: Rotary
+    """Of the rows: P + T of them, or T with a state."""
+    window: WindowPlan | None
+    """For layers without retrieval; None with a state."""
+    segments: SegmentPlan | None
+    """For layers with retrieval (MAC); None with a state."""
+    position: int
+    """Tokens before the first one."""
+    keep_state: bool
+    """Whether layers return their state."""
 
 
 def rotary_table(
-    length: int, head_width: int, base: float, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
+    length: int, head_width: int, base: float, device: torch.device | None = None, start: int = 0
+) -> Rotary:
     """Cosines and sines of the rotary embedding, float32 [length, head_width / 2] each.
 
     Su et al. 2021, "RoFormer", section 3.2.
     """
     pairs = torch.arange(0, head_width, 2, device=device, dtype=torch.float32)
     frequency = base ** (-pairs / head_width)
-    angle = torch.arange(length, device=device, dtype=torch.float32)[:, None] * frequency
+    row = torch.arange(start, start + length, device=device, dtype=torch.float32)
+    angle = row[:, None] * frequency
     return angle.cos(), angle.sin()
 
 
@@ -51,30 +56,111 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class CausalWindowAttention(nn.Module):
-    """Multi-head attention over a causal window; ``mask`` and rotary table come from the model."""
+    """Multi-head attention over a causal window or, given retrieved tokens, over segments."""
 
     def __init__(
         self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
     ) -> None:
         super().__init__()
         self.n_heads = config.n_heads
+        self.n_persistent = config.n_persistent
+        self.window, self.segment = config.window_size, config.segment_size
         self.dropout = config.dropout
         width = config.d_model
         self.qkv = make_linear(config, layer, "attention", width, 3 * width, generator=generator)
         self.out = make_linear(config, layer, "attention", width, width, generator=generator)
 
-    def forward(self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """``x`` [S, L, d_model] -> [S, L, d_model]; ``mask`` bool [L, L] or None for causal."""
-        batch, length, width = x.shape
-        heads = self.qkv(x).view(batch, length, 3, self.n_heads, width // self.n_heads)
+    def forward(
+        self, x: Tensor, run: Pass, retrieved: Tensor | None = None, cache: Cache | None = None
+    ) -> tuple[Tensor, Cache | None]:
+        """``x`` [S, L, d_model] -> [S, L, d_model], and the cache if ``run`` keeps the state.
+
+        With a cache, ``x`` are the T tokens after the cached ones (with retrieval: of one segment).
+        ``retrieved`` [S, T, d_model] is what the memory says to each token (MAC).
+        """
+        query, key, value = self._heads(x)
+        query, key = rotate(query, *run.rotary), rotate(key, *run.rotary)
+        recalled = None
+        if retrieved is not None:
+            # retrieved tokens are tokens of the attention like any other, at their token's position
+            _, recalled_key, recalled_value = self._heads(retrieved)
+            rows = slice(run.rotary[0].shape[0] - retrieved.shape[1], None)
+            cos, sin = run.rotary[0][rows], run.rotary[1][rows]
+            recalled = (rotate(recalled_key, cos, sin), recalled_value)
+        dropout = self.dropout if self.training else 0.0
+        if cache is not None:
+            mixed, cache = self._continue(query, (key, value), recalled, run, cache, dropout)
+        elif recalled is not None:
+            assert run.segments is not None
+            mixed = segment_attention(query, key, value, recalled, run.segments, dropout)
+        else:
+            assert run.window is not None
+            mixed = window_attention(query, key, value, run.window, dropout)
+        if run.keep_state and cache is None:
+            cache = self._first_cache((key, value), recalled)
+        output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
+        return output, cache
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values [S, H, L, D]."""
+        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = functional.scaled_dot_product_attention(
-            rotate(query, *rotary),
-            rotate(key, *rotary),
-            value,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None,
+        return query, key, value
+
+    def _first_cache(
+        self, pair: tuple[Tensor, Tensor], recalled: tuple[Tensor, Tensor] | None
+    ) -> Cache:
+        P = self.n_persistent
+        tokens = pair[0].shape[2] - P
+        near = (pair[0][:, :, P:], pair[1][:, :, P:])
+        return Cache(
+            (pair[0][:, :, :P].clone(), pair[1][:, :, :P].clone()),
+            self._last(near, tokens, recalled is not None),
+            None if recalled is None else self._last(recalled, tokens, True),
         )
-        output: Tensor = self.out(mixed.transpose(1, 2).reshape(batch, length, width))
-        return output
+
+    def _last(
+        self, pair: tuple[Tensor, Tensor], position: int, in_segment: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The rows that the token at ``position`` may see; a copy, so that the rest is freed."""
+        wanted = min(self.window - 1, position % self.segment if in_segment else position)
+        size = pair[0].shape[2]
+        rows = slice(size - min(wanted, size), size)
+        return pair[0][:, :, rows].clone(), pair[1][:, :, rows].clone()
+
+    def _continue(
+        self,
+        query: Tensor,
+        pair: tuple[Tensor, Tensor],
+        recalled: tuple[Tensor, Tensor] | None,
+        run: Pass,
+        cache: Cache,
+        dropout: float,
+    ) -> tuple[Tensor, Cache]:
+        tokens, cached = query.shape[2], cache.near[0].shape[2]
+        near = _join(cache.near, pair)
+        mask = near_mask(tokens, cached, window_size=self.window, device=query.device)
+        parts = [cache.persistent]
+        if recalled is not None:
+            assert cache.retrieved is not None
+            recalled = _join(cache.retrieved, recalled)
+            parts.append(recalled)
+        parts.append(near)
+        mask = functional.pad(
+            mask.repeat(1, len(parts) - 1), (cache.persistent[0].shape[2], 0), value=True
+        )
+        keys, values = (torch.cat(tensors, dim=2) for tensors in zip(*parts, strict=True))
+        mixed = functional.scaled_dot_product_attention(
+            query, keys, values, attn_mask=mask, dropout_p=dropout
+        )
+        position = run.position + tokens
+        return mixed, Cache(
+            cache.persistent,
+            self._last(near, position, recalled is not None),
+            None if recalled is None else self._last(recalled, position, True),
+        )
+
+
+def _join(old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Keys and values of cached tokens, then of new ones."""
+    return torch.cat((old[0], new[0]), dim=2), torch.cat((old[1], new[1]), dim=2)

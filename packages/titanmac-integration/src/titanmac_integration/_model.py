@@ -1,40 +1,28 @@
-"""TitanMAC: a causal transformer whose linear layers may be block-sparse.
+"""TitanMAC: a causal transformer with neural memory whose linear layers may be block-sparse.
 
 Legend: S batch, P persistent tokens, T tokens of the sequence, L = P + T, V vocabulary.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from cms_topology import CMSBlockLinear, sparse_layers
 
-from ._attention import CausalWindowAttention, attention_mask, rotary_table
+from ._attention import Pass, rotary_table
+from ._block import TitanBlock
 from ._config import TitanMACConfig
+from ._generation import generate
+from ._inputs import check_inputs
 from ._linear import init_linear
-from ._mlp import TitanMLP
+from ._losses import language_model_loss
+from ._state import ModelState
+from ._window import plan_segments, plan_window
 
 EMBEDDING_STD = 0.02
-IGNORE_INDEX = -100
-
-
-class TitanBlock(nn.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
-
-    def __init__(
-        self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
-    ) -> None:
-        super().__init__()
-        self.norm_attention = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.attention = CausalWindowAttention(config, layer, generator=generator)
-        self.norm_mlp = nn.RMSNorm(config.d_model, eps=config.norm_eps)
-        self.mlp = TitanMLP(config, layer, generator=generator)
-        self.dropout = nn.Dropout(config.dropout)
-
-    def forward(self, x: Tensor, mask: Tensor | None, rotary: tuple[Tensor, Tensor]) -> Tensor:
-        """``x`` [S, L, d_model] -> [S, L, d_model]."""
-        x = x + self.dropout(self.attention(self.norm_attention(x), mask, rotary))
-        return x + self.dropout(self.mlp(self.norm_mlp(x)))
 
 
 class TitanMAC(nn.Module):
@@ -73,88 +61,166 @@ class TitanMAC(nn.Module):
         """Number of trainable values; blocks that are absent do not count."""
         return sum(parameter.numel() for parameter in self.parameters())
 
-    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits, and the loss when labels are given.
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        state: ModelState | None = None,
+        *,
+        return_state: bool = False,
+    ) -> dict[str, Any]:
+        """Logits, the loss when labels are given, the state when it is asked for.
 
         Args:
-            input_ids: integer [S, T], values in [0, vocab_size).
+            input_ids: integer [S, T], values in [0, vocab_size), T at least 1.
             labels: int64 [S, T], usually ``input_ids``; the shift by one happens inside.
                 Positions with -100 do not count.
+            state: what an earlier call returned: ``input_ids`` are the tokens that follow. The
+                logits are those that the whole sequence would have here. Gradients flow through
+                the state unless it is detached (``state.detach()``).
+            return_state: whether to return the state; with ``state`` it is returned always.
 
         Returns:
-            ``logits`` [S, T, V] and, with labels, ``loss``: mean cross entropy in nats, NaN when
-            no position counts.
+            ``logits`` [S, T, V]. With labels ``loss`` (nats; NaN when no position counts) and its
+            parts, cut off from the graph: ``cross_entropy``, with ``z_loss_weight`` also
+            ``z_loss``; with a neural memory ``memory_loss``, the mean inner loss, for watching
+            only. On request ``state``.
 
         Raises:
-            ValueError: wrong shape or dtype, a sequence longer than ``max_seq_len``, or (looked
-                for on the CPU only, where it is free) a token outside the vocabulary.
+            ValueError: wrong shape or dtype, no token, a sequence longer than ``max_seq_len``, a
+                state of another model or batch, or (looked for on the CPU only, where it is free)
+                a token outside the vocabulary.
         """
+        check_inputs(self.config, input_ids, labels, state)
+        keep_state = return_state or state is not None
+        hidden, memory_loss, new_state = self.hidden(input_ids, state, keep_state=keep_state)
+        output: dict[str, Any] = {"logits": self.logits(hidden)}
+        if labels is not None:
+            weight = self.config.z_loss_weight
+            output.update(language_model_loss(output["logits"], labels, weight))
+            if memory_loss is not None:
+                output["memory_loss"] = memory_loss
+        if keep_state:
+            output["state"] = new_state
+        return output
+
+    def generate(
+        self,
+        prompt: Tensor,
+        max_new_tokens: int,
+        *,
+        temperature: float = 0.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue ``prompt`` [S, T] by ``max_new_tokens``: [S, T + max_new_tokens].
+
+        Keys and values of the window and the memories are carried from token to token, so that a
+        token costs the same wherever it stands; the result is that of full recomputation. Runs in
+        eval mode, without gradients.
+
+        Args:
+            temperature: 0 takes the most probable token; above, tokens are drawn.
+            top_k: draw from the k most probable tokens only.
+            generator: source of the draws, on the model's device; None takes torch's global one.
+
+        Raises:
+            ValueError: a bad argument, or a result that would be longer than ``max_seq_len``.
+        """
+        return generate(
+            self,
+            prompt,
+            max_new_tokens,
+            temperature=temperature,
+            top_k=top_k,
+            generator=generator,
+        )
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., d_model] -> [..., V]."""
+        if self.head is not None:
+            # called as a module, so that hooks on the head see it
+            output: Tensor = self.head(hidden)
+            return output
+        return functional.linear(hidden, self.embedding.weight)
+
+    def hidden(
+        self, input_ids: Tensor, state: ModelState | None = None, *, keep_state: bool = False
+    ) -> tuple[Tensor, Tensor | None, ModelState | None]:
+        """What the head reads [S, T, d_model], the mean inner loss of the memories, the state."""
         config = self.config
-        self._check_input(input_ids, labels)
-        n_tokens = input_ids.shape[1]
+        if state is None or config.titans_variant != "MAC" or not config.use_neural_memory:
+            return self._piece(input_ids, state, keep_state)
+        # after a state, MAC's layers take tokens of one segment at a time
+        position, total = state.position, input_ids.shape[1]
+        sizes = [min(total, config.segment_size - position % config.segment_size)]
+        while sum(sizes) < total:
+            sizes.append(min(config.segment_size, total - sum(sizes)))
+        hidden, losses = [], []
+        for piece in input_ids.split(sizes, dim=1):
+            rows, loss, state = self._piece(piece, state, True)
+            hidden.append(rows)
+            losses.append(loss * piece.shape[1] / total if loss is not None else None)
+        known = [loss for loss in losses if loss is not None]
+        return torch.cat(hidden, dim=1), torch.stack(known).sum() if known else None, state
+
+    def _piece(
+        self, input_ids: Tensor, state: ModelState | None, keep_state: bool
+    ) -> tuple[Tensor, Tensor | None, ModelState | None]:
+        config = self.config
         x = self.embedding(input_ids)
-        if config.n_persistent:
+        if state is None and config.n_persistent:
             persistent = self.persistent.to(x.dtype).expand(input_ids.shape[0], -1, -1)
             x = torch.cat((persistent, x), dim=1)
-        # Built per call and shared by all layers: kept in a buffer they would have to survive
-        # meta devices, loading and compilation.
-        mask = attention_mask(
-            n_tokens,
-            window_size=config.window_size,
-            n_persistent=config.n_persistent,
-            device=x.device,
-        )
+        run = self._pass(input_ids.shape[1], state, keep_state, x.device)
+        recompute = config.activation_checkpointing and self.training and torch.is_grad_enabled()
+        x = self.dropout(x)
+        layers, losses = [], []
+        for index, block in enumerate(self.blocks):
+            past = None if state is None else state.layers[index]
+            if recompute:
+                x, loss, layer = checkpoint(block, x, run, past, use_reentrant=False)
+            else:
+                x, loss, layer = block(x, run, past)
+            layers.append(layer)
+            if loss is not None:
+                losses.append(loss)
+        if state is None:
+            x = x[:, config.n_persistent :]
+        new = ModelState(run.position + input_ids.shape[1], tuple(layers)) if keep_state else None
+        return self.norm(x), torch.stack(losses).mean() if losses else None, new
+
+    def _pass(
+        self, n_tokens: int, state: ModelState | None, keep_state: bool, device: torch.device
+    ) -> Pass:
+        """Masks and angles, built per call and shared by the layers.
+
+        Kept in buffers they would have to survive meta devices, loading and compilation.
+        """
+        config = self.config
+        shape: dict[str, Any] = {
+            "window_size": config.window_size,
+            "n_persistent": config.n_persistent,
+            "device": device,
+        }
+        memories = [config.has_memory(layer) for layer in range(config.n_layers)]
+        in_segments = config.titans_variant == "MAC" and any(memories)
+        window = segments = None
+        if state is None:
+            if in_segments:
+                segments = plan_segments(n_tokens, segment_size=config.segment_size, **shape)
+            if not in_segments or not all(memories):
+                window = plan_window(n_tokens, **shape)
+        rows = n_tokens if state is not None else config.n_persistent + n_tokens
+        position = 0 if state is None else state.position
         rotary = rotary_table(
-            config.n_persistent + n_tokens,
+            rows,
             config.d_model // config.n_heads,
             config.rope_base,
-            device=x.device,
+            device=device,
+            start=0 if state is None else config.n_persistent + position,
         )
-        x = self.dropout(x)
-        for block in self.blocks:
-            x = block(x, mask, rotary)
-        x = self.norm(x[:, config.n_persistent :])
-        if self.head is None:
-            logits = functional.linear(x, self.embedding.weight)
-        else:
-            logits = self.head(x)
-        if labels is None:
-            return {"logits": logits}
-        predictions = logits[:, :-1].flatten(0, 1).float()
-        loss = functional.cross_entropy(
-            predictions, labels[:, 1:].flatten(), ignore_index=IGNORE_INDEX
-        )
-        return {"logits": logits, "loss": loss}
-
-    def _check_input(self, input_ids: Tensor, labels: Tensor | None) -> None:
-        config = self.config
-        if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError(
-                f"input_ids (shape {tuple(input_ids.shape)}, {input_ids.dtype}) must be an integer "
-                "tensor [batch, sequence]; for a single sequence use input_ids[None]."
-            )
-        if input_ids.shape[1] > config.max_seq_len:
-            raise ValueError(
-                f"input_ids (sequence of {input_ids.shape[1]} tokens) must not be longer than "
-                f"max_seq_len (={config.max_seq_len}); cut it or raise max_seq_len."
-            )
-        if labels is not None and (labels.shape != input_ids.shape or labels.dtype != torch.int64):
-            raise ValueError(
-                f"labels (shape {tuple(labels.shape)}, {labels.dtype}) must be int64 with the "
-                f"shape of input_ids {tuple(input_ids.shape)}; the shift happens inside."
-            )
-        if input_ids.device.type == "cpu" and not torch.compiler.is_compiling():
-            for name, tokens, allowed in (("input_ids", input_ids, 0), ("labels", labels, -100)):
-                if tokens is not None and tokens.numel():
-                    self._check_vocabulary(name, tokens, allowed)
-
-    def _check_vocabulary(self, name: str, tokens: Tensor, ignored: int) -> None:
-        outside = (tokens >= self.config.vocab_size) | ((tokens < 0) & (tokens != ignored))
-        if bool(outside.any()):
-            raise ValueError(
-                f"{name} (contains {int(tokens[outside][0])}) must be in [0, vocab_size "
-                f"(={self.config.vocab_size})); use the tokenizer that the model was made for."
-            )
+        return Pass(rotary, window, segments, position, keep_state)
 
 
 def create_titanmac_model(

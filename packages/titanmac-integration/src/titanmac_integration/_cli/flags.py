@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from titanmac_integration._config import PRESETS, TitanMACConfig
+from titanmac_integration._config import TitanMACConfig
+from titanmac_integration._config_presets import PRESETS
 from titanmac_integration._presets import RUN_PRESETS
 from titanmac_integration._training_config import TrainingConfig
 

@@ -1,0 +1,81 @@
+"""One layer: attention, MLP and, where configured, a neural memory beside them."""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from ._attention import CausalWindowAttention, Pass
+from ._config import TitanMACConfig
+from ._memory import NeuralMemory
+from ._mlp import TitanMLP
+from ._state import LayerState
+
+
+class TitanBlock(nn.Module):
+    """Pre-norm attention and MLP, each added to the residual stream, and perhaps a memory.
+
+    The memory sees the tokens of the sequence, never the persistent ones (Titans, section 4):
+
+    - MAC, memory as context: attention over [persistent, retrieved, segment], where a token's
+      retrieved one is the answer of the memory as it was before the segment; then the memory
+      learns the segment, and what it now answers is added through a gate.
+    - MAG, memory as a gate: window attention and memory read the same tokens side by side; the
+      memory's answer is added through a gate.
+    - MAL, memory as a layer: the memory comes first, attention reads its output.
+    """
+
+    def __init__(
+        self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
+    ) -> None:
+        super().__init__()
+        self.n_persistent = config.n_persistent
+        self.variant = config.titans_variant if config.has_memory(layer) else None
+        self.norm_attention = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.attention = CausalWindowAttention(config, layer, generator=generator)
+        self.norm_mlp = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.mlp = TitanMLP(config, layer, generator=generator)
+        self.dropout = nn.Dropout(config.dropout)
+        if self.variant is not None:
+            self.memory = NeuralMemory(config, generator=generator)
+        if self.variant in ("MAC", "MAL"):
+            self.norm_memory = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            """MAC: of retrieved tokens. MAL: of what the memory reads."""
+
+    def forward(
+        self, x: Tensor, run: Pass, state: LayerState | None = None
+    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
+        """One layer for [S, P + T, d_model], or with a state for the [S, T, d_model] that follow.
+
+        Returns:
+            the new residual stream; the inner loss of the memory, if there is one; the state, if
+            ``run`` keeps it.
+        """
+        skipped = 0 if state is not None else self.n_persistent
+        cache = None if state is None else state.cache
+        past = None if state is None else state.memory
+        retrieved, memory, loss = None, None, None
+
+        if self.variant == "MAL":
+            said = self.memory(self.norm_memory(x[:, skipped:]), past, run.position)
+            memory, loss = said.state, said.loss
+            x = x + self.dropout(_behind(said.read, skipped))
+        normed = self.norm_attention(x)
+        if self.variant in ("MAC", "MAG"):
+            said = self.memory(normed[:, skipped:], past, run.position)
+            memory, loss = said.state, said.loss
+            if self.variant == "MAC":
+                retrieved = self.norm_memory(said.retrieved.to(x.dtype))
+        attended, cache = self.attention(normed, run, retrieved, cache)
+        if self.variant in ("MAC", "MAG"):
+            attended = attended + _behind(said.read, skipped)
+        x = x + self.dropout(attended)
+        x = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        if not run.keep_state:
+            return x, loss, None
+        assert cache is not None
+        return x, loss, LayerState(cache, memory)
+
+
+def _behind(tokens: Tensor, n_persistent: int) -> Tensor:
+    """[S, T, d_model] with rows of zeros for the persistent tokens in front."""
+    return functional.pad(tokens, (0, 0, n_persistent, 0)) if n_persistent else tokens

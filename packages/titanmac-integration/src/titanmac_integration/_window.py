@@ -1,0 +1,188 @@
+"""Which keys a token may see, and attention over them without an [T, T] matrix of scores.
+
+Legend: S batch, P persistent tokens, T tokens of the sequence, H heads, D head width, b block.
+Rows of queries, keys and values are the P persistent tokens, then the T tokens.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+DENSE_UP_TO = 256
+"""Tokens up to which one call with an [L, L] mask is cheaper than blocks."""
+SMALLEST_BLOCK = 64
+
+
+class WindowPlan(NamedTuple):
+    """Masks of one forward pass, shared by its layers and heads; True may be seen."""
+
+    n_persistent: int
+    window: int
+    block: int
+    """Tokens per block; the first block is computed together with the persistent tokens."""
+    first: Tensor | None
+    """[P + min(T, b), P + min(T, b)]; None stands for plain causal attention."""
+    rest: Tensor | None
+    """[b, P + 2 b]: persistent tokens, block before, own block; None if there is one block."""
+
+
+class SegmentPlan(NamedTuple):
+    """The mask of MAC: each segment sees persistent tokens, what it retrieved, and itself."""
+
+    n_persistent: int
+    window: int
+    size: int
+    """Tokens per segment, or T if that is less."""
+    mask: Tensor
+    """[size, P + 2 size]: persistent tokens, retrieved tokens, own segment."""
+
+
+def attention_mask(
+    n_tokens: int, *, window_size: int, n_persistent: int, device: torch.device | None = None
+) -> Tensor | None:
+    """Who may attend to whom: bool [L, L], True where the row may see the column.
+
+    A token sees all persistent tokens, itself and the ``window_size - 1`` tokens before it.
+    A persistent token sees persistent tokens only: if it saw the sequence, every token would see
+    the future through it. None stands for plain causal attention.
+    """
+    if n_persistent == 0 and window_size >= n_tokens:
+        return None
+    position = torch.arange(n_persistent + n_tokens, device=device)
+    distance = position[:, None] - position[None, :]
+    in_window = (distance >= 0) & (distance < window_size)
+    persistent = position < n_persistent
+    return torch.where(persistent[:, None], persistent[None, :], in_window | persistent[None, :])
+
+
+def near_mask(
+    n_rows: int, n_before: int, *, window_size: int, device: torch.device | None = None
+) -> Tensor:
+    """bool [rows, before + rows]: the causal window of rows that have ``n_before`` predecessors."""
+    row = torch.arange(n_before, n_before + n_rows, device=device)
+    distance = row[:, None] - torch.arange(n_before + n_rows, device=device)
+    return (distance >= 0) & (distance < window_size)
+
+
+def plan_window(
+    n_tokens: int, *, window_size: int, n_persistent: int, device: torch.device | None = None
+) -> WindowPlan:
+    """Masks for :func:`window_attention`."""
+    block = n_tokens if n_tokens <= DENSE_UP_TO else max(window_size, SMALLEST_BLOCK)
+    first = attention_mask(
+        min(n_tokens, block), window_size=window_size, n_persistent=n_persistent, device=device
+    )
+    rest = None
+    if n_tokens > block:
+        near = near_mask(block, block, window_size=window_size, device=device)
+        rest = functional.pad(near, (n_persistent, 0), value=True)
+    return WindowPlan(n_persistent, window_size, block, first, rest)
+
+
+def plan_segments(
+    n_tokens: int,
+    *,
+    segment_size: int,
+    window_size: int,
+    n_persistent: int,
+    device: torch.device | None = None,
+) -> SegmentPlan:
+    """Mask for :func:`segment_attention`."""
+    size = min(n_tokens, segment_size)
+    near = near_mask(size, 0, window_size=window_size, device=device)
+    mask = functional.pad(near.repeat(1, 2), (n_persistent, 0), value=True)
+    return SegmentPlan(n_persistent, window_size, size, mask)
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, dropout: float
+) -> Tensor:
+    """Causal window attention in time and memory O(T window): [S, H, P + T, D], all of them."""
+    head = plan.n_persistent + plan.block
+    first = functional.scaled_dot_product_attention(
+        query[:, :, :head],
+        key[:, :, :head],
+        value[:, :, :head],
+        attn_mask=plan.first,
+        dropout_p=dropout,
+        is_causal=plan.first is None,
+    )
+    if plan.rest is None:
+        return first
+    tokens = query.shape[2] - head
+    rows = _blocks(query[:, :, head:], plan.block)
+    keys, values = (_with_block_before(x, plan.n_persistent, plan.block) for x in (key, value))
+    rest = functional.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=plan.rest, dropout_p=dropout
+    )
+    return torch.cat((first, _unblock(rest, query.shape[0], tokens)), dim=2)
+
+
+def segment_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    retrieved: tuple[Tensor, Tensor],
+    plan: SegmentPlan,
+    dropout: float,
+) -> Tensor:
+    """MAC's attention: [S, H, P + T, D]; ``retrieved`` keys and values [S, H, T, D].
+
+    Token i of a segment sees the persistent tokens, what tokens up to i retrieved, and tokens up to
+    i, of its own segment and window. Persistent tokens see each other.
+    """
+    P, size = plan.n_persistent, plan.size
+    tokens = query.shape[2] - P
+    rows = _blocks(query[:, :, P:], size)
+    keys, values = (
+        torch.cat(
+            (
+                _repeat(x[:, :, :P], rows.shape[0]),
+                _blocks(recalled, size),
+                _blocks(x[:, :, P:], size),
+            ),
+            dim=2,
+        )
+        for x, recalled in zip((key, value), retrieved, strict=True)
+    )
+    rest = functional.scaled_dot_product_attention(
+        rows, keys, values, attn_mask=plan.mask, dropout_p=dropout
+    )
+    rest = _unblock(rest, query.shape[0], tokens)
+    if not P:
+        return rest
+    first = functional.scaled_dot_product_attention(query[:, :, :P], key[:, :, :P], value[:, :, :P])
+    return torch.cat((first, rest), dim=2)
+
+
+def _blocks(x: Tensor, size: int) -> Tensor:
+    """[S, H, T, D] -> [S n, H, size, D], the last block filled with zeros.
+
+    Zeros stand behind the last token, where no token looks; their own rows are cut off again.
+    """
+    padded = functional.pad(x, (0, 0, 0, -x.shape[2] % size))
+    return padded.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+
+
+def _unblock(x: Tensor, batch: int, tokens: int) -> Tensor:
+    """The inverse of :func:`_blocks`."""
+    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+
+
+def _with_block_before(x: Tensor, n_persistent: int, block: int) -> Tensor:
+    """Keys of all blocks but the first: [S, H, P + T, D] -> [S (n - 1), H, P + 2 block, D]."""
+    tokens = x[:, :, n_persistent:]
+    own = _blocks(tokens[:, :, block:], block)
+    before = tokens[:, :, : own.shape[0] // x.shape[0] * block if x.shape[0] else 0]
+    return torch.cat(
+        (_repeat(x[:, :, :n_persistent], own.shape[0]), _blocks(before, block), own), dim=2
+    )
+
+
+def _repeat(x: Tensor, n: int) -> Tensor:
+    """[S, H, P, D] -> [n, H, P, D]: each sequence's persistent tokens for each of its blocks."""
+    batch = x.shape[0]
+    each = n // batch if batch else 1
+    return x[:, None].expand(batch, each, *x.shape[1:]).flatten(0, 1)
