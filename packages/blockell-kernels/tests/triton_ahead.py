@@ -14,6 +14,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from blockell_kernels._triton import _block_kernels as blocks
+from blockell_kernels._triton import _few_tokens_kernels as few
 from blockell_kernels._triton._forward_kernels import (
     forward_descriptors,
     forward_packed,
@@ -145,12 +146,28 @@ def block_cases(arch, dtype, B):
     tensors = {"values_ptr": dtype, "dense_ptr": dtype, "cols_ptr": "i32", "out_ptr": dtype}
     tensors |= {"dy_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "parts_ptr": "fp32"}
     yield blocks.scatter_blocks, {"B": B, "LINES": 4, "KB": 1024 // B, "ZEROS": 4096}, tensors
+    expanding = {"B": B, "LINES": min(B, 8), "CB": max(1, 512 // B), "KB": 32}
+    yield blocks.expand_blocks, expanding, tensors
     yield blocks.gather_blocks, {"B": B, "KB": max(1, 4096 // B**2)}, tensors
     yield blocks.square_sums, {"B": B, "MB": max(1, 128 // B), "BT": 32}, tensors
     yield blocks.pack_rows, {"B": B, "KB": max(1, 4096 // B**2)}, tensors | {"packed_ptr": dtype}
     yield reduce_parts, {"BB": B * B, "PARTS": 8, "BLOCK": 512}, tensors
     norms = {"B": B, "RB": max(1, 64 // B), "CB": max(1, 64 // B), "BT": 32, "UPCAST": False}
     yield blocks.block_norms, norms | {"PRECISION": precision(dtype, arch)}, tensors
+
+
+def few_cases(arch, dtype, B):
+    """The kernels for few tokens; yields like `block_cases`."""
+    names = ("x_ptr", "dy_ptr", "values_ptr", "bias_ptr", "out_ptr")
+    tensors = dict.fromkeys(names, dtype) | {"parts_ptr": "fp32"}
+    tensors |= dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr"), "i32")
+    common = {"B": B, "BM": 16, "PRECISION": precision(dtype, arch), "UPCAST": False}
+    strip = common | {"BN": max(16, min(B, 32)), "BN_LIVE": min(B, 32), "BK": 128}
+    yield few.few_forward, strip | {"EVEN": False, "HAS_BIAS": True}, tensors
+    yield few.few_grad_input, strip, tensors
+    rows = {"BR": max(16, min(B, 32)), "BR_LIVE": min(B, 32), "KB": max(1, 512 // B)}
+    yield few.few_grad_values, common | rows, tensors
+    yield few.add_parts, {"PARTS": 8, "BLOCK": 512, "HAS_BIAS": True}, tensors
 
 
 def tiles(dtype, arch):
@@ -198,7 +215,8 @@ def main(arch):
     for name, compile_one, arguments, options in all_cases(arch):
         report(name, compile_one(*arguments, **options))
     for B in (8, 128) if arch >= 80 else (8,):
-        for kernel, constants, tensors in block_cases(arch, "fp32", B):
+        cases = [*block_cases(arch, "fp32", B), *few_cases(arch, "fp32", B)]
+        for kernel, constants, tensors in cases:
             name = f"{kernel.fn.__name__} tile {B}"
             report(name, compile_for(arch, kernel, constants, pointers=tensors, warps=8))
 

@@ -98,8 +98,8 @@ def forward(
     y = x.new_empty(N, out_features)
     BN = min(strip.BN, power_of_two_divisor(pattern.row_group * B))
     depth = pattern.num_live * B
-    per_part = ceil_div(ceil_div(depth, strip.BK), strip.parts) * strip.BK
-    parts = ceil_div(depth, per_part)
+    steps = ceil_div(ceil_div(depth, strip.BK), strip.parts)
+    parts = ceil_div(depth, steps * strip.BK)
     target = y if parts == 1 else x.new_empty(parts, N, out_features, dtype=torch.float32)
     launch(
         few_forward,
@@ -115,13 +115,13 @@ def forward(
         out_features,
         x.stride(0),
         x.stride(1),
-        per_part,
+        steps,
         B=B,
         BM=round_up_to_power_of_two(max(16, N)),
         BN=max(BN, 16),
         BN_LIVE=BN,
         BK=strip.BK,
-        EVEN=depth % per_part == 0,
+        EVEN=depth % (steps * strip.BK) == 0,
         HAS_BIAS=bias is not None and parts == 1,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),

@@ -25,7 +25,7 @@ def few_forward(
     out_features,
     stride_xn,
     stride_xk,
-    depth_per_part,  # a multiple of BK
+    steps_per_part,
     B: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
@@ -45,8 +45,8 @@ def few_forward(
     out = pn * BN_LIVE + n % BN_LIVE
     w_rows = values_ptr + ((out // B).to(tl.int64) * slots * B + out % B)[None, :] * B
     row_cols = cols_ptr + ((pn * BN_LIVE) // B).to(tl.int64) * slots
-    begin = part * depth_per_part
-    end = tl.minimum(begin + depth_per_part, num_live * B)
+    begin = part * steps_per_part * BK
+    end = tl.minimum(begin + steps_per_part * BK, num_live * B)
     acc = tl.zeros((BM, BN), tl.float32)
     c = tl.load(row_cols + tl.minimum((begin + kk) // B, num_live - 1))
     for q0 in range(begin, end, BK):
