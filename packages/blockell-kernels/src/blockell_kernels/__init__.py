@@ -1,11 +1,13 @@
 """Block-sparse linear kernels for Block-ELL weights, forward and backward, with a reference."""
 
+from blockell_kernels._fisher import block_fisher
 from blockell_kernels._functional import (
     Explanation,
     block_ell_linear,
     block_grad_norms,
     explain,
 )
+from blockell_kernels._mlp import block_ell_mlp
 from blockell_kernels._stats import probe_size
 from blockell_kernels._validation import check_topology
 
@@ -14,6 +16,8 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "block_ell_linear",
+    "block_ell_mlp",
+    "block_fisher",
     "block_grad_norms",
     "check_topology",
     "explain",

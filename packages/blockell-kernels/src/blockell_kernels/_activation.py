@@ -67,8 +67,12 @@ def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
     return aten.silu_backward.default(da, h)
 
 
-def gradient_and_activation(da: Tensor, h: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """(dh, a) from the gradient of a and from h, on the GPU in one pass."""
+def gradient_and_activation(
+    da: Tensor, h: Tensor, activation: str, recompute: bool = True
+) -> tuple[Tensor, Tensor]:
+    """(dh, a) from the gradient of a and from h, on the GPU in one pass; without a: (dh, h)."""
+    if not recompute:
+        return activation_gradient(da, h, activation), h
     if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
         dh, a = kernels.gradient(da, h, activation, recompute=True)
         return dh, a

@@ -79,6 +79,17 @@ def block_grad_norms(dy: Tensor, x: Tensor, B: int) -> Tensor:
     return norms
 
 
+def block_fisher(dy: Tensor, x: Tensor, B: int) -> Tensor:
+    """Per-token Fisher trace [R, C]: squared norms of every token's gradient, token by token."""
+    dy_blocks, x_blocks = _blocks(dy, B), _blocks(x, B)
+    trace = x.new_zeros(dy_blocks.shape[1], x_blocks.shape[1])
+    for dy_token, x_token in zip(dy_blocks, x_blocks, strict=True):
+        for r in range(trace.shape[0]):
+            for c in range(trace.shape[1]):
+                trace[r, c] += torch.outer(dy_token[r], x_token[c]).square().sum()
+    return trace
+
+
 class ReferenceBackend(Backend):
     """The reference behind the operator: `backend="reference"`. Never chosen by itself."""
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._triton._activation_kernels import activate_elements, gradient_elements
 from blockell_kernels._triton._device import on_its_device
+from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._tiling import ceil_div
 
 _BLOCK = 2048
@@ -25,8 +26,16 @@ def activate(h: Tensor, activation: str) -> Tensor:
     """a = f(h) for a contiguous h."""
     a = torch.empty_like(h)
     if h.numel():
-        activate_elements[(ceil_div(h.numel(), _BLOCK),)](
-            h, a, h.numel(), ACTIVATION=activation, FAST=fast(h), BLOCK=_BLOCK, num_warps=8
+        launch(
+            activate_elements,
+            (ceil_div(h.numel(), _BLOCK),),
+            h,
+            a,
+            h.numel(),
+            ACTIVATION=activation,
+            FAST=fast(h),
+            BLOCK=_BLOCK,
+            num_warps=8,
         )
     return a
 
@@ -37,7 +46,9 @@ def gradient(da: Tensor, h: Tensor, activation: str, recompute: bool) -> tuple[T
     dh = torch.empty_like(h)
     a = torch.empty_like(h) if recompute else h
     if h.numel():
-        gradient_elements[(ceil_div(h.numel(), _BLOCK),)](
+        launch(
+            gradient_elements,
+            (ceil_div(h.numel(), _BLOCK),),
             da,
             h,
             dh,

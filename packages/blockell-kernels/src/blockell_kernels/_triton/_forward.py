@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._triton._blocks import pack
@@ -23,6 +22,7 @@ from blockell_kernels._triton._forward_kernels import (
     forward_packed,
     forward_pointers,
 )
+from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
 
@@ -58,10 +58,10 @@ def forward_activated(
         and describable(y)
     )
     if tiling.path == "packed" and BN >= 16 and describable(y):
-        launch = _by_packing
+        run = _by_packing
     else:
-        launch = _by_descriptors if by_descriptors else _by_pointers
-    launch(x, values, bias, y, pre, pattern, tiling, BN, activation)
+        run = _by_descriptors if by_descriptors else _by_pointers
+    run(x, values, bias, y, pre, pattern, tiling, BN, activation)
     return y, y if keep_pre and pre is None else pre
 
 
@@ -79,7 +79,9 @@ def _by_pointers(
     N, out_features = y.shape
     live = pattern.num_live * pattern.B
     grid = (ceil_div(N, tiling.BM) * (out_features // BN),)
-    forward_pointers[grid](
+    launch(
+        forward_pointers,
+        grid,
         x,
         values,
         pattern.col_indices,
@@ -126,12 +128,14 @@ def _by_descriptors(
     tiles = ceil_div(N, BM) * (out_features // BN)
     programs = tiling.persistent * num_sms(x.device)
     parts = tiling.store_parts if BN >= 32 else 1
-    y_desc = TensorDescriptor.from_tensor(y, [BM, BN // parts])
-    forward_descriptors[(min(programs, tiles) if programs else tiles,)](
-        TensorDescriptor.from_tensor(x, [BM, BK]),
-        TensorDescriptor.from_tensor(values, [rows, 1, BN // rows, BK]),
+    y_desc = descriptor(y, [BM, BN // parts])
+    launch(
+        forward_descriptors,
+        (min(programs, tiles) if programs else tiles,),
+        descriptor(x, [BM, BK]),
+        descriptor(values, [rows, 1, BN // rows, BK]),
         y_desc,
-        None if pre is None else TensorDescriptor.from_tensor(pre, [BM, BN // parts]),
+        None if pre is None else descriptor(pre, [BM, BN // parts]),
         pattern.col_indices,
         y if bias is None else bias,
         N,
@@ -170,12 +174,14 @@ def _by_packing(
     B, BM, BK = pattern.B, tiling.BM, max(tiling.BK, pattern.B)
     packed = pack(values, pattern, BK)
     parts = tiling.store_parts if BN >= 32 else 1
-    y_desc = TensorDescriptor.from_tensor(y, [BM, BN // parts])
-    forward_packed[(ceil_div(N, BM) * (out_features // BN),)](
+    y_desc = descriptor(y, [BM, BN // parts])
+    launch(
+        forward_packed,
+        (ceil_div(N, BM) * (out_features // BN),),
         x,
-        TensorDescriptor.from_tensor(packed, [BN, BK]),
+        descriptor(packed, [BN, BK]),
         y_desc,
-        None if pre is None else TensorDescriptor.from_tensor(pre, [BM, BN // parts]),
+        None if pre is None else descriptor(pre, [BM, BN // parts]),
         pattern.col_indices,
         y if bias is None else bias,
         N,

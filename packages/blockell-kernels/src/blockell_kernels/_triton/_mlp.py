@@ -1,4 +1,4 @@
-"""Launches the middle of an MLP's backward pass: fc2's input gradient, through the activation.
+"""Launches the products that an MLP's activation rides on: fc1, and fc2's input gradient.
 
 Legend: R block rows, C block columns, B tile side of fc2, N tokens; h pre-activation, a = f(h).
 """
@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from blockell_kernels._backends import Case, Pattern
+from blockell_kernels._backends import Case, Direction, Pattern
 from blockell_kernels._triton._device import (
     capability,
     describable,
@@ -20,11 +19,17 @@ from blockell_kernels._triton._device import (
     on_its_device,
     upcast,
 )
+from blockell_kernels._triton._forward import forward_activated as _forward_activated
 from blockell_kernels._triton._grad_input import _sorted_columns
+from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._mlp_kernels import grad_input_activated as kernel
 from blockell_kernels._triton._tiling import Tiling, ceil_div
+from blockell_kernels._triton._tilings import tiling_for as forward_tiling_for
 
 FEW_TOKENS = 512
+"""Below this many tokens the passes over memory cost nothing next to the launches."""
+PATHS = ("pointers", "descriptors", "packed")
+"""Ways of the forward product that take an activation."""
 DEEP = 768
 """Products summed per element of da from which a tile of 256 tokens pays."""
 
@@ -40,7 +45,49 @@ class Middle(NamedTuple):
     """Sum of dh over the tokens, float32 [C*B], if it was asked for."""
 
 
-def tiling_for(case: Case) -> Tiling | None:
+def forward_activated(
+    x: Tensor,
+    values: Tensor,
+    bias: Tensor | None,
+    pattern: Pattern,
+    activation: str,
+    keep_pre: bool,
+) -> tuple[Tensor, Tensor | None] | None:
+    """(f(h), h or None) for h = x W^T + bias [N, R*B]; None where two passes are better."""
+    if x.shape[0] < FEW_TOKENS:
+        return None
+    tiling = forward_tiling_for(_case("forward", x, pattern))
+    if tiling.path not in PATHS:
+        return None
+    return _forward_activated(x, values, bias, pattern, tiling, activation, keep_pre)
+
+
+def middle(
+    dy: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    pre: Tensor,
+    activation: str,
+    *,
+    keep_a: bool,
+    need_bias: bool,
+) -> Middle | None:
+    """See `grad_input_activated`; None where two passes are better, or the only way."""
+    tiling = middle_tiling_for(_case("grad_input", dy, pattern))
+    if tiling is None:
+        return None
+    return grad_input_activated(
+        dy, values, pattern, pre, activation, keep_a=keep_a, need_bias=need_bias, tiling=tiling
+    )
+
+
+def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:
+    p = pattern
+    sizes = (operand.shape[0], p.R, p.C, p.num_live, p.B, p.row_group)
+    return Case(direction, operand.device, operand.dtype, *sizes)
+
+
+def middle_tiling_for(case: Case) -> Tiling | None:
     """The tiling of fc2's grad_input with this epilogue; None: two passes are better."""
     B, N = case.B, case.N
     if capability(case.device)[0] != 9 or B < 64 or N < FEW_TOKENS or case.dtype == torch.float32:
@@ -69,7 +116,7 @@ def grad_input_activated(
     N, in_features = pre.shape
     B, BM, BK = pattern.B, tiling.BM, tiling.BK
     BN = min(tiling.BN, B)
-    if not all(map(describable, (dy, values, pre))) or (BK > B and BK > pattern.row_group * B):
+    if not all(map(describable, (dy, values, pre))) or (BK > B and pattern.row_group * B < BK):
         return None
     dh = torch.empty_like(pre)
     a = torch.empty_like(pre) if keep_a else None
@@ -85,12 +132,14 @@ def grad_input_activated(
     parts = tiling.store_parts if BN >= 32 else 1
     rows = max(1, BK // B)
     box = [BM, BN // parts]
-    kernel[(min(programs, tiles) if programs else tiles,)](
-        TensorDescriptor.from_tensor(dy, [BM, BK]),
-        TensorDescriptor.from_tensor(values, [rows, 1, BK // rows, BN]),
-        TensorDescriptor.from_tensor(dh, box),
-        TensorDescriptor.from_tensor(pre, box),
-        None if a is None else TensorDescriptor.from_tensor(a, box),
+    launch(
+        kernel,
+        (min(programs, tiles) if programs else tiles,),
+        descriptor(dy, [BM, BK]),
+        descriptor(values, [rows, 1, BK // rows, BN]),
+        descriptor(dh, box),
+        descriptor(pre, box),
+        None if a is None else descriptor(a, box),
         sums,
         order,
         col_start,

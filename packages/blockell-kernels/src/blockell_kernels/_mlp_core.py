@@ -1,0 +1,162 @@
+"""What the fused MLP computes: y = f(x W1^T + b1) W2^T + b2 and its gradients, over plans.
+
+Legend: N tokens; layer 1 maps in -> hidden features, layer 2 hidden -> out; h pre-activation and
+a = f(h), both [N, hidden]; R, C, B, K of each layer as always.
+
+Where a layer runs on the block-sparse GPU kernels, the activation rides on them: f in the epilogue
+of the first product, f' in that of fc2's input gradient, which also computes a again, and the
+gradient of b1, while h is at hand. Elsewhere the activation is a pass of its own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._activation import activate, gradient_and_activation
+from blockell_kernels._backends import Pattern
+from blockell_kernels._plan import Plan
+from blockell_kernels._stats import wide
+
+Recompute = Literal["none", "activation", "hidden"]
+RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "hidden")
+
+Weights = list[Tensor | None]
+"""At most one dense weight, emptied when it is used for the last time; see `Plan.backward`."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Layer:
+    """One of the two layers of a call."""
+
+    plan: Plan
+    pattern: Pattern
+    values: Tensor | None
+    """[R, slots, B, B]; None in a backward pass that does not need them."""
+    bias: Tensor | None
+
+
+class Needs(NamedTuple):
+    """Which gradients are needed."""
+
+    x: bool
+    values1: bool
+    bias1: bool
+    values2: bool
+    bias2: bool
+
+
+def hidden(
+    layer: Layer, x: Tensor, activation: str, keep_pre: bool, keep_weight: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(a, h, dense weight of layer 1) from x [N, in]; None for what is not to be kept."""
+    plan, values, bias = layer.plan, layer.values, layer.bias
+    assert values is not None
+    if plan.forward_backend.name == "triton" and x.dtype is plan.dtype:
+        from blockell_kernels._triton import _mlp
+
+        fused = _mlp.forward_activated(x, values, bias, layer.pattern, activation, keep_pre)
+        if fused is not None:
+            return (*fused, None)
+    h, weight = plan.forward(x, values, bias, layer.pattern, keep=keep_weight)
+    a = activate(h, activation)
+    return a, h if keep_pre else None, weight
+
+
+def forward(
+    x: Tensor, first: Layer, second: Layer, activation: str, keep_pre: bool, keep_weights: bool
+) -> tuple[Tensor, Tensor, Tensor | None, tuple[Weights, Weights]]:
+    """(y [N, out], a, h or None, dense weights) from x [N, in]."""
+    a, h, weight1 = hidden(first, x, activation, keep_pre, keep_weights)
+    assert second.values is not None
+    y, weight2 = second.plan.forward(
+        a, second.values, second.bias, second.pattern, keep=keep_weights
+    )
+    return y, a, h, ([weight1], [weight2])
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    a: Tensor | None,
+    first: Layer,
+    second: Layer,
+    needs: Needs,
+    samples: tuple[str, str],
+    activation: str,
+    weights: tuple[Weights, Weights] | None = None,
+) -> list[Tensor | None]:
+    """[dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2] of dy [N, out].
+
+    None where not needed. What is needed of `h` and `a` and was not saved is computed again.
+    """
+    weight1, weight2 = weights or (None, None)
+    need_dh = needs.x or needs.values1 or needs.bias1 or samples[0] != "none"
+    need_a = needs.values2 or samples[1] != "none"
+    if (need_dh and h is None) or (need_a and a is None and h is None):
+        assert x is not None
+        a, h, _ = hidden(first, x, activation, keep_pre=True)
+    dh = dbias1 = None
+    if need_dh:
+        assert h is not None
+        keep_a = need_a and a is None
+        dh, again, dbias1 = _middle(dy, h, second, activation, keep_a, needs.bias1, weight2)
+        a = again if keep_a else a
+    elif need_a and a is None:
+        assert h is not None
+        a = activate(h, activation)
+    h = None
+    only = (False, needs.values2, needs.bias2)
+    _, dvalues2, dbias2, dprobe2 = second.plan.backward(
+        dy, a, None, second.pattern, only, samples[1]
+    )
+    a = None
+    dx = dvalues1 = dprobe1 = None
+    if dh is not None and (needs.x or needs.values1 or samples[0] != "none"):
+        only = (needs.x, needs.values1, False)
+        dx, dvalues1, _, dprobe1 = first.plan.backward(
+            dh, x, first.values, first.pattern, only, samples[0], weight1
+        )
+    return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
+
+
+def _middle(
+    dy: Tensor,
+    h: Tensor,
+    second: Layer,
+    activation: str,
+    keep_a: bool,
+    need_bias: bool,
+    weight: Weights | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dh, a, dbias1): the input gradient of layer 2, through the activation."""
+    plan, values, pattern = second.plan, second.values, second.pattern
+    assert values is not None
+    if plan.grad_input_backend.name == "triton" and dy.dtype is plan.dtype:
+        from blockell_kernels._triton import _mlp
+
+        fused = _mlp.middle(dy, values, pattern, h, activation, keep_a=keep_a, need_bias=need_bias)
+        if fused is not None:
+            dbias = None if fused.dbias is None else fused.dbias.to(dy.dtype)
+            return fused.dh, fused.a, dbias
+    da = plan.backward(dy, None, values, pattern, (True, False, False), "none", weight)[0]
+    assert da is not None
+    dh, a = gradient_and_activation(da, h, activation, recompute=keep_a)
+    dbias = None
+    if need_bias:
+        dbias = dh.sum(0) if dh.is_cuda else wide(dh).sum(0).to(dh.dtype)
+    return dh, a if keep_a else None, dbias
+
+
+def flat(t: Tensor) -> Tensor:
+    """[..., n] -> [N, n]."""
+    return t if t.ndim == 2 else t.reshape(t.numel() // t.shape[-1], t.shape[-1])
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """An operator cannot return None: an empty tensor stands for it."""
+    return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t

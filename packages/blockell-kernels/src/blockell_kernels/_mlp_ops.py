@@ -1,0 +1,341 @@
+"""The custom operators `blockell::mlp` and `blockell::mlp_backward`, and the eager way past them.
+
+Legend: N tokens; layer 1 maps in -> hidden features, layer 2 hidden -> out; h pre-activation and
+a = f(h), both [N, hidden]; R, C, B, K of each layer as always.
+
+As in `_ops`, both are opaque to the compiler and choose their backends when they run. Operands have
+been validated by `block_ell_mlp`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from blockell_kernels import _mlp_core as core
+from blockell_kernels._backends import requested_backend
+from blockell_kernels._eager import watched
+from blockell_kernels._mlp_core import Layer, Needs, flat, or_empty
+from blockell_kernels._ops import cast_for_autocast
+from blockell_kernels._plan import plan_for
+from blockell_kernels._stats import probe_size
+
+_library = torch.library.Library("blockell", "FRAGMENT")
+_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
+
+
+def _layer_schema(i: int) -> str:
+    return (
+        f"Tensor values{i}, Tensor col_indices{i}, Tensor? bias{i}, Tensor? probe{i}, "
+        f"Tensor? order{i}, Tensor? col_start{i}, int row_group{i}, int num_live{i}, str sample{i}"
+    )
+
+
+# What is not saved for the backward pass, or not needed of it, comes back empty.
+_library.define(
+    f"mlp(Tensor x, {_layer_schema(1)}, {_layer_schema(2)}, str activation, str recompute, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+_library.define(
+    "mlp_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? a, "
+    "Tensor? values1, Tensor col_indices1, Tensor? bias1, Tensor? order1, Tensor? col_start1, "
+    "int C1, int B1, int row_group1, int num_live1, str sample1, "
+    "Tensor? values2, Tensor col_indices2, Tensor? order2, Tensor? col_start2, "
+    "int B2, int row_group2, int num_live2, str sample2, "
+    "bool[5] needs, str activation, str backend) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    tags=_TAGS,
+)
+mlp_op = torch.ops.blockell.mlp.default
+mlp_backward_op = torch.ops.blockell.mlp_backward.default
+
+# Positions in the arguments of `mlp`.
+X, FIRST, SECOND, ACTIVATION, RECOMPUTE, BACKEND = 0, slice(1, 10), slice(10, 19), 19, 20, 21
+VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2 = 1, 3, 4, 10, 12, 13
+ARGUMENTS = 22
+
+
+def _layer(
+    like: Tensor,
+    N: int,
+    C: int,
+    B: int,
+    values: Tensor | None,
+    col_indices: Tensor,
+    bias: Tensor | None,
+    order: Tensor | None,
+    col_start: Tensor | None,
+    row_group: int,
+    num_live: int,
+    backend: str,
+) -> Layer:
+    sizes = (col_indices.shape[0], C, B, row_group, num_live)
+    plan = plan_for(like, N, sizes, requested_backend(backend or None))
+    return Layer(plan, plan.pattern(col_indices, order, col_start), values, bias)
+
+
+def _layers(args: tuple[Any, ...], x: Tensor) -> tuple[Layer, Layer]:
+    """Both layers from the arguments of `mlp`; x [N, in]."""
+    N, width, layers = x.shape[0], x.shape[1], []
+    for part in (FIRST, SECOND):
+        values, cols, bias, _, order, start, row_group, num_live, _ = args[part]
+        B = values.shape[-1]
+        numbers = (row_group, num_live, args[BACKEND])
+        layers.append(_layer(x, N, width // B, B, values, cols, bias, order, start, *numbers))
+        width = values.shape[0] * B
+    return layers[0], layers[1]
+
+
+@torch.library.impl(_library, "mlp", "CompositeExplicitAutograd")
+def mlp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(y [..., out], h or empty, a or empty); see `block_ell_mlp`."""
+    x, recompute = args[X], args[RECOMPUTE]
+    x2d = flat(x)
+    keep_pre = recompute != "hidden"
+    y, a, h, _ = core.forward(x2d, *_layers(args, x2d), args[ACTIVATION], keep_pre, False)
+    y = y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    if h is a:  # no activation: outputs of an operator must not be one another
+        h = a.clone() if recompute == "none" else h
+    return y, or_empty(h, x), a if recompute == "none" else or_empty(None, x)
+
+
+def _mlp_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    x, recompute = args[X], args[RECOMPUTE]
+    out, width = (args[i].shape[0] * args[i].shape[-1] for i in (VALUES2, VALUES1))
+    tokens = x.numel() // x.shape[-1]
+    return (
+        x.new_empty(*x.shape[:-1], out),
+        x.new_empty(tokens, width) if recompute != "hidden" else x.new_empty(0),
+        x.new_empty(tokens, width) if recompute == "none" else x.new_empty(0),
+    )
+
+
+def run_backward(
+    weights: tuple[core.Weights, core.Weights] | None,
+    dy: Tensor,
+    x: Tensor | None,
+    h: Tensor | None,
+    a: Tensor | None,
+    values1: Tensor | None,
+    col_indices1: Tensor,
+    bias1: Tensor | None,
+    order1: Tensor | None,
+    col_start1: Tensor | None,
+    C1: int,
+    B1: int,
+    row_group1: int,
+    num_live1: int,
+    sample1: str,
+    values2: Tensor | None,
+    col_indices2: Tensor,
+    order2: Tensor | None,
+    col_start2: Tensor | None,
+    B2: int,
+    row_group2: int,
+    num_live2: int,
+    sample2: str,
+    needs: list[bool],
+    activation: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """(dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2); those not needed are empty.
+
+    `weights`: dense weights that an eager forward pass kept; what follows is the operator's.
+    """
+    dy2d = flat(dy)
+    N, width = dy2d.shape[0], col_indices1.shape[0] * B1
+    first = _layer(
+        dy, N, C1, B1, values1, col_indices1, bias1, order1, col_start1, row_group1, num_live1,
+        backend,
+    )  # fmt: skip
+    second = _layer(
+        dy, N, width // B2, B2, values2, col_indices2, None, order2, col_start2, row_group2,
+        num_live2, backend,
+    )  # fmt: skip
+    grads = core.backward(
+        dy2d, None if x is None else flat(x), h, a, first, second, Needs(*needs),
+        (sample1, sample2), activation, weights,
+    )  # fmt: skip
+    if grads[0] is not None and dy.ndim != 2:
+        grads[0] = grads[0].view(*dy.shape[:-1], C1 * B1)
+    return tuple(or_empty(grad, dy) for grad in grads)
+
+
+@torch.library.impl(_library, "mlp_backward", "CompositeExplicitAutograd")
+def mlp_backward(*args: Any) -> tuple[Tensor, ...]:
+    """See `run_backward`."""
+    return run_backward(None, *args)
+
+
+def _mlp_backward_fake(*args: Any) -> tuple[Tensor, ...]:
+    dy, cols1, cols2, needs = args[0], args[5], args[15], args[22]
+    C1, B1, sample1, B2, sample2 = args[9], args[10], args[13], args[18], args[21]
+    R1, R2 = cols1.shape[0], cols2.shape[0]
+    C2 = R1 * B1 // B2
+
+    def probe(sample: str, R: int, C: int) -> Tensor:
+        if sample == "none":
+            return dy.new_empty(0)
+        return dy.new_empty(probe_size(R, C), dtype=torch.float32)
+
+    def grad(needed: bool, *shape: int) -> Tensor:
+        return dy.new_empty(*shape) if needed else dy.new_empty(0)
+
+    return (
+        grad(needs[0], *dy.shape[:-1], C1 * B1),
+        grad(needs[1], *cols1.shape, B1, B1),
+        grad(needs[2], R1 * B1),
+        probe(sample1, R1, C1),
+        grad(needs[3], *cols2.shape, B2, B2),
+        grad(needs[4], R2 * B2),
+        probe(sample2, R2, C2),
+    )
+
+
+torch.library.register_fake("blockell::mlp", _mlp_fake, lib=_library)
+torch.library.register_fake("blockell::mlp_backward", _mlp_backward_fake, lib=_library)
+
+
+class _MLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        ctx.set_materialize_grads(False)
+        ctx.weights = None
+        with torch._C._AutoDispatchBelowAutograd():
+            y, h, a = mlp_op(*args)
+        _save(ctx, args, h, a)
+        ctx.mark_non_differentiable(h, a)
+        return y, h, a
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        grads: list[Tensor | None] = [None] * ARGUMENTS
+        if dy is None:
+            return tuple(grads)
+        x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = (
+            ctx.saved_tensors
+        )
+        given: tuple[Any, ...] = (
+            dy, x, h, a, values1, cols1, bias1, order1, start1, *ctx.sizes1, values2, cols2,
+            order2, start2, *ctx.sizes2, list(ctx.needs), *ctx.names,
+        )  # fmt: skip
+        if ctx.weights is None or torch.is_grad_enabled() or type(dy) is not Tensor or watched():
+            results = mlp_backward_op(*given)
+        else:
+            results = run_backward(ctx.weights, *given)
+        positions = (X, VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2)
+        for position, result in zip(positions, results, strict=True):
+            collected = position not in (PROBE1, PROBE2) or result.numel()
+            if ctx.needs_input_grad[position] and collected:
+                grads[position] = result
+        return tuple(grads)
+
+
+class _EagerMLP(_MLP):
+    """The same past the dispatcher, with dense weights shared by forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        x, keep_pre = args[X], args[RECOMPUTE] != "hidden"
+        x2d = flat(x)
+        layers = _layers(args, x2d)
+        y, a, h, ctx.weights = core.forward(x2d, *layers, args[ACTIVATION], keep_pre, True)
+        _save(ctx, args, h, a)
+        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+
+
+def _save(ctx: Any, args: tuple[Any, ...], h: Tensor | None, a: Tensor | None) -> None:
+    """Save what the backward pass needs of the operands and of h and a, and no more."""
+    need, recompute = ctx.needs_input_grad, args[RECOMPUTE]
+    values1, cols1, bias1, _, order1, start1, row_group1, num_live1, sample1 = args[FIRST]
+    values2, cols2, _, _, order2, start2, row_group2, num_live2, sample2 = args[SECOND]
+    sample1 = sample1 if need[PROBE1] else "none"
+    sample2 = sample2 if need[PROBE2] else "none"
+    need_dh = need[X] or need[VALUES1] or need[BIAS1] or sample1 != "none"
+    need_a = need[VALUES2] or sample2 != "none"
+    again = recompute == "hidden" and (need_dh or need_a)
+    has_a = recompute == "none"
+    ctx.needs = tuple(need[i] for i in (X, VALUES1, BIAS1, VALUES2, BIAS2))
+    ctx.sizes1 = (args[X].shape[-1] // values1.shape[-1], values1.shape[-1], row_group1, num_live1)
+    ctx.sizes1 += (sample1,)
+    ctx.sizes2 = (values2.shape[-1], row_group2, num_live2, sample2)
+    ctx.names = (args[ACTIVATION], args[BACKEND])
+    keep_h = recompute != "hidden" and (need_dh or (need_a and not has_a))
+    ctx.save_for_backward(
+        args[X] if need[VALUES1] or sample1 != "none" or again else None,
+        h if keep_h else None,
+        a if has_a and need_a else None,
+        values1 if need[X] or again else None,
+        cols1,
+        bias1 if again else None,
+        order1,
+        start1,
+        values2 if need_dh else None,
+        cols2,
+        order2,
+        start2,
+    )
+
+
+class _MLPBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> Any:
+        with torch._C._AutoDispatchBelowAutograd():
+            return mlp_backward_op(*args)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> None:
+        raise RuntimeError(
+            "block_ell_mlp can be differentiated once; its backward has no gradient of its own. "
+            "For second derivatives multiply by the dense weights (blockell_format.to_dense)."
+        )
+
+
+def _register_autograd(name: str, op: Any, function: type[torch.autograd.Function]) -> None:
+    def kernel(*args: Any) -> Any:
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+            return function.apply(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*args)
+
+    _library.impl(name, kernel, "Autograd")
+
+
+_register_autograd("mlp", mlp_op, _MLP)
+_register_autograd("mlp_backward", mlp_backward_op, _MLPBackward)
+
+
+def cast_arguments(args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
+    """The arguments of `mlp` as autocast wants them; the probes stay float32."""
+    dtype, cast = torch.get_autocast_dtype(device_type), list(args)
+    for position in (X, VALUES1, BIAS1, VALUES2, BIAS2):
+        cast[position] = cast_for_autocast(args[position], dtype)
+    return tuple(cast)
+
+
+def _register_autocast(device_type: str, dispatch_key: str) -> None:
+    def kernel(*args: Any) -> Any:
+        cast = cast_arguments(args, device_type)
+        with torch.autocast(device_type, enabled=False):
+            return mlp_op(*cast)
+
+    _library.impl("mlp", kernel, dispatch_key)
+
+
+_register_autocast("cpu", "AutocastCPU")
+_register_autocast("cuda", "AutocastCUDA")
+
+
+def eager_mlp(*args: Any) -> Tensor:
+    """y for the arguments of `mlp`, where nothing but autograd and autocast may want to see it."""
+    device_type = "cuda" if args[X].is_cuda else args[X].device.type
+    if torch.is_autocast_enabled(device_type):
+        args = cast_arguments(args, device_type)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
+        return _EagerMLP.apply(*args)
+    x = flat(args[X])
+    y = core.forward(x, *_layers(args, x), args[ACTIVATION], False, False)[0]
+    return y if args[X].ndim == 2 else y.view(*args[X].shape[:-1], y.shape[-1])
