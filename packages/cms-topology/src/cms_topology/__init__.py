@@ -10,11 +10,17 @@ from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._retention import (
+    Absorption,
+    BankedBlock,
+    BlockBank,
     Consolidation,
     Covariance,
     LayerMemory,
     RetentionGuard,
+    absorb,
     consolidate,
+    grow_for_task,
+    removal_cost,
 )
 from cms_topology._scorer import (
     TopologyScorer,
@@ -28,7 +34,10 @@ from cms_topology._shapes import resolve_row_group
 __version__ = "0.1.0"
 
 __all__ = [
+    "Absorption",
     "AgeHistogram",
+    "BankedBlock",
+    "BlockBank",
     "CMSBlockLinear",
     "CMSClock",
     "Consolidation",
@@ -45,12 +54,15 @@ __all__ = [
     "TopologyManager",
     "TopologyScorer",
     "TopologyStats",
+    "absorb",
     "accumulate_scores",
     "compute_column_entropy",
     "compute_gradient_frobenius_norms",
     "consolidate",
     "decision_generator",
     "densify",
+    "grow_for_task",
+    "removal_cost",
     "reset_optimizer_state",
     "resolve_row_group",
     "select_top_k",

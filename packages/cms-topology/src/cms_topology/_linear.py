@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -25,6 +25,29 @@ from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyS
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
 from cms_topology._shapes import TILE_SIZES, check_divisible, resolve_row_group
+
+
+class LiveBlocks(NamedTuple):
+    """The live blocks of a layer at one moment."""
+
+    columns: Tensor
+    """int32 [R, k]."""
+    values: Tensor
+    """[R, k, B, B]."""
+    ages: Tensor
+    """int32 [R, k], optimizer steps since birth."""
+
+
+class SwapRetention(Protocol):
+    """What a decision asks of those who keep an old task; see `TopologyManager(retention=...)`."""
+
+    def locked_and_cost(self, layer: CMSBlockLinear) -> tuple[Tensor, Tensor]:
+        """bool [R, k] live blocks that must stay, and float [R, k] what dropping each costs."""
+        ...
+
+    def after_swap(self, layer: CMSBlockLinear, swapped: Tensor, before: LiveBlocks) -> None:
+        """Make up for what was dropped; `swapped` is bool [R, k]."""
+        ...
 
 
 class CMSBlockLinear(nn.Module):
@@ -263,35 +286,67 @@ class CMSBlockLinear(nn.Module):
 
     @torch.no_grad()
     def _decide(
-        self, generator: torch.Generator, global_step: int | None
+        self,
+        generator: torch.Generator,
+        global_step: int | None,
+        retention: SwapRetention | None = None,
     ) -> TopologyDecisionResult:
         scorer, config = self.scorer, self.scorer.config
         scorer.fold()
         live = self.col_indices[:, : self.num_live]
         before = live.clone()
+        old = None
+        locked = cost = None
+        if retention is not None:
+            old = LiveBlocks(
+                before,
+                self.values[:, : self.num_live].detach().clone(),
+                scorer.block_age[:, : self.num_live].clone(),
+            )
+            locked, cost = retention.locked_and_cost(self)
         selection, candidates = scorer.select_top_k(
-            self.values, live, row_group=self.row_group, generator=generator
+            self.values,
+            live,
+            row_group=self.row_group,
+            generator=generator,
+            locked=locked,
+            cost=cost,
         )
+        zero_birth = config.birth == "zeros" or retention is not None
         write_newborn_values(
             self.values,
             selection.swapped,
             max_swaps=selection.max_swaps,
-            scale=config.birth_scale if config.birth == "kaiming" else 0.0,
+            scale=0.0 if zero_birth else config.birth_scale,
             fan_in=self.num_live * self.B,
             generator=generator,
         )
         live.copy_(selection.columns)
         scorer.record_decision(selection.swapped, candidates.gather(1, live.long()))
         self._refresh_derived()
+        if retention is not None:
+            assert old is not None
+            retention.after_swap(self, selection.swapped, old)
         return TopologyDecisionResult(selection.swapped, before, live.clone(), global_step)
 
     @torch.no_grad()
-    def grow(self, density: float, generator: torch.Generator | None = None) -> int:
+    def grow(
+        self,
+        density: float,
+        generator: torch.Generator | None = None,
+        *,
+        scores: Tensor | None = None,
+    ) -> int:
         """Bring spare slots to life until the layer has `density`; returns new blocks per row.
 
         The new blocks start at zero, so the layer's function does not change; no live slot is
         touched and no tensor changes its shape. Every row (group) grows where its candidate scores
         are largest; without statistics the columns are drawn from `generator`.
+
+        Args:
+            density: share of blocks present afterwards.
+            generator: see above.
+            scores: float [R, C], 0 or more: grow where they are largest instead.
 
         Raises:
             ValueError: `density` is below the present one or above `max_density`.
@@ -309,7 +364,8 @@ class CMSBlockLinear(nn.Module):
         new = slice(self.num_live, target)
         live = self.col_indices[:, : self.num_live].long()
         self.scorer.fold()
-        scores = self.scorer.compute_candidate_scores()
+        if scores is None:
+            scores = self.scorer.compute_candidate_scores()
         grouped = scores.view(-1, self.row_group, self.C).square().sum(1)
         source = generator.device if generator is not None else grouped.device
         noise = torch.rand(grouped.shape, generator=generator, device=source).to(grouped.device)

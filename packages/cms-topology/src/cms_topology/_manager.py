@@ -20,6 +20,9 @@ from cms_topology._clock import CMSClock
 from cms_topology._convert import sparse_layers
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._result import TopologyDecisionResult
+from cms_topology._retention._bank import BlockBank
+from cms_topology._retention._consolidation import Consolidation
+from cms_topology._retention._topology import RetentionRule
 from cms_topology._scorer import compute_column_entropy
 from cms_topology._seeding import decision_generator
 
@@ -74,6 +77,12 @@ class TopologyManager:
         correct_newborn_steps: see `NewbornStepCorrection`.
         writer: records a snapshot at every decision (rank 0 only).
         logger: receives swap rate, column entropy and mean age at every decision (rank 0 only).
+        retention: what is kept of earlier tasks; see `retain`.
+        drop_cost: under retention, nats per token that dropping a block (all of its row group) may
+            cost the earlier tasks; 0 locks every block they had.
+        compensate: under retention, let the other blocks of a row absorb, by least squares on the
+            earlier tasks' inputs, what a dropped block did.
+        bank: keeps dropped blocks.
 
     Raises:
         ValueError: the model has no `CMSBlockLinear`, or a setting is outside its range.
@@ -91,6 +100,10 @@ class TopologyManager:
         correct_newborn_steps: bool = True,
         writer: SnapshotWriter | None = None,
         logger: Logger | None = None,
+        retention: Consolidation | None = None,
+        drop_cost: float = 0.0,
+        compensate: bool = True,
+        bank: BlockBank | None = None,
     ) -> None:
         self.layers = sparse_layers(model)
         if not self.layers:
@@ -121,10 +134,33 @@ class TopologyManager:
         self.overhead_seconds = 0.0
         """Host seconds spent in `step` so far."""
         self._sample_steps = sample_steps
+        if not drop_cost >= 0:
+            raise ValueError(f"drop_cost (={drop_cost}) must be 0 nats or more.")
+        self._drop_cost, self._compensate, self.bank = drop_cost, compensate, bank
+        self.retain(retention)
         self._correction = NewbornStepCorrection() if correct_newborn_steps else None
         self._step = 0
         self._warned_no_grad = False
         self._arm_sampling()
+
+    def retain(self, memory: Consolidation | None) -> None:
+        """Respect what `memory` keeps from now on, in place of what was respected before.
+
+        Blocks of the consolidated tasks are locked, or dropped only for a price and compensated
+        for; newborn blocks start at zero, so that no output changes at their birth.
+        """
+        known = {} if memory is None else memory.layers
+        self._rules = {
+            name: RetentionRule(
+                name,
+                known[f"{name}.values" if name != "layer" else "values"],
+                drop_cost=self._drop_cost,
+                compensate=self._compensate,
+                bank=self.bank,
+            )
+            for name in self.layers
+            if (f"{name}.values" if name != "layer" else "values") in known
+        }
 
     @property
     def global_step(self) -> int:
@@ -183,7 +219,7 @@ class TopologyManager:
         swaps = {}
         for name, layer in self.layers.items():
             generator = decision_generator(self.seed, self._step, name)
-            swaps[name] = layer._decide(generator, self._step)
+            swaps[name] = layer._decide(generator, self._step, self._rules.get(name))
             reset_optimizer_state(self._optimizers, layer.values, swaps[name].swapped)
         recording = self.writer is not None or self.logger is not None
         if recording or dist_sync.world_size() > 1:

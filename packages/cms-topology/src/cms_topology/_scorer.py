@@ -190,6 +190,8 @@ class TopologyScorer(nn.Module):
         *,
         row_group: int = 1,
         generator: torch.Generator | None = None,
+        locked: Tensor | None = None,
+        cost: Tensor | None = None,
     ) -> tuple[Selection, Tensor]:
         """Swaps of one decision and the calibrated candidate scores [R, C] behind them.
 
@@ -198,17 +200,20 @@ class TopologyScorer(nn.Module):
             col_indices: int32 [R, k], the live slots.
             row_group: rows that share their columns.
             generator: source of the exploration.
+            locked: bool [R, k], blocks that must stay.
+            cost: float32 [R, k], what dropping a block costs an old task, in nats.
         """
         k = col_indices.shape[1]
         present = self.present_scores(values)[:, :k]
         candidates = self.calibrate(self.compute_candidate_scores(), present, col_indices)
+        protected = self.block_grace[:, :k] > 0
         selection = select_top_k(
             present,
             candidates,
             col_indices,
             self.config,
             row_group=row_group,
-            protected=self.block_grace[:, :k] > 0,
+            protected=protected if locked is None else protected | locked,
             generator=generator,
         )
         return selection, candidates

@@ -1,8 +1,24 @@
 """Retention: what a model must remember of earlier tasks, and training that respects it."""
 
+from cms_topology._retention._bank import BankedBlock, BlockBank
+from cms_topology._retention._compensation import Absorption, absorb
 from cms_topology._retention._consolidate import consolidate
 from cms_topology._retention._consolidation import Consolidation, LayerMemory
 from cms_topology._retention._covariance import Covariance
+from cms_topology._retention._grow import grow_for_task
 from cms_topology._retention._guard import RetentionGuard
+from cms_topology._retention._topology import removal_cost
 
-__all__ = ["Consolidation", "Covariance", "LayerMemory", "RetentionGuard", "consolidate"]
+__all__ = [
+    "Absorption",
+    "BankedBlock",
+    "BlockBank",
+    "Consolidation",
+    "Covariance",
+    "LayerMemory",
+    "RetentionGuard",
+    "absorb",
+    "consolidate",
+    "grow_for_task",
+    "removal_cost",
+]
