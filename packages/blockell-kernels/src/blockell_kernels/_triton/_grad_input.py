@@ -7,20 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._triton._device import (
-    describable,
-    dot_precision,
-    num_sms,
-    on_its_device,
-    upcast,
-)
+from blockell_kernels._gluon import _grad_input as _by_units
+from blockell_kernels._triton._arithmetic import arithmetic
+from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_input_kernels import (
     grad_input_descriptors,
     grad_input_pointers,
 )
+from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._tiling import (
     Tiling,
     ceil_div,
@@ -53,8 +49,11 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, tiling: Tiling) -> 
         and describable(values)
         and describable(dx)
     )
-    launch = _by_descriptors if by_descriptors else _by_pointers
-    launch(dy, values, order, col_start, dx, pattern, tiling)
+    if _by_units.takes(dy, values, dx, pattern, tiling):
+        run = _by_units.grad_input
+    else:
+        run = _by_descriptors if by_descriptors else _by_pointers
+    run(dy, values, order, col_start, dx, pattern, tiling)
     return dx
 
 
@@ -69,8 +68,9 @@ def _by_pointers(
 ) -> None:
     N, in_features = dx.shape
     BN = min(tiling.BN, pattern.B)
-    grid = (ceil_div(N, tiling.BM) * (in_features // BN),)
-    grad_input_pointers[grid](
+    launch(
+        grad_input_pointers,
+        (ceil_div(N, tiling.BM) * (in_features // BN),),
         dy,
         values,
         order,
@@ -89,10 +89,7 @@ def _by_pointers(
         BK=tiling.BK,
         EVEN_K=pattern.row_group * pattern.B % tiling.BK == 0,
         GROUP_M=tiling.group_m,
-        PRECISION=dot_precision(dy.dtype, dy.device),
-        UPCAST=upcast(dy),
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **arithmetic(dy, tiling),
     )
 
 
@@ -112,10 +109,12 @@ def _by_descriptors(
     tiles = ceil_div(N, BM) * (in_features // BN)
     programs = tiling.persistent * num_sms(dy.device)
     parts = tiling.store_parts if BN >= 32 else 1
-    grad_input_descriptors[(min(programs, tiles) if programs else tiles,)](
-        TensorDescriptor.from_tensor(dy, [BM, BK]),
-        TensorDescriptor.from_tensor(values, [rows, 1, BK // rows, BN]),
-        TensorDescriptor.from_tensor(dx, [BM, BN // parts]),
+    launch(
+        grad_input_descriptors,
+        (min(programs, tiles) if programs else tiles,),
+        descriptor(dy, [BM, BK]),
+        descriptor(values, [rows, 1, BK // rows, BN]),
+        descriptor(dx, [BM, BN // parts]),
         order,
         col_start,
         N,
@@ -129,8 +128,5 @@ def _by_descriptors(
         GROUP_M=tiling.group_m,
         STORE_PARTS=parts,
         PROGRAMS=programs,
-        PRECISION=dot_precision(dy.dtype, dy.device),
-        UPCAST=upcast(dy),
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **arithmetic(dy, tiling),
     )

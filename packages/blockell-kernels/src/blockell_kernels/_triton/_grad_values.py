@@ -7,21 +7,16 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._triton._device import (
-    describable,
-    dot_precision,
-    num_sms,
-    on_its_device,
-    upcast,
-)
+from blockell_kernels._triton._arithmetic import arithmetic
+from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_values_kernels import (
     grad_values_descriptors,
     grad_values_pointers,
     reduce_parts,
 )
+from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._tiling import (
     Tiling,
     ceil_div,
@@ -57,14 +52,23 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
     parts = ceil_div(N, tokens_per_part)
     partial = parts > 1 or slots > K
     target = x.new_empty(parts, R, K, B, B, dtype=torch.float32) if partial else out
-    launch = _by_descriptors if by_descriptors else _by_pointers
-    launch(dy, x, target, pattern, tiling, (tiles, parts), BR, NB, row_tiles, tokens_per_part)
+    run = _by_descriptors if by_descriptors else _by_pointers
+    run(dy, x, target, pattern, tiling, (tiles, parts), BR, NB, row_tiles, tokens_per_part)
     if partial:
         rounded = round_up_to_power_of_two(parts)
         block = min(max(4096 // rounded, 256), round_up_to_power_of_two(slots * B * B))
-        grid = (R, ceil_div(slots * B * B, block))
-        reduce_parts[grid](
-            target, out, parts, R * K * B * B, K, slots, BB=B * B, PARTS=rounded, BLOCK=block
+        launch(
+            reduce_parts,
+            (R, ceil_div(slots * B * B, block)),
+            target,
+            out,
+            parts,
+            R * K * B * B,
+            K,
+            slots,
+            BB=B * B,
+            PARTS=rounded,
+            BLOCK=block,
         )
     return out
 
@@ -88,7 +92,9 @@ def _by_pointers(
     row_tiles: int,
     tokens_per_part: int,
 ) -> None:
-    grad_values_pointers[grid](
+    launch(
+        grad_values_pointers,
+        grid,
         dy,
         x,
         pattern.col_indices,
@@ -109,10 +115,7 @@ def _by_pointers(
         BR_LIVE=BR,
         NB=NB,
         BT=tiling.BK,
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **arithmetic(x, tiling),
     )
 
 
@@ -129,9 +132,11 @@ def _by_descriptors(
     tokens_per_part: int,
 ) -> None:
     B, BT = pattern.B, tiling.BK
-    grad_values_descriptors[grid](
-        TensorDescriptor.from_tensor(dy, [BT, BR]),
-        TensorDescriptor.from_tensor(x, [BT, B]),
+    launch(
+        grad_values_descriptors,
+        grid,
+        descriptor(dy, [BT, BR]),
+        descriptor(x, [BT, B]),
         pattern.col_indices,
         target,
         x.shape[0],
@@ -145,8 +150,5 @@ def _by_descriptors(
         BR=BR,
         NB=NB,
         BT=BT,
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=tiling.warps,
-        num_stages=tiling.stages,
+        **arithmetic(x, tiling),
     )

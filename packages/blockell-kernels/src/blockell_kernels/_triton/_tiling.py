@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["pointers", "descriptors", "packed"]
+Path = Literal["pointers", "descriptors", "packed", "gluon"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,84 @@
+"""Launches the input gradient of tiles below 128.
+
+Legend: R block rows, C block columns, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from blockell_kernels._backends import Pattern
+from blockell_kernels._gluon._support import runs_on
+from blockell_kernels._triton._device import describable, num_sms
+from blockell_kernels._triton._launch import launch
+from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
+
+BM = 128
+"""Tokens of a program: two warpgroups of 64."""
+SHARED_BYTES = 224 * 1024
+"""Of a program, less the barriers."""
+
+
+def takes(dy: Tensor, values: Tensor, dx: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
+    """Whether the kernel can run a product by this tiling."""
+    B = pattern.B
+    return (
+        tiling.path == "gluon"
+        and runs_on(dy)
+        and 16 <= B <= 64
+        and power_of_two_divisor(pattern.row_group * B) % tiling.BK == 0
+        and describable(dy)
+        and values.is_contiguous()
+        and describable(values)
+        and describable(dx)
+    )
+
+
+def constants(B: int, tiling: Tiling) -> dict[str, int]:
+    """The kernel's compile-time parameters: `BN` columns, `BK` outputs to a unit."""
+    columns = tiling.BN // B
+    outs = 2 * ceil_div(columns, 2) * 64 * B * 2
+    stage = (BM + tiling.BN) * tiling.BK * 2
+    return {
+        "B": B,
+        "ROWS": tiling.BK // B,
+        "COLUMNS": columns,
+        "STAGES": min(6, (SHARED_BYTES - outs) // stage),
+        "GROUP_M": tiling.group_m,
+    }
+
+
+def grad_input(
+    dy: Tensor,
+    values: Tensor,
+    order: Tensor,
+    col_start: Tensor,
+    dx: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+) -> None:
+    """Write dx [N, C*B] from dy [N, R*B] and values [R, slots, B, B]; see `takes`."""
+    from blockell_kernels._gluon._descriptors import descriptor
+    from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
+
+    B, C, R, slots = pattern.B, pattern.C, pattern.R, pattern.slots
+    compile_time: dict[str, Any] = constants(B, tiling)
+    rows = compile_time["ROWS"]
+    tiles = ceil_div(dy.shape[0], BM) * ceil_div(C, compile_time["COLUMNS"])
+    launch(
+        grad_input_by_units,
+        (min(tiles, num_sms(dy.device)),),
+        descriptor(dy, [64, tiling.BK]),
+        descriptor(values.view(R, slots * B, B), [rows, B, B]),
+        descriptor(dx, [64, B]),
+        order,
+        col_start,
+        dy.shape[0],
+        slots,
+        C,
+        R // rows,
+        **compile_time,
+        num_warps=4,
+    )

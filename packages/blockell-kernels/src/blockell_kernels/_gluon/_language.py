@@ -1,0 +1,22 @@
+# mypy: ignore-errors
+"""The names of Gluon that the kernels use, in one place: they change from release to release."""
+
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.language.nvidia.hopper import (
+    warpgroup_mma_init as accumulator,  # exists, but is in no release's __all__
+)
+
+__all__ = [
+    "accumulator",
+    "fence_async_shared",
+    "mbarrier",
+    "tma",
+    "warpgroup_mma",
+    "warpgroup_mma_wait",
+]

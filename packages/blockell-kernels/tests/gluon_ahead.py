@@ -1,0 +1,87 @@
+"""Compiles every Gluon kernel for Hopper, without a GPU; prints one JSON line per kernel.
+
+Run as `python gluon_ahead.py` in a process of its own, like `triton_ahead.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton import compile as triton_compile
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
+
+from blockell_kernels._gluon import _grad_input
+from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
+from blockell_kernels._triton._tiling import Tiling
+
+
+def box(dtype, shape, swizzle_bytes):
+    """The type of a descriptor."""
+    layout = NVMMASharedLayout(swizzle_bytes, 16, len(shape))
+    return f"tensordesc<{dtype}[{', '.join(map(str, shape))}],{layout!r}>"
+
+
+def compile_one(kernel, constants, types, options):
+    signature = {
+        name: "constexpr" if name in constants else types.get(name, "i32")
+        for name in kernel.arg_names
+    }
+    source = GluonASTSource(kernel, signature, constexprs=constants)
+    return triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def spilled_bytes(cubin):
+    """Bytes of a thread's stack, by the disassembler that comes with Triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [str(tool), "-res-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"STACK:(\d+)", usage).group(1))
+
+
+def grad_input_case(dtype, B, columns, depth):
+    tiling = Tiling(path="gluon", BM=128, BN=columns, BK=depth)
+    constants = _grad_input.constants(B, tiling)
+    types = {
+        "dy_desc": box(dtype, (64, depth), 128),
+        "w_desc": box(dtype, (depth // B, B, B), 2 * B),
+        "dx_desc": box(dtype, (64, B), 2 * B),
+        "order_ptr": "*i32",
+        "col_start_ptr": "*i32",
+    }
+    return compile_one(grad_input_by_units, constants, types, {"num_warps": 4})
+
+
+def all_cases():
+    """(name, function that compiles, arguments) of every kernel."""
+    for dtype in ("bf16", "fp16"):
+        for B in (16, 64) if dtype == "bf16" else (32,):
+            for columns, depth in ((256, 128), (320, 64)):
+                name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
+                yield name, grad_input_case, (dtype, B, columns, depth)
+
+
+def main():
+    for name, compile_case, arguments in all_cases():
+        compiled = compile_case(*arguments)
+        ptx = compiled.asm["ptx"]
+        facts = {"name": name, "shared": compiled.metadata.shared}
+        facts |= {"wgmma": ptx.count("wgmma.mma_async"), "tma": ptx.count("cp.async.bulk.tensor")}
+        facts |= {"spilled": spilled_bytes(compiled.asm["cubin"])}
+        facts |= {"per_multiprocessor": 1}
+        sys.stdout.write(json.dumps(facts) + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
