@@ -1,6 +1,6 @@
 """Tasks one after another: what was learned, and what was lost on the way."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -70,7 +70,12 @@ class ContinualResult:
 
 
 def run_continual(
-    trainer: Trainer, tasks: Sequence[Task], steps: Sequence[int], *, name: str = "model"
+    trainer: Trainer,
+    tasks: Sequence[Task],
+    steps: Sequence[int],
+    *,
+    name: str = "model",
+    between: Callable[[Trainer, int], None] | None = None,
 ) -> ContinualResult:
     """Train on ``tasks`` in turn and evaluate all of them before, between and after.
 
@@ -79,6 +84,8 @@ def run_continual(
         tasks: the sequence; no data of earlier tasks is used for later ones.
         steps: optimizer steps per task.
         name: name of the model in the result.
+        between: called with the trainer and the number of the task just learned (from 0) before
+            the next one begins: the moment to consolidate, grow and attach a ``RetentionGuard``.
 
     Raises:
         ValueError: as many tasks as step counts are needed, and at least one.
@@ -90,7 +97,9 @@ def run_continual(
     model: TitanMAC = trainer.model
     matrix = [_measures(trainer, tasks)]
     phases = []
-    for task, count in zip(tasks, steps, strict=True):
+    for number, (task, count) in enumerate(zip(tasks, steps, strict=True)):
+        if number and between is not None:
+            between(trainer, number - 1)
         phases.append(trainer.fit(task, count))
         matrix.append(_measures(trainer, tasks))
     stats = [layer.get_topology_stats() for layer in model.block_sparse_layers.values()]

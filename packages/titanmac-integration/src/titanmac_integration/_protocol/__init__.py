@@ -1,0 +1,1 @@
+"""The retention protocol: tasks in sequence, methods against forgetting, figures as files."""

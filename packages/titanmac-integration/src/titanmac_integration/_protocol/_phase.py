@@ -1,0 +1,111 @@
+"""Training on one task of a sequence, watched."""
+
+from __future__ import annotations
+
+import time
+from typing import Any, NamedTuple
+
+from titanmac_integration._model import TitanMAC
+from titanmac_integration._training import PhaseReport, Trainer, TrainerCallback
+
+from ._method import Method
+from ._recording import Recording
+from ._score import RetentionTask, Score
+from ._settings import Setting
+
+EARLY = (10, 25, 50, 75, 100, 150, 200, 300, 400, 500)
+"""The damage is done early: steps after which old tasks are measured, besides every tenth."""
+
+
+class Scores(NamedTuple):
+    """All tasks at one moment."""
+
+    validation: list[Score]
+    test: list[Score]
+
+
+def score_all(model: TitanMAC, tasks: list[RetentionTask]) -> Scores:
+    """Both held-out sets of every task."""
+    return Scores(
+        [task.score(model, "validation") for task in tasks],
+        [task.score(model, "test") for task in tasks],
+    )
+
+
+class Watch(TrainerCallback):
+    """Measures the tasks learned before, on their test sets, all along the training."""
+
+    def __init__(self, old: list[RetentionTask], steps: int) -> None:
+        every = max(1, steps // 12)
+        self.old, self._first = old, 0
+        self._when = {s for s in EARLY if s < steps} | set(range(every, steps, every)) | {steps}
+        self.path: list[dict[str, Any]] = []
+        """Per measurement: step, value and nats of every old task."""
+        self.seconds = 0.0
+        """Time that measuring took."""
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        self._first = trainer.step
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        if step - self._first not in self._when or not self.old:
+            return
+        started = time.perf_counter()
+        scores = [task.score(trainer.model) for task in self.old]
+        self.path.append(
+            {
+                "step": step - self._first,
+                "value": [s.value for s in scores],
+                "nats": [s.nats for s in scores],
+            }
+        )
+        if trainer.writer is not None:
+            named = {
+                f"eval/{t.name}/{t.metric}": s.value for t, s in zip(self.old, scores, strict=True)
+            }
+            trainer.writer.log(named, step)
+        self.seconds += time.perf_counter() - started
+
+
+class Phase(NamedTuple):
+    """What one training left behind, beside the model."""
+
+    report: PhaseReport
+    watch: Watch
+
+    @property
+    def seconds(self) -> float:
+        """Training time, without measuring."""
+        return self.report.seconds - self.watch.seconds
+
+
+def train_phase(
+    model: TitanMAC,
+    setting: Setting,
+    tasks: list[RetentionTask],
+    number: int,
+    seed: int,
+    method: Method,
+    *,
+    progress: bool = False,
+    recording: Recording | None = None,
+) -> Phase:
+    """Train ``model`` on task ``number`` with ``method`` and a fresh optimizer.
+
+    Raises:
+        NonFiniteLossError: the training broke down.
+    """
+    watch = Watch(tasks[:number], setting.steps[number])
+    config = setting.training_config(number, seed, method.learning_rate if number else None)
+    method.plan(number, len(tasks))
+    trainer = Trainer(
+        model,
+        config,
+        writer=None if recording is None else recording.writer,
+        callbacks=(method, watch) if recording is None else (method, watch, recording),
+        progress=progress,
+        label=method.name if number else "",
+    )
+    if recording is not None:
+        recording.attach(trainer)
+    return Phase(trainer.fit(tasks[number], setting.steps[number]), watch)

@@ -1,0 +1,95 @@
+"""Our method: updates projected away from the old tasks' inputs, and growth for the new one."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from cms_topology import RetentionGuard, consolidate, grow_for_task, sparse_layers
+from titanmac_integration._training import PhaseReport, Trainer
+
+from ._method import Method, Sampling, device_of, task_batches
+from ._score import RetentionTask
+from ._topological import density_after
+
+CONSOLIDATION_BATCHES = 40
+
+
+class Projection(Method):
+    """`cms_topology.RetentionGuard` after every step; without a dial it finds its own strength.
+
+    Args:
+        dial: a fixed eps of the projection; None lets the drift budget choose it.
+        options: further arguments of ``RetentionGuard``.
+    """
+
+    name = "ours"
+    dial_name = "eps"
+    dials = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1, 3e-1)
+    keeps = "covariance"
+    options: ClassVar[dict[str, Any]] = {}
+
+    def __init__(self, dial: float | None = None) -> None:
+        super().__init__(dial)
+        self._guard: RetentionGuard | None = None
+        self._last: dict[str, float] = {}
+
+    def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
+        batches = task_batches(task, sampling, CONSOLIDATION_BATCHES, device_of(model))
+        previous = self.kept[-1] if self.kept else None
+        self.kept = [consolidate(model, batches, task=task.name, previous=previous)]
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        super().on_fit_start(trainer, task, steps)
+        if not self.kept:
+            return
+        self._grow(trainer)
+        how: dict[str, Any] = {} if self.dial is None else {"drift": None, "eps": self.dial}
+        self._guard = RetentionGuard(
+            trainer.model, trainer.optimizer, self.kept[-1], **{**how, **self.options}
+        )
+
+    def on_fit_end(self, trainer: Trainer, report: PhaseReport) -> None:
+        if self._guard is not None:
+            self._last = {key: float(value) for key, value in self._guard.metrics().items()}
+            self._guard.remove()
+            self._guard = None
+
+    def metrics(self) -> dict[str, float]:
+        return self._last
+
+    def _grow(self, trainer: Trainer) -> None:
+        """The static form grows nothing."""
+
+
+class GrowingProjection(Projection):
+    """The same, with blocks grown for every new task into capacity that was left free."""
+
+    name = "ours-grown"
+    arch = "spare"
+
+    def __init__(self, dial: float | None = None) -> None:
+        super().__init__(dial)
+        self._task, self._n_tasks = 0, 2
+
+    def plan(self, task: int, n_tasks: int) -> None:
+        self._task, self._n_tasks = task, n_tasks
+
+    def _grow(self, trainer: Trainer) -> None:
+        layer = next(iter(sparse_layers(trainer.model).values()))
+        grow_for_task(
+            trainer.model,
+            self.kept[-1],
+            density_after(layer, self._task, self._n_tasks),
+            optimizers=[trainer.optimizer],
+            generator=torch.Generator().manual_seed(trainer.config.seed),
+        )
+
+
+class DenseProjection(Projection):
+    """Projection on a dense model of as many parameters (GPM, Saha 2021; Adam-NSCL, Wang 2021)."""
+
+    name = "dense-projection"
+    arch = "narrow"

@@ -1,0 +1,104 @@
+"""Methods that go on training on something of the old task: generated, kept, or all of it."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from titanmac_integration._training import Trainer
+
+from ._method import Method, Sampling, device_of, task_batches
+from ._score import RetentionTask
+
+GENERATED_ROWS = 1024
+REHEARSED_ROWS = 16
+REAL_SHARE = 0.01
+
+
+class Rehearsal(Method):
+    """Every step adds dial * loss of 16 kept sequences per old task to the new task's loss."""
+
+    dial_name = "weight"
+    dials = (0.01, 0.03, 0.1, 0.3, 1.0)
+    default_dial = 0.3
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        super().on_fit_start(trainer, task, steps)
+        self._generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+
+    def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        assert self.dial is not None
+        for tokens, labels in self.kept:
+            chosen = torch.randint(
+                len(tokens), (REHEARSED_ROWS,), generator=self._generator, device=tokens.device
+            )
+            old = trainer.model(tokens[chosen], labels[chosen])["loss"]
+            (self.dial * old).backward()
+
+
+class SelfRehearsal(Rehearsal):
+    """Rehearses sequences that the model itself wrote at the end of the old task; no data is kept.
+
+    They are drawn token by token from the model's predictions, after a first token drawn from those
+    that sequences of the task begin with.
+    """
+
+    name = "self-rehearsal"
+    keeps = "generated"
+
+    @torch.no_grad()
+    def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
+        device = device_of(model)
+        batch = task_batches(task, sampling, 1, device)[0]["input_ids"]
+        starts = batch[:, 0].unique()
+        generator = torch.Generator(device).manual_seed(sampling.generator.initial_seed() % 2**31)
+        chosen = torch.randint(len(starts), (GENERATED_ROWS,), generator=generator, device=device)
+        tokens = starts[chosen][:, None]
+        model.eval()
+        while tokens.shape[1] < batch.shape[1]:
+            logits = model(tokens)["logits"][:, -1].float()
+            drawn = torch.multinomial(functional.softmax(logits, -1), 1, generator=generator)
+            tokens = torch.cat((tokens, drawn), 1)
+        self.kept.append((tokens, tokens))
+
+
+class RealRehearsal(Rehearsal):
+    """Rehearses one percent of the old task's training data, which is kept."""
+
+    name = "real-rehearsal"
+    keeps = "data"
+    uses_old_data = True
+
+    def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
+        rows = max(1, math.ceil(REAL_SHARE * task.train_tokens_total / sampling.seq_len))
+        batch = task_batches(task, sampling._replace(batch_size=rows), 1, device_of(model))[0]
+        self.kept.append((batch["input_ids"], batch["labels"]))
+
+
+class Joint(Method):
+    """Trains on all tasks together: a fresh batch of every old task per step. The upper bound."""
+
+    name = "joint"
+    dial_name = "weight"
+    dials = (1.0,)
+    default_dial = 1.0
+    keeps = "task"
+    uses_old_data = True
+
+    def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
+        self.kept.append((task, sampling))
+
+    @property
+    def kept_bytes(self) -> int:
+        """All training data, as bytes of text."""
+        return sum(task.train_tokens_total for task, _ in self.kept)
+
+    def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        assert self.dial is not None
+        for task, sampling in self.kept:
+            half = sampling._replace(batch_size=max(1, sampling.batch_size // 2))
+            old = trainer.model(**task_batches(task, half, 1, trainer.device)[0])["loss"]
+            (self.dial * old).backward()

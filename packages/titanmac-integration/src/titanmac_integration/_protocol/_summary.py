@@ -1,0 +1,181 @@
+"""From records to figures: per method and dial, over seeds, and along the curve of the dial.
+
+Dials are chosen on validation data; what is stated of a chosen dial was measured on test data.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from statistics import fmean, stdev
+from typing import Any
+
+from titanmac_integration._metrics import relative_forgetting
+
+from . import _measures as measures
+
+LEARNED = 0.95
+"""The first task must be learned this well, or the comparison is void."""
+GAPS = (0.05, 0.1, 0.25)
+"""Nats by which the new task may be worse than with the best fine-tuning."""
+KEPT = 0.9
+"""Share of the old task that counts as kept when the new task is compared."""
+
+Record = dict[str, Any]
+
+
+def describe(record: Record, joint: Record | None = None) -> dict[str, float | None]:
+    """The figures of one cell.
+
+    Everything but the "validation_" ones, which dials are chosen on, was measured on test data.
+    "new_nats" is the mean loss of the later tasks, each right after it was trained.
+    """
+    n = len(record["tasks"])
+    chance, perfect = record["chance"], record["perfect"]
+
+    def scaled(matrix: list[list[float]]) -> list[list[float]]:
+        return [
+            [(v - c) / (p - c) for v, c, p in zip(row, chance, perfect, strict=True)]
+            for row in matrix
+        ]
+
+    matrix = scaled(record["matrix"])
+    lowest = _lowest(record)
+    return {
+        "first_learned": record["matrix"][1][0],
+        "first_at_end": record["matrix"][-1][0],
+        "first_lowest": lowest,
+        "relative_forgetting": relative_forgetting(
+            record["matrix"][1][0], record["matrix"][-1][0], chance[0]
+        ),
+        "mean_relative_forgetting": _mean_relative(record, n),
+        "first_nats_change": record["nats"][-1][0] - record["nats"][1][0],
+        "new_nats": _new_nats(record["nats"], n),
+        "average_accuracy": measures.average_accuracy(matrix),
+        "bwt": measures.backward_transfer(matrix),
+        "fwt": measures.forward_transfer(matrix),
+        "forgetting": measures.forgetting(matrix),
+        "intransigence": (
+            measures.intransigence(matrix, scaled(joint["matrix"])) if joint is not None else None
+        ),
+        "seconds": sum(record["seconds"]),
+        "peak_bytes": record["peak_bytes"],
+        "kept_bytes": record["kept_bytes"],
+        "parameters": record["parameters"],
+        "validation_kept": _kept(record, "validation_matrix"),
+        "validation_new_nats": _new_nats(record["validation_nats"], n),
+        "kept": _kept(record, "matrix"),
+    }
+
+
+def summarise(records: Iterable[Record]) -> dict[str, Any]:
+    """Everything that a table, a figure or a dashboard page needs, as JSON types."""
+    records = [record for record in records if record["failed"] is None]
+    by_setting: dict[str, list[Record]] = defaultdict(list)
+    for record in records:
+        by_setting[record["setting_key"]].append(record)
+    return {
+        "version": 1,
+        "settings": {name: _summarise_setting(group) for name, group in by_setting.items()},
+    }
+
+
+def _summarise_setting(records: list[Record]) -> dict[str, Any]:
+    joints = {(r["arch"], r["seed"]): r for r in records if r["method"] == "joint"}
+    points: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
+    for record in records:
+        joint = joints.get((record["arch"], record["seed"]))
+        figures: dict[str, Any] = {**describe(record, joint), "seed": record["seed"]}
+        points[record["method"], record["arch"], record["dial"]].append(figures)
+    rows = [
+        {
+            "method": method,
+            "arch": arch,
+            "dial": dial,
+            "seeds": sorted(cell["seed"] for cell in cells),
+            "void": [c["seed"] for c in cells if not _is_learned(c, records[0])],
+            **_statistics(cells),
+        }
+        for (method, arch, dial), cells in points.items()
+    ]
+    return {
+        "setting": records[0]["setting"],
+        "tasks": records[0]["tasks"],
+        "metrics": records[0]["metrics"],
+        "chance": records[0]["chance"],
+        "steps": records[0]["steps"],
+        "device": sorted({record["device"] for record in records}),
+        "rows": rows,
+        "curves": _curves(rows),
+    }
+
+
+def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Per method and architecture: what it keeps at given losses of the new task, and back.
+
+    The reference is the best fine-tuning on the same architecture or, where there is none, the
+    best on any. Of a sweep only the dials with the most seeds are used.
+    """
+    plain = [row for row in rows if row["method"] == "fine-tuning"]
+    curves = []
+    for method, arch in dict.fromkeys((row["method"], row["arch"]) for row in rows):
+        mine = [row for row in rows if (row["method"], row["arch"]) == (method, arch)]
+        same = [row for row in plain if row["arch"] == arch] or plain
+        curve: dict[str, Any] = {"method": method, "arch": arch}
+        if same:
+            best = min(same, key=lambda row: row["validation_new_nats"]["mean"])
+            curve["reference_nats"] = best["new_nats"]["mean"]
+            limit = best["validation_new_nats"]["mean"]
+            for gap in GAPS:
+                within = [r for r in mine if r["validation_new_nats"]["mean"] <= limit + gap]
+                chosen = max(within, key=lambda r: r["validation_kept"]["mean"], default=None)
+                curve[f"kept_within_{gap:g}_nats"] = chosen and chosen["kept"]
+        keeping = [row for row in mine if row["validation_kept"]["mean"] >= KEPT]
+        chosen = min(keeping, key=lambda r: r["validation_new_nats"]["mean"], default=None)
+        curve[f"new_nats_at_{KEPT:.0%}_kept"] = chosen and chosen["new_nats"]
+        curve[f"dial_at_{KEPT:.0%}_kept"] = chosen and chosen["dial"]
+        curves.append(curve)
+    return curves
+
+
+def _statistics(cells: list[dict[str, Any]]) -> dict[str, Any]:
+    statistics: dict[str, Any] = {}
+    for key in cells[0]:
+        values = [cell[key] for cell in cells if cell[key] is not None]
+        if key == "seed" or not values:
+            continue
+        statistics[key] = {
+            "mean": fmean(values),
+            "sd": stdev(values) if len(values) > 1 else None,
+            "min": min(values),
+            "max": max(values),
+            "n": len(values),
+        }
+    return statistics
+
+
+def _is_learned(cell: dict[str, Any], record: Record) -> bool:
+    return record["metrics"][0] != "exact_match" or cell["first_learned"] >= LEARNED
+
+
+def _new_nats(nats: list[list[float]], n: int) -> float:
+    return fmean(nats[j + 1][j] for j in range(1, n))
+
+
+def _kept(record: Record, matrix: str) -> float:
+    lost = relative_forgetting(record[matrix][1][0], record[matrix][-1][0], record["chance"][0])
+    return 1.0 - (lost if lost is not None else 1.0)
+
+
+def _mean_relative(record: Record, n: int) -> float | None:
+    matrix, chance = record["matrix"], record["chance"]
+    lost = [relative_forgetting(matrix[j + 1][j], matrix[-1][j], chance[j]) for j in range(n - 1)]
+    known = [value for value in lost if value is not None]
+    return fmean(known) if known else None
+
+
+def _lowest(record: Record) -> float:
+    """The worst value of the first task at any time after it was learned."""
+    values = [record["matrix"][-1][0]]
+    values += [point["value"][0] for phase in record["path"] for point in phase]
+    return min(values) if record["perfect"][0] > record["chance"][0] else max(values)
