@@ -2,14 +2,33 @@
 
 from ._arithmetic import ArithmeticTask
 from ._checkpoint import load_checkpoint, save_checkpoint
+from ._cms import ContinuumMemorySystem
 from ._config import TitanMACConfig
 from ._continual import ContinualResult, run_continual
 from ._data_files import load_data
 from ._data_records import QuestionTask
 from ._data_text import TextTask
+from ._loggers import (
+    JsonLinesLogger,
+    MultiLogger,
+    TensorBoardLogger,
+    WandbLogger,
+    make_logger,
+)
 from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
 from ._mlp import TitanMLP
 from ._model import TitanMAC, create_titanmac_model
+from ._optimizer import (
+    DeepMomentum,
+    DeepNestedOptimizer,
+    LearningRateController,
+    LossSpike,
+    LossSpikeDetector,
+    MetaReport,
+    OptimizerReport,
+    classify_parameters,
+    discover_block_sparse_layers,
+)
 from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
 from ._tasks import Batch, Mixture, Task
@@ -29,13 +48,24 @@ __all__ = [
     "ByteTokenizer",
     "CheckpointStore",
     "ContinualResult",
+    "ContinuumMemorySystem",
+    "DeepMomentum",
+    "DeepNestedOptimizer",
     "HuggingFaceTokenizer",
+    "JsonLinesLogger",
+    "LearningRateController",
+    "LossSpike",
+    "LossSpikeDetector",
+    "MetaReport",
     "Mixture",
+    "MultiLogger",
     "NonFiniteLossError",
+    "OptimizerReport",
     "PhaseReport",
     "ProseTask",
     "QuestionTask",
     "Task",
+    "TensorBoardLogger",
     "TextTask",
     "TitanMAC",
     "TitanMACConfig",
@@ -45,11 +75,15 @@ __all__ = [
     "TrainerCallback",
     "TrainingConfig",
     "TrainingStopped",
+    "WandbLogger",
     "bits_per_byte",
+    "classify_parameters",
     "create_titanmac_model",
+    "discover_block_sparse_layers",
     "exact_match",
     "load_checkpoint",
     "load_data",
+    "make_logger",
     "make_task",
     "make_tokenizer",
     "relative_forgetting",
