@@ -5,6 +5,8 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -101,7 +103,7 @@ def test_layouts_and_odd_sizes(error, layout, N):
         x, dy = mlp.random(N)
         want = mlp.expected(x, dy)
         for recompute in ("none", "activation", "hidden"):
-            got = gradients(lambda x, r=recompute: mlp(x, recompute=r), x, dy, mlp)
+            got = gradients(partial(mlp, recompute=recompute), x, dy, mlp)
             compare(error, got, want, TOLERANCE[dtype])
 
 

@@ -8,6 +8,7 @@ from cms_topology._convert import densify, sparse_layers, sparsify
 from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
+from cms_topology._mlp import block_sparse_mlp
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._retention import (
     Absorption,
@@ -56,6 +57,7 @@ __all__ = [
     "TopologyStats",
     "absorb",
     "accumulate_scores",
+    "block_sparse_mlp",
     "compute_column_entropy",
     "compute_gradient_frobenius_norms",
     "consolidate",

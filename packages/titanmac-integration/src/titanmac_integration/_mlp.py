@@ -2,14 +2,18 @@
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
+
+from cms_topology import block_sparse_mlp
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
 
 
 class TitanMLP(nn.Module):
-    """fc1, GELU, fc2; both linear layers block-sparse when the configuration says so."""
+    """fc1, GELU, fc2; both linear layers block-sparse when the configuration says so.
+
+    Block-sparse ones run fused, unless hooks or the like hang on their being called.
+    """
 
     def __init__(
         self, config: TitanMACConfig, layer: int, *, generator: torch.Generator | None = None
@@ -24,5 +28,4 @@ class TitanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d_model] -> [..., d_model]."""
-        output: Tensor = self.fc2(functional.gelu(self.fc1(x)))
-        return output
+        return block_sparse_mlp(x, self.fc1, self.fc2, "gelu")

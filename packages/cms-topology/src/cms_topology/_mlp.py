@@ -1,0 +1,122 @@
+"""Two linear layers with an activation between them, as one function where both are block-sparse.
+
+Legend: x [..., fc1.in_features], result [..., fc2.out_features].
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules import module as nn_module
+
+from blockell_kernels import block_ell_mlp
+from cms_topology._linear import CMSBlockLinear
+
+Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def block_sparse_mlp(
+    x: Tensor,
+    fc1: nn.Module,
+    fc2: nn.Module,
+    activation: Activation = "gelu",
+    *,
+    recompute: Literal["none", "activation", "hidden"] | None = None,
+) -> Tensor:
+    """`fc2(f(fc1(x)))`, fused where both layers are `CMSBlockLinear` and nobody would notice.
+
+    Results, gradients and collected statistics are those of the three calls. The layers are called
+    one by one whenever something hangs on their being called: forward or backward hooks (of a
+    layer or global), a subclass, a `forward` of its own, different backends, or another layer type.
+
+    Args:
+        x: [..., fc1.in_features].
+        fc1, fc2: the layers; any modules that map the last dimension.
+        activation: f: "gelu" (by the error function), "gelu_tanh", "relu", "silu" or "none".
+        recompute: what the fused backward pass computes again; see
+            `blockell_kernels.block_ell_mlp`.
+
+    Returns:
+        [..., fc2.out_features].
+
+    Raises:
+        ValueError: an unknown activation, or shapes that do not fit.
+    """
+    if not (_plain(fc1) and _plain(fc2)) or _global_hooks():
+        return _one_by_one(x, fc1, fc2, activation)
+    assert isinstance(fc1, CMSBlockLinear)
+    assert isinstance(fc2, CMSBlockLinear)
+    if fc1.backend != fc2.backend:
+        return _one_by_one(x, fc1, fc2, activation)
+    return block_ell_mlp(
+        x,
+        fc1.values,
+        fc1.col_indices,
+        fc1.bias,
+        fc2.values,
+        fc2.col_indices,
+        fc2.bias,
+        activation,
+        recompute=recompute,
+        backend=fc1.backend,
+        **_options(fc1, 1),
+        **_options(fc2, 2),
+    )
+
+
+def _one_by_one(x: Tensor, fc1: nn.Module, fc2: nn.Module, activation: Activation) -> Tensor:
+    h = fc1(x)
+    if activation in ("gelu", "gelu_tanh"):
+        h = functional.gelu(h, approximate="tanh" if activation == "gelu_tanh" else "none")
+    elif activation in ("relu", "silu"):
+        h = functional.relu(h) if activation == "relu" else functional.silu(h)
+    elif activation != "none":
+        raise ValueError(
+            f"activation (={activation!r}) must be one of none, gelu, gelu_tanh, relu, silu."
+        )
+    result: Tensor = fc2(h)
+    return result
+
+
+def _plain(layer: nn.Module) -> bool:
+    """Whether calling the layer does what `CMSBlockLinear.forward` does, and nothing else."""
+    return (
+        type(layer) is CMSBlockLinear
+        and "forward" not in vars(layer)
+        and not any(getattr(layer, name) for name in _HOOKS)
+    )
+
+
+def _global_hooks() -> bool:
+    return bool(
+        nn_module._global_forward_hooks
+        or nn_module._global_forward_pre_hooks
+        or nn_module._global_backward_hooks
+        or nn_module._global_backward_pre_hooks
+    )
+
+
+def _options(layer: CMSBlockLinear, position: int) -> dict[str, Any]:
+    """What `CMSBlockLinear.forward` hands to the kernels besides its tensors, for one layer of two.
+
+    As there, indices that changed behind the layer's back are noticed, and statistics of absent
+    blocks are collected only while training.
+    """
+    if not torch.compiler.is_compiling():
+        layer._refresh_if_stale()
+    sample, probe = "none", None
+    if layer.collect_candidates and layer.training and torch.is_grad_enabled():
+        exact = layer.scorer.config.candidate_score == "gradient"
+        sample, probe = "gradient" if exact else "norms", layer._probe
+    options = {
+        "row_group": layer.row_group,
+        "num_live": layer.num_live,
+        "index": layer._index,
+        "probe": probe,
+        "sample": sample,
+    }
+    return {f"{name}{position}": value for name, value in options.items()}
