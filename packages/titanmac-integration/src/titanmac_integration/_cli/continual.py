@@ -1,130 +1,195 @@
-"""``titanmac continual``: one task after another, block-sparse and dense."""
+"""``titanmac continual``: one task after another, with and without methods against forgetting."""
 
 import argparse
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
-from titanmac_integration._checkpoint import write_json
+import torch
+
+from blockell_format.snapshots import open_run
 from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._continual import ContinualResult, run_continual
-from titanmac_integration._presets import RUN_PRESETS
-from titanmac_integration._registry import TASK_NAMES, make_task
-from titanmac_integration._report import model_table, retention_table
-from titanmac_integration._run_dir import DENSE_DIR, RESULTS_FILE
+from titanmac_integration._protocol._methods import METHOD_HELP, Asked, parse_methods
+from titanmac_integration._protocol._protocol import CHECKPOINTS_DIR, Protocol
+from titanmac_integration._protocol._records import (
+    RECORDS_FILE,
+    SUMMARY_FILE,
+    read_records,
+    record_id,
+)
+from titanmac_integration._protocol._settings import SETTINGS, Setting
+from titanmac_integration._protocol._summary import summarise
+from titanmac_integration._protocol._tables import retention_tables
+from titanmac_integration._protocol._tasks import TASK_HELP
+from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
+from titanmac_integration._training_config import TrainingConfig
 
-from .flags import add_run_flags, model_config, resolve_device, training_config
-from .session import show_progress, training_session
+from .flags import _add_fields, given_fields, resolve_device
+from .session import show_progress
 
-LEARNED = 0.95
-PLAIN_TRAINING_NOTE = """\
-Training was plain, without anything that protects an old task: the network forgets it. Moving
-blocks alone does not prevent that, and no promise is made here. A later release brings the
-mechanism that retains old tasks; these figures are what it has to beat."""
+DEFAULT_METHODS = ("ours-grown", "fine-tuning")
 
 
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "continual",
-        help="train on tasks one after another and measure forgetting",
-        description="Train on one task after another, evaluate all of them before, between and "
-        "after, and compare with a dense model on the same data, seed and budget.",
+        help="train on tasks one after another and measure what is forgotten",
+        description="Train on one task after another by several methods, all from the same "
+        "checkpoint after the first task, and measure what each learns and forgets. No data of "
+        "old tasks is used, and no task label, unless a method says so. Finished cells (method, "
+        "dial, seed) are kept: the same command again runs only what is missing.",
     )
     parser.add_argument(
-        "--tasks",
+        "--preset",
+        choices=sorted(SETTINGS),
+        default="demo",
+        help="model shape, tasks, steps and rates to start from (default: demo)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="RUN_DIR", help="directory of the results"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="replace what RUN_DIR may hold instead of going on"
+    )
+    parser.add_argument(
+        "--methods",
         nargs="+",
-        choices=TASK_NAMES,
-        metavar="TASK",
-        help=f"sequence of tasks, out of {', '.join(TASK_NAMES)} (default: the preset's)",
+        default=list(DEFAULT_METHODS),
+        metavar="METHOD",
+        help=f"{METHOD_HELP} (default: {' '.join(DEFAULT_METHODS)})".replace("%", "%%"),
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: --seed")
+    parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"sequence out of {TASK_HELP}")
+    for name, kind, what in (
+        ("steps", int, "optimizer steps"),
+        ("rates", float, "largest learning rates"),
+        ("batch-sizes", int, "sequences per step"),
+    ):
+        parser.add_argument(
+            f"--{name}",
+            nargs="+",
+            type=kind,
+            help=f"{what}, one number per task or one for all (default: the preset's)",
+        )
+    parser.add_argument(
+        "--time-limit",
+        type=float,
+        metavar="SECONDS",
+        help="begin no cell that would probably end later; a later call goes on",
     )
     parser.add_argument(
-        "--steps",
-        nargs="+",
-        type=int,
-        help="optimizer steps, one number per task or one for all (default: the preset's)",
-    )
-    parser.add_argument(
-        "--compare-dense",
+        "--record",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="train the dense model too (default: yes, unless --dense)",
+        help="write metrics, snapshots and the model of the first method and seed into RUN_DIR, "
+        "for the dashboard (default: yes)",
     )
-    add_run_flags(parser)
+    parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
+    parser.add_argument("--quiet", action="store_true", help="no progress bar, only the results")
+    _add_fields(parser.add_argument_group("training, all tasks"), TrainingConfig)
+    _add_fields(parser.add_argument_group("model, all architectures"), TitanMACConfig)
     parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train every model on the sequence, print the tables, write results.json."""
-    config = model_config(arguments)
-    names = tuple(arguments.tasks or RUN_PRESETS[arguments.preset].tasks)
-    steps = _steps(arguments, len(names))
-    results = []
+    """Run every cell that is missing, print the tables."""
+    setting = _setting(arguments)
+    asked = parse_methods(arguments.methods)
+    seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
+    for cell in asked:
+        setting.training_config(0, 0, None).check_fits(setting.config(cell.arch))
+    out = arguments.out
+    protocol = Protocol(
+        setting,
+        out,
+        device=resolve_device(arguments.device),
+        record=arguments.record,
+        progress=show_progress(arguments.quiet),
+        report=lambda record: _announce(record, quiet=arguments.quiet),
+    )
+    for task in protocol.tasks:
+        _check_vocabulary(setting.config(asked[0].arch), task.name, task.min_vocab_size)
+    _prepare(out, setting, asked, seeds, force=arguments.force, record=arguments.record)
+    torch.manual_seed(seeds[0])  # dropout draws from the global generator
     try:
-        results.append(_train(arguments, config, names, steps, arguments.out))
-        if config.use_block_sparse and arguments.compare_dense:
-            dense = config.replace(use_block_sparse=False)
-            results.append(_train(arguments, dense, names, steps, arguments.out / DENSE_DIR))
+        complete = protocol.run(asked, seeds, time_limit_s=arguments.time_limit)
     except KeyboardInterrupt:
-        print(f"interrupted; what was trained so far is in {arguments.out}", file=sys.stderr)
+        print(f"interrupted; what was trained so far is in {out}", file=sys.stderr)
         return 130
-    content = {"results": [result.to_dict() for result in results]}
-    write_json(arguments.out / RESULTS_FILE, content)
-    _print(arguments.out, results)
+    wanted = {record_id(setting.key, cell, seed) for cell in asked for seed in seeds}
+    records = [record for record in read_records([out]) if record["id"] in wanted]
+    if records:
+        print(retention_tables(summarise(records)))
+    for record in records:
+        if record["failed"]:
+            print(f"\n{record['id']} broke down: {record['failed']}")
+    if not complete:
+        print("\nnot complete: the same command again runs what is missing")
+    print(f"\nresults: {out / RECORDS_FILE}, summary: {out / SUMMARY_FILE}")
+    if (out / RUN_FILE).exists():
+        print(f"look at the first of these runs: blockell-dashboard {out}")
     return 0
 
 
-def _train(
-    arguments: argparse.Namespace,
-    config: TitanMACConfig,
-    names: tuple[str, ...],
-    steps: list[int],
-    run_dir: Path,
-) -> ContinualResult:
-    label = "block-sparse" if config.use_block_sparse else "dense"
-    tasks = [make_task(name) for name in names]
-    with training_session(
-        run_dir,
-        config,
-        training_config(arguments),
-        force=arguments.force,
-        device=resolve_device(arguments.device),
-        tasks=tasks,
-        progress=show_progress(arguments.quiet),
-        label=label,
-        info={"command": "continual", "tasks": list(names), "steps": steps},
-    ) as trainer:
-        return run_continual(trainer, tasks, steps, name=label)
+def _setting(arguments: argparse.Namespace) -> Setting:
+    """The preset with the flags that were given."""
+    setting = SETTINGS[arguments.preset]
+    given = given_fields(arguments, TrainingConfig)
+    given.pop("seed", None)
+    changes: dict[str, Any] = {"training": {**setting.training, **given}}
+    for name, flag in (("lr", "rates"), ("batch_size", "batch_sizes")):
+        value = getattr(arguments, flag)
+        if value is None and name in given:
+            value = [given[name]]
+        if value is not None:
+            changes[name] = tuple(value)
+    if arguments.tasks:
+        changes["tasks"] = tuple(arguments.tasks)
+        changes.setdefault("lr", setting.lr[:1] + setting.lr[1:2] * (len(arguments.tasks) - 1))
+        sizes = setting.batch_size
+        changes.setdefault("batch_size", sizes[:1] + sizes[1:2] * (len(arguments.tasks) - 1))
+        steps = setting.steps
+        changes["steps"] = steps[:1] + steps[1:2] * (len(arguments.tasks) - 1)
+    if arguments.steps:
+        changes["steps"] = tuple(arguments.steps)
+    changes["changes"] = given_fields(arguments, TitanMACConfig)
+    return setting.changed(**changes)
 
 
-def _steps(arguments: argparse.Namespace, n_tasks: int) -> list[int]:
-    steps = list(arguments.steps or RUN_PRESETS[arguments.preset].steps)
-    if len(steps) == 1:
-        steps *= n_tasks
-    if len(steps) != n_tasks or min(steps) < 1:
+def _prepare(
+    out: Path, setting: Setting, asked: list[Asked], seeds: list[int], *, force: bool, record: bool
+) -> None:
+    """Clear the directory, or make sure that it can be gone on with.
+
+    Raises:
+        FileExistsError: it holds a run of another command, and ``force`` is off.
+    """
+    if not (out / RUN_FILE).exists() or force:
+        prepare_run_dir(out, force=force)
+        if force:
+            for name in (RECORDS_FILE, SUMMARY_FILE):
+                (out / name).unlink(missing_ok=True)
+            shutil.rmtree(out / CHECKPOINTS_DIR, ignore_errors=True)
+        return
+    mine = (open_run(out).config or {}).get("command") == "continual"
+    done = {record["id"] for record in read_records([out])}
+    if not mine:
+        prepare_run_dir(out, force=False)  # refuses
+    elif record and record_id(setting.key, asked[0], seeds[0]) not in done:
+        prepare_run_dir(out, force=True)  # its recording was cut off, and begins again
+
+
+def _check_vocabulary(config: TitanMACConfig, task: str, needed: int) -> None:
+    if config.vocab_size < needed:
         raise ValueError(
-            f"--steps (={' '.join(map(str, steps))}) must be one positive number per task "
-            f"({n_tasks}), or one for all."
+            f"vocab_size (={config.vocab_size}) must be at least {needed}, the vocabulary of task "
+            f"{task}."
         )
-    return steps
 
 
-def _print(run_dir: Path, results: list[ContinualResult]) -> None:
-    print(retention_table(results))
-    print()
-    print(model_table(results))
-    print()
-    for result in results:
-        for index, metric in enumerate(result.metrics):
-            value = result.after_learning(index)
-            if metric == "exact_match" and value < LEARNED:
-                print(
-                    f"Note: {result.model} answered {value:.1%} of the held-out problems of "
-                    f"{result.tasks[index]}, below {LEARNED:.0%}: train it longer (--steps) before "
-                    "reading its forgetting."
-                )
-    if len(results[0].tasks) > 1:
-        print(PLAIN_TRAINING_NOTE)
-    print(f"\nresults: {run_dir / RESULTS_FILE}")
-    if results[0].density is not None:
-        print(f"look at the topology: blockell-dashboard {run_dir}")
+def _announce(record: dict[str, Any], *, quiet: bool) -> None:
+    """A line per finished cell on standard error, for people who wait."""
+    if show_progress(quiet):
+        print(f"finished {record['id']}", file=sys.stderr)

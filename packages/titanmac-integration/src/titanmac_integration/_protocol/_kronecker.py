@@ -135,7 +135,7 @@ def _dense(layer: nn.Module, values: Tensor) -> Tensor:
 
 
 def _like_weight(layer: nn.Module, dense: Tensor) -> Tensor:
-    """The inverse: [o, i] -> the shape of the layer's weight, without what lies in absent blocks."""
+    """The inverse, [o, i] -> the shape of the layer's weight, without absent blocks."""
     if not isinstance(layer, CMSBlockLinear):
         return dense
     live = layer.num_live

@@ -1,0 +1,161 @@
+"""The measures of continual learning, records on disk, and what a summary chooses."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from titanmac_integration._protocol import _measures as measures
+from titanmac_integration._protocol._methods import Asked, parse_methods
+from titanmac_integration._protocol._records import append_record, read_records, record_id
+from titanmac_integration._protocol._summary import describe, summarise
+from titanmac_integration._protocol._tables import retention_tables
+
+# three tasks; the first is better after the second than when it was learned
+MATRIX = [
+    [0.1, 0.0, 0.2],
+    [0.8, 0.1, 0.2],
+    [0.9, 0.7, 0.3],
+    [0.5, 0.6, 0.9],
+]
+
+
+def test_measures_of_the_field() -> None:
+    assert measures.average_accuracy(MATRIX) == pytest.approx((0.5 + 0.6 + 0.9) / 3)
+    assert measures.backward_transfer(MATRIX) == pytest.approx(((0.5 - 0.8) + (0.6 - 0.7)) / 2)
+    assert measures.forward_transfer(MATRIX) == pytest.approx(((0.1 - 0.0) + (0.3 - 0.2)) / 2)
+    # the best ever counts, not what it was right after learning
+    assert measures.forgetting(MATRIX) == pytest.approx(((0.9 - 0.5) + (0.7 - 0.6)) / 2)
+    joint = [[0.0] * 3, [0.8, 0.0, 0.0], [0.8, 0.8, 0.0], [0.8, 0.8, 1.0]]
+    assert measures.intransigence(MATRIX, joint) == pytest.approx(((0.8 - 0.7) + (1.0 - 0.9)) / 2)
+
+
+def record(
+    method: str, dial: float | None, seed: int, kept: float, nats: float, **changes: Any
+) -> dict[str, Any]:
+    """Kept and nats on test data; on validation data `validation=(kept, nats)`, else the same."""
+    on_validation = changes.pop("validation", (kept, nats))
+
+    def matrix(value: float) -> list[list[float]]:
+        return [[0.0, 8.0], [1.0, 7.9], [0.01 + 0.99 * value, 3.0]]
+
+    def table(value: float) -> list[list[float]]:
+        return [[5.0, 5.5], [0.0, 5.4], [0.7, value]]
+
+    return {
+        "id": record_id("tiny-0", Asked(method, "sparse", dial), seed),
+        "setting": "tiny",
+        "setting_key": "tiny-0",
+        "method": method,
+        "arch": "sparse",
+        "dial": dial,
+        "seed": seed,
+        "failed": None,
+        "tasks": ["arithmetic", "prose"],
+        "metrics": ["exact_match", "bits_per_byte"],
+        "chance": [0.01, 8.0],
+        "perfect": [1.0, 0.0],
+        "steps": [10, 20],
+        "matrix": matrix(kept),
+        "nats": table(nats),
+        "validation_matrix": matrix(on_validation[0]),
+        "validation_nats": table(on_validation[1]),
+        "path": [[{"step": 10, "value": [0.25], "nats": [2.0]}]],
+        "seconds": [3.0],
+        "peak_bytes": None,
+        "kept_bytes": 1000,
+        "parameters": 5000,
+        "device": "abacus",
+        **changes,
+    }
+
+
+def test_a_cell_is_described() -> None:
+    figures = describe(record("ours", None, 0, 0.9, 1.5))
+    assert figures["relative_forgetting"] == pytest.approx(0.1)
+    assert figures["first_lowest"] == 0.25, "the way counts, not only its end"
+    assert figures["first_nats_change"] == pytest.approx(0.7)
+    assert figures["new_nats"] == 1.5
+    assert figures["kept"] == pytest.approx(0.9)
+    assert figures["intransigence"] is None
+
+
+def test_dials_are_chosen_on_validation_and_stated_on_test() -> None:
+    records = [
+        record("fine-tuning", 1e-3, 0, 0.0, 1.50),
+        record("fine-tuning", 3e-3, 0, 0.0, 1.40, validation=(0.0, 1.60)),
+        # looks best on test data, but not on validation data
+        record("ewc", 10.0, 0, 0.95, 1.51, validation=(0.2, 1.52)),
+        record("ewc", 100.0, 0, 0.6, 1.58, validation=(0.7, 1.53)),
+        record("ewc", 1000.0, 0, 0.99, 2.5),
+    ]
+    summary = summarise(records)["settings"]["tiny-0"]
+    curves = {curve["method"]: curve for curve in summary["curves"]}
+    ewc = curves["ewc"]
+    assert ewc["reference_nats"] == 1.50, "of the fine-tuning that is best on validation data"
+    assert ewc["kept_within_0.05_nats"]["mean"] == pytest.approx(0.6)
+    assert ewc["new_nats_at_90%_kept"]["mean"] == 2.5
+    assert ewc["dial_at_90%_kept"] == 1000.0
+    assert curves["fine-tuning"]["new_nats_at_90%_kept"] is None
+
+
+def test_seeds_are_averaged_and_worst_cases_kept() -> None:
+    records = [record("ours", None, seed, kept, 1.5) for seed, kept in enumerate((1.0, 0.9, 0.8))]
+    row = summarise(records)["settings"]["tiny-0"]["rows"][0]
+    assert row["kept"] == {
+        "mean": pytest.approx(0.9),
+        "sd": pytest.approx(0.1),
+        "min": pytest.approx(0.8),
+        "max": pytest.approx(1.0),
+        "n": 3,
+    }
+    assert row["seeds"] == [0, 1, 2]
+    table = retention_tables(summarise(records))
+    assert "10.0% ± 10.0%" in table
+    assert "25.0%" in table
+
+
+def test_a_first_task_that_was_not_learned_makes_the_comparison_void() -> None:
+    poor = record("ours", None, 4, 0.9, 1.5)
+    poor["matrix"][1][0] = 0.9
+    summary = summarise([record("ours", None, 0, 0.9, 1.5), poor])
+    assert summary["settings"]["tiny-0"]["rows"][0]["void"] == [4]
+    assert "not learned to 95% before the next task by ours@sparse, seed 4" in retention_tables(
+        summary
+    )
+
+
+def test_records_survive_a_kill(tmp_path: Path) -> None:
+    first, second = record("ours", None, 0, 1.0, 1.5), record("ours", None, 1, 1.0, 1.6)
+    append_record(tmp_path, first)
+    with (tmp_path / "retention.jsonl").open("a") as file:
+        file.write('{"version": 1, "id": "torn')
+    assert [r["id"] for r in read_records([tmp_path])] == [first["id"]]
+    append_record(tmp_path, second)
+    assert [r["id"] for r in read_records([tmp_path])] == [first["id"], second["id"]]
+    append_record(tmp_path, {**first, "nats": "newer"})
+    assert read_records([tmp_path])[0]["nats"] == "newer"
+    with (tmp_path / "retention.jsonl").open("a") as file:
+        file.write(json.dumps({"version": 99}) + "\n")
+    with pytest.raises(ValueError, match="line 5 must be a record of version 1"):
+        read_records([tmp_path])
+
+
+def test_methods_are_asked_for_by_name() -> None:
+    assert parse_methods(["ours", "ewc=1e3,1e4", "ours-grown=0.02", "fine-tuning@dense"]) == [
+        Asked("ours", "sparse", None),
+        Asked("ewc", "sparse", 1e3),
+        Asked("ewc", "sparse", 1e4),
+        Asked("ours-grown", "spare", 0.02),
+        Asked("fine-tuning", "dense", None),
+    ]
+    assert len(parse_methods(["l2=sweep"])) == 10
+    assert len(parse_methods(["ours", "ours", "ours=auto"])) == 1
+    for wrong, message in (
+        ("magic", r"method \(='magic'\) must be one of fine-tuning, "),
+        ("ours@wide", r"architecture \(='wide'\) must be one of sparse, "),
+        ("ewc=much", r"dial \(='much'\) of method ewc must be a number"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            parse_methods([wrong])

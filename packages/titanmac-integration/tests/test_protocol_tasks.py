@@ -1,0 +1,133 @@
+"""Tasks of the retention protocol: what is held out, and what a score measures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from titanmac_integration import create_titanmac_model, sample_greedily
+from titanmac_integration._protocol._problems import additions, from_pairs, reversals
+from titanmac_integration._protocol._score import IGNORE_INDEX
+from titanmac_integration._protocol._tasks import LETTERS, make_retention_task
+from titanmac_integration._protocol._text import TextTask
+
+
+def problems(rows: torch.Tensor, length: int) -> set[bytes]:
+    return {bytes(row.tolist()) for row in rows.reshape(-1, length)}
+
+
+def test_sums_are_right_and_twins_stay_together() -> None:
+    task = additions()
+    sets = [problems(task.rows(split).input_ids, 10) for split in ("validation", "test")]
+    generator = torch.Generator().manual_seed(0)
+    sets.append(problems(task.batch(400, 64, generator).input_ids, 10))
+    pairs = []
+    for found in sets:
+        for line in found:
+            left, right, total = line[:2], line[3:5], line[6:9]
+            assert int(left[::-1]) + int(right[::-1]) == int(total[::-1])
+            assert line[2:3] + line[5:6] + line[9:] == b"+=\n"
+        pairs.append({frozenset((line[:2], line[3:5])) for line in found})
+    assert all(map(len, pairs))
+    assert not pairs[0] & pairs[1]
+    assert not (pairs[0] | pairs[1]) & pairs[2]
+
+
+def test_questions_count_a_tenth_and_answers_fully() -> None:
+    task = additions()
+    batch = task.batch(300, 64, torch.Generator().manual_seed(0))
+    counted = (batch.labels != IGNORE_INDEX).view(300, -1, 10)
+    assert counted[..., 6:].all()
+    assert counted[..., :6].float().mean().item() == pytest.approx(0.1, abs=0.02)
+
+
+def test_letters_write_the_same_sums_in_the_symbols_of_prose() -> None:
+    digits, letters = additions(), make_retention_task("letters")
+    table = bytes.maketrans(b"0123456789+=\n", LETTERS.encode())
+    for split in ("validation", "test"):
+        plain = bytes(digits.rows(split).input_ids.flatten().tolist())
+        assert plain.translate(table) == bytes(letters.rows(split).input_ids.flatten().tolist())
+    prose = make_retention_task("prose").batch(64, 64, torch.Generator().manual_seed(0))
+    assert set(LETTERS.encode()) <= set(prose.input_ids.flatten().tolist())
+
+
+def test_reversals_use_the_symbols_of_the_sums() -> None:
+    sums, backwards = additions(), reversals()
+    assert set(sums.rows("test").input_ids.unique().tolist()) == set(
+        backwards.rows("test").input_ids.unique().tolist()
+    )
+    line = bytes(backwards.rows("test").input_ids[0, :11].tolist())
+    assert line[6:10] == line[:4][::-1]
+
+
+def test_a_score_is_what_greedy_generation_gets_right(tiny_config) -> None:  # type: ignore[no-untyped-def]
+    torch.manual_seed(0)
+    pairs = [(f"{i:03d}?", str(i % 2)) for i in range(40)]
+    task = from_pairs("parity", pairs, seq_len=18)
+    model = create_titanmac_model(tiny_config(), seed=0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):  # so far that some answers are right and some are not
+        batch = task.batch(8, 18, generator)
+        optimizer.zero_grad()
+        model(batch.input_ids, batch.labels)["loss"].backward()
+        optimizer.step()
+    rows = task.rows("test")
+    right = []
+    for row, answers in zip(rows.input_ids, rows.answers, strict=True):
+        for number in answers.unique():
+            where = (answers == number).nonzero()[:, 0]
+            if number >= 0:
+                prompt = row[: where[0]][None]
+                answer = sample_greedily(model.eval(), prompt, len(where))
+                right.append(torch.equal(answer[0], row[where]))
+    assert task.score(model, "test").value == pytest.approx(sum(right) / len(right))
+    assert task.measure(model.eval(), torch.device("cpu")) == task.score(model, "test").value
+    with pytest.raises(ValueError, match=r"split \(='train'\) must be one of validation, test"):
+        task.score(model, "train")
+
+
+def test_a_text_is_split_by_position() -> None:
+    text = "".join(chr(ord("a") + i // 400) for i in range(8000))
+    task = TextTask("letters", text, held_out=0.2, eval_windows=50, eval_length=9)
+    train = set(task.batch(4000, 10, torch.Generator().manual_seed(0)).input_ids.unique().tolist())
+    held = [set(task.rows(split).input_ids.unique().tolist()) for split in ("validation", "test")]
+    assert max(train) < min(held[0]) <= max(held[0]) < min(held[1])
+    assert task.normalised(8.0) == 0.0
+    assert task.normalised(0.0) == 1.0
+    with pytest.raises(ValueError, match="must leave at least 10 bytes for each held-out set"):
+        TextTask("short", "abc", eval_length=9)
+
+
+def test_files_of_the_user(tmp_path: Path) -> None:
+    text = tmp_path / "novel.txt"
+    text.write_text("It was a dark and stormy night. " * 100)
+    task = make_retention_task(f"text:{text}", seq_len=16)
+    assert (task.name, task.metric) == ("novel", "bits_per_byte")
+    questions = tmp_path / "capitals.jsonl"
+    lines = [{"question": f"capital of {i}?", "answer": "A" if i < 15 else "BB"} for i in range(20)]
+    questions.write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    task = make_retention_task(f"qa:{questions}", seq_len=64)
+    assert (task.name, task.metric) == ("capitals", "exact_match")
+    assert 0.5 < task.chance < 1.0
+    written = bytes(task.rows("test").input_ids.flatten().tolist()).decode()
+    assert "capital of" in written
+    questions.write_text('{"question": "q"}\n')
+    with pytest.raises(ValueError, match="line 1 must be a JSON object with question and answer"):
+        make_retention_task(f"qa:{questions}")
+
+
+@pytest.mark.parametrize("name", ["sums", "text:", "qa", "permuted-digits:x", "split-digits"])
+def test_unknown_tasks_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r'must be one of "arithmetic"'):
+        make_retention_task(name)
+
+
+def test_rows_too_short_for_a_problem_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"seq_len \(=8\) must be at least 10"):
+        additions().batch(1, 8, torch.Generator())
+    with pytest.raises(ValueError, match="must be 13 different characters"):
+        additions(symbols="0123456789++\n")
+    with pytest.raises(ValueError, match="must have at least 10 problems"):
+        from_pairs("few", [("a", "b")])
