@@ -43,6 +43,7 @@ class _Products(TorchFunctionMode):
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if isinstance(weight, nn.Parameter):
                 if func is functional.linear:
+                    result = _own(result)
                     self.on_linear(weight, x, result)
                 else:
                     self.on_rows(weight, x)
@@ -57,9 +58,11 @@ def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator
     `nn.MultiheadAttention` are not seen (torch runs them in one piece).
     """
 
-    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, CMSBlockLinear)
+        output = _own(output)
         on_linear(layer.values, args[0], output)
+        return output
 
     sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
     handles = [layer.register_forward_hook(hook) for layer in sparse]
@@ -69,6 +72,11 @@ def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _own(output: Tensor) -> Tensor:
+    # a product may come as a view, and what then changes it in place cuts the view out of the graph
+    return output.clone() if output.requires_grad else output
 
 
 def _eager() -> AbstractContextManager[Any]:
