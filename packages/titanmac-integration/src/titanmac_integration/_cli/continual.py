@@ -1,6 +1,7 @@
 """``titanmac continual``: one task after another, with and without methods against forgetting."""
 
 import argparse
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from titanmac_integration._protocol._tasks import TASK_HELP
 from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
 from titanmac_integration._training_config import TrainingConfig
 
-from .flags import _add_fields, given_fields, resolve_device
+from .flags import _add_fields, resolve_device
 from .session import show_progress
 
 DEFAULT_METHODS = ("ours-grown", "fine-tuning")
@@ -136,7 +137,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _setting(arguments: argparse.Namespace) -> Setting:
     """The preset with the flags that were given."""
     setting = SETTINGS[arguments.preset]
-    given = given_fields(arguments, TrainingConfig)
+    given = _given(arguments, TrainingConfig)
     given.pop("seed", None)
     changes: dict[str, Any] = {"training": {**setting.training, **given}}
     for name, flag in (("lr", "rates"), ("batch_size", "batch_sizes")):
@@ -154,8 +155,14 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         changes["steps"] = steps[:1] + steps[1:2] * (len(arguments.tasks) - 1)
     if arguments.steps:
         changes["steps"] = tuple(arguments.steps)
-    changes["changes"] = given_fields(arguments, TitanMACConfig)
+    changes["changes"] = _given(arguments, TitanMACConfig)
     return setting.changed(**changes)
+
+
+def _given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of a configuration class whose flags were given."""
+    names = [field.name for field in dataclasses.fields(cls)]
+    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _prepare(
