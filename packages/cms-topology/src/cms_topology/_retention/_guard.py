@@ -108,6 +108,7 @@ class RetentionGuard:
         if not self._active:
             return
         self._still.put_back()
+        self._notice_changes()
         if self.steps % self.every == 0:
             self.flush()
 
@@ -122,8 +123,7 @@ class RetentionGuard:
         """Project now, in the middle of an interval; before an evaluation, for example."""
         if not self._active:
             return
-        if self._topologies() != self._known_topologies:
-            self.refresh()
+        self._notice_changes()
         with full_float32():
             for batch in self._batches:
                 batch.project(self.eps, self.budget_now)
@@ -140,6 +140,10 @@ class RetentionGuard:
                 for weight, state in zip(batch.weights, batch.states(), strict=True):
                     states[weight.name] = state.carried_over(weight)
         self._arrange(states)
+
+    def _notice_changes(self) -> None:
+        if self._topologies() != self._known_topologies:
+            self.refresh()
 
     def _arrange(self, states: Mapping[str, WeightState]) -> None:
         """Batch the weights by shape, which growth may have changed."""
