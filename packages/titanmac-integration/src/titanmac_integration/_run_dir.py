@@ -3,12 +3,23 @@
 import shutil
 from pathlib import Path
 
+from ._training_checkpoint import CHECKPOINTS_DIR
+
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"
 DENSE_DIR = "dense"
+TOKENIZER_FILE = "tokenizer.json"
+TENSORBOARD_DIR = "tensorboard"
 # everything that a run leaves behind; nothing else in the directory is ever deleted
-OWN_FILES = ("metrics.jsonl", "model.safetensors", "model.json", RESULTS_FILE, RUN_FILE)
-OWN_DIRS = ("topology", DENSE_DIR)
+OWN_FILES = (
+    "metrics.jsonl",
+    "model.safetensors",
+    "model.json",
+    TOKENIZER_FILE,
+    RESULTS_FILE,
+    RUN_FILE,
+)
+OWN_DIRS = ("topology", DENSE_DIR, CHECKPOINTS_DIR, TENSORBOARD_DIR)
 
 
 def prepare_run_dir(path: Path, *, force: bool) -> None:
@@ -27,7 +38,7 @@ def prepare_run_dir(path: Path, *, force: bool) -> None:
     if not force:
         raise FileExistsError(
             f"--out (={path}) already holds a run; choose another directory, or pass --force to "
-            "replace the run."
+            "replace the run (titanmac train can continue one: --resume)."
         )
     for name in OWN_DIRS:
         if (path / name).is_dir() and not (path / name).is_symlink():

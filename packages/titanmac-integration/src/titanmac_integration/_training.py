@@ -12,15 +12,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 from blockell_format.snapshots import SnapshotWriter
-from cms_topology import StepReport, TopologyManager
+from cms_topology import Logger, StepReport, TopologyManager
 
+from ._loggers import MultiLogger
 from ._model import TitanMAC
 from ._seeding import stream
 from ._tasks import Mixture, Task
 from ._training_callback import TrainerCallback
 from ._training_checkpoint import CheckpointStore, read_training_checkpoint
 from ._training_config import TrainingConfig
-from ._training_log import Loggers, MetricsLogger, write_first_snapshot
+from ._training_log import write_first_snapshot
 from ._training_phase import Phase
 from ._training_processes import rank, sum_over_processes
 from ._training_report import PhaseReport, peak_memory_bytes
@@ -56,7 +57,7 @@ class Trainer:
         label: what the progress bar calls the model.
         optimizer: a ready optimizer of the model's parameters. Its groups' learning rates are the
             peaks of the schedule; ``config.lr``, betas and weight decay are not used. One that
-            drives the topology itself says so by an attribute ``topology_manager``. Default: AdamW
+            drives the topology itself (``DeepNestedOptimizer``) goes on doing so. Default: AdamW
             with the settings of ``config``.
         callbacks: called at the events of :class:`TrainerCallback`, in this order; an object needs
             only the methods that it uses. One with ``state_dict`` and ``load_state_dict`` is part
@@ -80,7 +81,7 @@ class Trainer:
         label: str = "",
         optimizer: torch.optim.Optimizer | None = None,
         callbacks: Sequence[object] = (),
-        loggers: Sequence[MetricsLogger] = (),
+        loggers: Sequence[Logger] = (),
         checkpoints: CheckpointStore | None = None,
         checkpoint_every: int = 0,
         stop: Callable[[], bool] = lambda: False,
@@ -97,7 +98,7 @@ class Trainer:
         self.stop = stop
         self.info: dict[str, Any] = {}
         """What JSON can hold; part of every checkpoint."""
-        self._logger = Loggers([writer, *loggers] if writer is not None else loggers)
+        self._logger = MultiLogger([writer, *loggers] if writer is not None else loggers)
         self.optimizer: torch.optim.Optimizer = optimizer or torch.optim.AdamW(
             model.parameters(),
             lr=config.lr,
@@ -106,7 +107,7 @@ class Trainer:
         )
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
-        self._optimizer_drives = getattr(self.optimizer, "topology_manager", None) is not None
+        self._optimizer_drives = getattr(self.optimizer, "topology", None) is not None
         self.manager: TopologyManager | None = self._make_manager()
         self.step = 0
         """Optimizer steps so far."""
@@ -118,9 +119,11 @@ class Trainer:
         self._resumed: Mapping[str, Any] | None = None
 
     def _make_manager(self) -> TopologyManager | None:
+        # without anybody to tell, a decision computes no metrics
+        logger = self._logger if self._logger.loggers else None
         if self._optimizer_drives:
-            manager: TopologyManager = self.optimizer.topology_manager  # type: ignore[attr-defined]
-            manager.writer, manager.logger = self.writer, self._logger.or_none()
+            manager: TopologyManager = self.optimizer.topology  # type: ignore[attr-defined]
+            manager.writer, manager.logger = self.writer, logger
             return manager
         if not self.model.block_sparse_layers:
             return None
@@ -130,7 +133,7 @@ class Trainer:
             periods=self.config.level_periods,
             seed=self.config.seed,
             writer=self.writer,
-            logger=self._logger.or_none(),
+            logger=logger,
         )
 
     # -- training ------------------------------------------------------------------------------
@@ -205,6 +208,8 @@ class Trainer:
             )
             value, size = torch.stack((loss, norm.float())).tolist()
             finite = math.isfinite(value) and math.isfinite(size)
+            if finite and hasattr(self.optimizer, "record_loss"):
+                self.optimizer.record_loss(value)  # finds loss spikes at decisions
             self._runner.step(self.optimizer, finite=finite)
             if finite:
                 self._nonfinite = 0
@@ -228,7 +233,8 @@ class Trainer:
 
     def _topology_step(self) -> StepReport | None:
         if self._optimizer_drives:
-            report: StepReport | None = self.optimizer.last_topology  # type: ignore[attr-defined]
+            last = self.optimizer.last_report  # type: ignore[attr-defined]
+            report: StepReport | None = last.topology
             return report
         return None if self.manager is None else self.manager.step()
 
@@ -239,6 +245,23 @@ class Trainer:
                 method(self, *arguments)
 
     # -- records -------------------------------------------------------------------------------
+
+    def record_into(self, writer: SnapshotWriter) -> None:
+        """Record the run from now on, as with ``writer`` given from the beginning."""
+        self.writer = writer
+        if self.manager is not None:
+            self.manager.writer = writer
+        self.add_logger(writer)
+
+    def add_logger(self, logger: Logger) -> None:
+        """Another receiver of metrics, from now on."""
+        self._logger.loggers = (*self._logger.loggers, logger)
+        if self.manager is not None:
+            self.manager.logger = self._logger
+
+    def log(self, metrics: Mapping[str, float]) -> None:
+        """Hand metrics to ``writer`` and ``loggers``, at the present step."""
+        self._logger.log(metrics, self.step)
 
     def _log(self, phase: Phase, bar: Any) -> None:
         loss, speed = fmean(phase.recent), phase.tokens_per_second()
@@ -302,6 +325,11 @@ class Trainer:
             **self.info,
         }
         return self.checkpoints.save(self.step, self.model, state=state, info=info)
+
+    def check_continues(self, task: Task | Mixture, steps: int) -> None:
+        """Raise ``ValueError`` where :meth:`fit` would refuse to continue what was loaded."""
+        if self._resumed is not None:
+            Phase.resumed(self._resumed, task, steps, 1)
 
     def load(self, path: str | os.PathLike[str]) -> None:
         """Continue from a checkpoint's directory: the next :meth:`fit` goes on where it was taken.

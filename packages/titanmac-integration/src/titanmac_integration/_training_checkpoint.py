@@ -162,12 +162,13 @@ class CheckpointStore:
 
 
 def read_training_info(directory: str | os.PathLike[str]) -> dict[str, Any]:
-    """The ``info`` of a checkpoint, without reading tensors.
+    """The ``info`` of a checkpoint, with its ``step``, without reading tensors.
 
     Raises:
         ValueError: it is no checkpoint, or cannot be read.
     """
-    return dict(_read_state_file(Path(directory))["info"])
+    content = _read_state_file(Path(directory))
+    return {**content["info"], "step": int(content["step"])}
 
 
 def read_training_checkpoint(directory: str | os.PathLike[str]) -> TrainingCheckpoint:

@@ -1,7 +1,4 @@
-"""Where metrics and the first snapshot go."""
-
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+"""The first snapshot of a run."""
 
 import torch
 
@@ -9,29 +6,6 @@ from blockell_format.snapshots import SnapshotWriter
 from cms_topology import TopologyManager
 
 from ._training_processes import gather_bytes
-
-
-class MetricsLogger(Protocol):
-    """Anything that takes metrics."""
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Take the metrics of an optimizer step."""
-
-
-class Loggers:
-    """Several loggers as one."""
-
-    def __init__(self, loggers: Sequence[MetricsLogger]) -> None:
-        self.loggers = tuple(loggers)
-
-    def log(self, metrics: Mapping[str, float], step: int) -> None:
-        """Hand the metrics to every logger."""
-        for logger in self.loggers:
-            logger.log(metrics, step)
-
-    def or_none(self) -> "Loggers | None":
-        """None where nobody listens, so that nothing need be computed."""
-        return self if self.loggers else None
 
 
 def write_first_snapshot(

@@ -8,6 +8,15 @@ from typing import Any
 import torch
 
 
+def seed_global_random_state(seed: int) -> None:
+    """Seed Python's, numpy's (where it is loaded) and torch's generators, on all devices."""
+    random.seed(seed)
+    torch.manual_seed(seed)
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed % 2**32)
+
+
 def global_random_state(device: torch.device) -> dict[str, Any]:
     """States of Python's, numpy's (where it is loaded), torch's and the device's generators."""
     state: dict[str, Any] = {"python": random.getstate(), "torch": torch.get_rng_state()}

@@ -28,12 +28,14 @@ EXTRA = "_extra_state"
 
 def trainer_state(trainer: "Trainer") -> dict[str, Any]:
     """Optimizer, topology, data position, randomness, progress. All processes must call this."""
+    drives = trainer._optimizer_drives
     return {
         "step": trainer.step,
         "nonfinite": trainer._nonfinite,
         "data": trainer._data.get_state(),
         "optimizer": optimizer_state_by_name(trainer.optimizer, _names(trainer)),
-        "topology": trainer.manager.state_dict() if trainer.manager else None,
+        # an optimizer that drives the topology keeps its state, too
+        "topology": None if drives or trainer.manager is None else trainer.manager.state_dict(),
         "scaler": trainer._runner.scaler.state_dict() if trainer._runner.scaler else None,
         "phase": trainer._phase.state_dict() if trainer._phase else None,
         "callbacks": {

@@ -4,7 +4,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from ._cli import continual, evaluate, train
+from ._cli import continual, evaluate, generate, train
 from ._training import NonFiniteLossError
 
 
@@ -17,6 +17,7 @@ def build_parser() -> argparse.ArgumentParser:
     train.add_parser(commands)
     continual.add_parser(commands)
     evaluate.add_parser(commands)
+    generate.add_parser(commands)
     return parser
 
 
@@ -25,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         status: int = arguments.run(arguments)
-    except (ValueError, OSError, NonFiniteLossError) as error:
+    except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print(f"titanmac {arguments.command}: error: {error}", file=sys.stderr)
         return 1
     return status

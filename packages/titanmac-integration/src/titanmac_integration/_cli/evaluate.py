@@ -5,10 +5,12 @@ from pathlib import Path
 from typing import Any
 
 from titanmac_integration._checkpoint import load_checkpoint
-from titanmac_integration._registry import TASK_NAMES, make_task
+from titanmac_integration._registry import TASK_NAMES
 from titanmac_integration._report import UNITS, format_measure, format_table
 
 from .flags import resolve_device
+from .plan import make_tasks, stored_tokenizer
+from .saved import newest_model
 
 
 def add_parser(commands: Any) -> None:
@@ -16,11 +18,28 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "eval",
         help="evaluate the model of a run directory",
-        description="Evaluate the model that a run left behind.",
+        description="Evaluate the model that a run left behind, or the last checkpoint of a run "
+        "that was killed.",
     )
-    parser.add_argument("run_dir", type=Path, metavar="RUN_DIR", help="directory of the run")
     parser.add_argument(
-        "--tasks", nargs="+", choices=TASK_NAMES, default=list(TASK_NAMES), metavar="TASK"
+        "run_dir", type=Path, metavar="RUN_DIR", help="directory of the run, or of a checkpoint"
+    )
+    parser.add_argument(
+        "--tasks",
+        nargs="+",
+        choices=TASK_NAMES,
+        metavar="TASK",
+        help=f"out of {', '.join(TASK_NAMES)} (default: all, unless --data is given)",
+    )
+    parser.add_argument(
+        "--data", nargs="+", type=Path, metavar="FILE", help="files, as titanmac train takes them"
+    )
+    parser.add_argument(
+        "--held-out",
+        type=float,
+        default=0.1,
+        metavar="FRAC",
+        help="share at the end of every file that is evaluated (default: 0.1)",
     )
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", ...')
     parser.set_defaults(run=run)
@@ -28,9 +47,23 @@ def add_parser(commands: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print a table of measures."""
-    model = load_checkpoint(arguments.run_dir, device=resolve_device(arguments.device))
+    directory = newest_model(arguments.run_dir)
+    model = load_checkpoint(directory, device=resolve_device(arguments.device))
+    data = arguments.data or []
+    source = {
+        "tasks": list(arguments.tasks or (() if data else TASK_NAMES)),
+        "data": data,
+        "tokenizer": stored_tokenizer(arguments.run_dir),
+        "held_out": arguments.held_out,
+    }
+    tasks, needed = make_tasks(source, eval_length=min(model.config.max_seq_len, 1024) - 1)
+    if needed > model.config.vocab_size:
+        raise ValueError(
+            f"the data needs a vocabulary of {needed}, but the model of {directory} has one of "
+            f"{model.config.vocab_size}; evaluate it with what it was trained for."
+        )
     rows = []
-    for task in map(make_task, arguments.tasks):
+    for task in tasks:
         value = format_measure(task.metric, task.evaluate(model))
         rows.append((task.name, UNITS[task.metric], value))
     print(format_table(("task", "measure", "value"), rows))

@@ -4,6 +4,7 @@ import argparse
 import ast
 import dataclasses
 import inspect
+import os
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from titanmac_integration._config import TitanMACConfig
 from titanmac_integration._config_presets import PRESETS
 from titanmac_integration._presets import RUN_PRESETS
 from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._training_processes import launched_by_torchrun
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
@@ -34,13 +36,13 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
     parser.add_argument("--dense", action="store_true", help="make every linear layer dense")
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the results")
-    _add_fields(parser.add_argument_group("training"), TrainingConfig)
-    _add_fields(parser.add_argument_group("model"), TitanMACConfig)
+    add_fields(parser.add_argument_group("training"), TrainingConfig)
+    add_fields(parser.add_argument_group("model"), TitanMACConfig)
 
 
 def model_config(arguments: argparse.Namespace) -> TitanMACConfig:
     """The preset with the flags that were given."""
-    changes = _given(arguments, TitanMACConfig)
+    changes = given_fields(arguments, TitanMACConfig)
     if arguments.dense:
         changes["use_block_sparse"] = False
     return TitanMACConfig.preset(arguments.preset, **changes)
@@ -49,17 +51,19 @@ def model_config(arguments: argparse.Namespace) -> TitanMACConfig:
 def training_config(arguments: argparse.Namespace) -> TrainingConfig:
     """The preset's settings with the flags that were given."""
     preset = RUN_PRESETS[arguments.preset].training
-    return TrainingConfig.from_dict({**preset, **_given(arguments, TrainingConfig)})
+    return TrainingConfig.from_dict({**preset, **given_fields(arguments, TrainingConfig)})
 
 
 def resolve_device(name: str) -> torch.device:
-    """``auto`` is CUDA where there is one, else the CPU.
+    """``auto`` is CUDA where there is one, else the CPU; under torchrun, the process's own device.
 
     Raises:
         ValueError: no such device.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launched_by_torchrun():
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
@@ -69,12 +73,14 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+def given_fields(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
+    """The fields of a configuration class that flags were given for."""
     names = [field.name for field in dataclasses.fields(cls)]
     return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
-def _add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
+def add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
+    """A flag per field of a configuration class; only those given end up in the arguments."""
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
         flag = "--" + field.name.replace("_", "-")
@@ -85,6 +91,9 @@ def _add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
         else:
             parse, metavar = _PARSERS.get(field.name, (type(field.default), None))
             group.add_argument(flag, type=parse, metavar=metavar, **options)
+
+
+_add_fields = add_fields
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -13,9 +13,12 @@ from titanmac_integration._checkpoint import save_checkpoint
 from titanmac_integration._config import TitanMACConfig
 from titanmac_integration._model import create_titanmac_model
 from titanmac_integration._run_dir import prepare_run_dir
-from titanmac_integration._tasks import Task
+from titanmac_integration._seeding import stream
+from titanmac_integration._tasks import Mixture, Task
 from titanmac_integration._training import Trainer
 from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._training_processes import rank, world_size
+from titanmac_integration._training_random import seed_global_random_state
 
 
 @contextlib.contextmanager
@@ -30,10 +33,14 @@ def training_session(
     progress: bool,
     label: str,
     info: dict[str, Any],
+    resume: Path | None = None,
+    **trainer_options: Any,
 ) -> Iterator[Trainer]:
     """A trainer that records into ``run_dir``; whatever happens, the model is saved at the end.
 
-    All settings are checked, and the model is made, before a directory is made or replaced.
+    All settings are checked, and the model is made, before a directory is made or replaced. Of
+    several processes only number 0 writes. With ``resume``, a checkpoint's directory, the run there
+    is continued.
     """
     training.check_fits(config)
     for task in tasks:
@@ -42,22 +49,58 @@ def training_session(
                 f"vocab_size (={config.vocab_size}) must be at least {task.min_vocab_size}, the "
                 f"vocabulary of task {task.name}."
             )
-    torch.manual_seed(training.seed)  # dropout draws from the global generator
+    # dropout draws from the global generator, in every process something else
+    seed = training.seed if rank() == 0 else _process_seed(training.seed)
+    seed_global_random_state(seed)
     model = create_titanmac_model(config, seed=training.seed, device=device)
-    prepare_run_dir(run_dir, force=force)
-    layers = [
-        LayerInfo(name=name, R=x.R, C=x.C, K=x.K, B=x.B, row_group=x.row_group)
-        for name, x in model.block_sparse_layers.items()
-    ]
     content = {"model": config.to_dict(), "training": training.to_dict(), **info}
-    with SnapshotWriter(run_dir, layers=layers, config=content) as writer:
-        trainer = Trainer(
-            model, training, writer=writer, eval_tasks=tasks, progress=progress, label=label
-        )
+    trainer = Trainer(
+        model,
+        training,
+        eval_tasks=tasks,
+        progress=progress and rank() == 0,
+        label=label,
+        **trainer_options,
+    )
+    if resume is not None:
+        # whatever is wrong is told before anything is written
+        trainer.load(resume)
+        trainer.check_continues(Mixture(tasks), info["steps"])
+    with contextlib.ExitStack() as stack:
+        if rank() == 0:
+            if resume is None:
+                prepare_run_dir(run_dir, force=force)
+            trainer.record_into(stack.enter_context(_writer(run_dir, trainer, content, resume)))
         try:
             yield trainer
-        finally:
-            save_checkpoint(model, run_dir, info={"step": trainer.step})
+        except OSError:
+            raise  # the disk is full: the next attempt to write would hide the first one's message
+        except BaseException:
+            _save(trainer, run_dir, info)
+            raise
+        _save(trainer, run_dir, info)
+
+
+def _save(trainer: Trainer, run_dir: Path, info: dict[str, Any]) -> None:
+    if rank() == 0:
+        save_checkpoint(trainer.model, run_dir, info={"step": trainer.step, **info})
+
+
+def _writer(
+    run_dir: Path, trainer: Trainer, content: dict[str, Any], resume: Path | None
+) -> SnapshotWriter:
+    layers = [
+        LayerInfo(name=name, R=x.R, C=x.C, K=x.K, B=x.B, row_group=x.row_group)
+        for name, x in trainer.model.block_sparse_layers.items()
+    ]
+    options: dict[str, Any] = {"layers": layers, "config": content, "world_size": world_size()}
+    if resume is not None:
+        options |= {"mode": "resume", "resume_step": trainer.step}
+    return SnapshotWriter(run_dir, **options)
+
+
+def _process_seed(seed: int) -> int:
+    return stream(seed, f"process {rank()}").initial_seed()
 
 
 def show_progress(quiet: bool) -> bool:

@@ -1,18 +1,30 @@
-"""``titanmac train``: one task, or a mixture of tasks."""
+"""``titanmac train``: one task, or a mixture of tasks; built-in ones or the user's files."""
 
 import argparse
+import contextlib
+import shutil
 import sys
+from pathlib import Path
 from typing import Any
 
-from titanmac_integration._checkpoint import write_json
-from titanmac_integration._presets import RUN_PRESETS
-from titanmac_integration._registry import TASK_NAMES, make_task
-from titanmac_integration._report import UNITS, format_measure, format_table
-from titanmac_integration._run_dir import RESULTS_FILE
-from titanmac_integration._tasks import Mixture
+import torch
 
-from .flags import add_run_flags, model_config, resolve_device, training_config
+from titanmac_integration._checkpoint import write_json
+from titanmac_integration._loggers import TensorBoardLogger, WandbLogger
+from titanmac_integration._registry import TASK_NAMES
+from titanmac_integration._report import UNITS, format_measure, format_table
+from titanmac_integration._run_dir import RESULTS_FILE, TENSORBOARD_DIR, TOKENIZER_FILE
+from titanmac_integration._tasks import Mixture
+from titanmac_integration._tokenizer import BYTES
+from titanmac_integration._training import Trainer, TrainingStopped
+from titanmac_integration._training_checkpoint import CHECKPOINTS_DIR, CheckpointStore
+from titanmac_integration._training_processes import process_group, rank, world_size
+from titanmac_integration._training_report import PhaseReport
+
+from .flags import add_run_flags, resolve_device
+from .plan import LATEST, TrainPlan, make_plan
 from .session import show_progress, training_session
+from .signals import StopSignals
 
 
 def add_parser(commands: Any) -> None:
@@ -20,7 +32,8 @@ def add_parser(commands: Any) -> None:
     parser = commands.add_parser(
         "train",
         help="train on one task or a mixture",
-        description="Train a model on one task, or on a mixture of tasks, and evaluate it.",
+        description="Train a model on one task, or on a mixture of tasks, and evaluate it. Several "
+        "processes: torchrun --nproc-per-node 4 -m titanmac_integration train ...",
     )
     parser.add_argument(
         "--tasks",
@@ -29,48 +42,172 @@ def add_parser(commands: Any) -> None:
         metavar="TASK",
         help=f"tasks to mix, out of {', '.join(TASK_NAMES)} (default: the preset's first)",
     )
+    data = parser.add_argument_group("data from files")
+    data.add_argument(
+        "--data",
+        nargs="+",
+        type=Path,
+        metavar="FILE",
+        help="text, or JSON lines (.jsonl) with a text, or a question and an answer, per line",
+    )
+    data.add_argument(
+        "--tokenizer",
+        metavar="FILE",
+        help="a tokenizer.json of Hugging Face's tokenizers (default: bytes)",
+    )
+    data.add_argument(
+        "--held-out",
+        type=float,
+        metavar="FRAC",
+        help="share at the end of every file that is kept for evaluation (default: 0.1)",
+    )
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the preset's)")
+    run = parser.add_argument_group("the run")
+    run.add_argument(
+        "--resume",
+        nargs="?",
+        const=LATEST,
+        metavar="STEP",
+        help="continue the run in RUN_DIR from its last checkpoint, or from the one of STEP; all "
+        "settings are the run's",
+    )
+    run.add_argument(
+        "--checkpoint-every",
+        type=int,
+        default=500,
+        metavar="STEPS",
+        help="optimizer steps between checkpoints; one is always written at the end (default: 500)",
+    )
+    run.add_argument(
+        "--keep-checkpoints", type=int, default=2, metavar="N", help="how many stay (default: 2)"
+    )
+    run.add_argument(
+        "--tensorboard", action="store_true", help="write RUN_DIR/tensorboard, too (extra)"
+    )
+    run.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (extra)")
     add_run_flags(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run_train)
 
 
-def run(arguments: argparse.Namespace) -> int:
+def run_train(arguments: argparse.Namespace) -> int:
     """Train, evaluate, save."""
-    preset = RUN_PRESETS[arguments.preset]
-    config, training = model_config(arguments), training_config(arguments)
+    if arguments.resume not in (None, LATEST) and not arguments.resume.isdecimal():
+        raise ValueError(f"--resume (={arguments.resume}) must be the step of a checkpoint.")
+    if arguments.resume is not None and arguments.force:
+        raise ValueError("--resume continues a run and --force replaces it; give one of them.")
     device = resolve_device(arguments.device)
-    tasks = [make_task(name) for name in dict.fromkeys(arguments.tasks or preset.tasks[:1])]
-    steps = preset.steps[0] if arguments.steps is None else arguments.steps
-    if steps < 1:
-        raise ValueError(f"--steps (={steps}) must be at least 1.")
-    info = {"command": "train", "tasks": [task.name for task in tasks], "steps": steps}
-    try:
-        with training_session(
-            arguments.out,
-            config,
-            training,
-            force=arguments.force,
-            device=device,
-            tasks=tasks,
-            progress=show_progress(arguments.quiet),
-            label="",
-            info=info,
-        ) as trainer:
-            before = [task.evaluate(trainer.model) for task in tasks]
-            report = trainer.fit(Mixture(tasks), steps)
-            after = [task.evaluate(trainer.model) for task in tasks]
-            final = {f"eval/{t.name}/{t.metric}": v for t, v in zip(tasks, after, strict=True)}
-            assert trainer.writer is not None
-            trainer.writer.log(final, trainer.step)
-    except KeyboardInterrupt:
-        print(f"interrupted; the model so far is in {arguments.out}", file=sys.stderr)
-        return 130
-    write_json(arguments.out / RESULTS_FILE, {**info, "measures": final, "seconds": report.seconds})
-    rows = [
-        (t.name, UNITS[t.metric], format_measure(t.metric, b), format_measure(t.metric, a))
-        for t, b, a in zip(tasks, before, after, strict=True)
-    ]
-    print(format_table(("task", "measure", "untrained", "trained"), rows))
-    print(f"\n{report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s")
-    print(f"run directory: {arguments.out}")
+    plan = make_plan(arguments)
+    with process_group(device), StopSignals() as stop:
+        try:
+            return _train(arguments, plan, device, stop)
+        except (TrainingStopped, KeyboardInterrupt) as stopped:
+            if rank() == 0:
+                said = str(stopped) or "stopped at once"
+                print(
+                    f"{said}; continue with: titanmac train --resume --out {arguments.out}",
+                    file=sys.stderr,
+                )
+            return stop.exit_status
+
+
+def _train(
+    arguments: argparse.Namespace, plan: TrainPlan, device: torch.device, stop: StopSignals
+) -> int:
+    store = CheckpointStore(arguments.out / CHECKPOINTS_DIR, keep=arguments.keep_checkpoints)
+    info = {
+        "command": "train",
+        "source": plan.source,
+        "steps": plan.steps,
+        "tasks": [task.name for task in plan.tasks],
+    }
+    with contextlib.ExitStack() as stack:
+        trainer = stack.enter_context(
+            training_session(
+                arguments.out,
+                plan.model,
+                plan.training,
+                force=arguments.force,
+                device=device,
+                tasks=plan.tasks,
+                progress=show_progress(arguments.quiet),
+                label="",
+                info=info,
+                resume=plan.resume,
+                checkpoints=store,
+                checkpoint_every=arguments.checkpoint_every,
+                stop=stop,
+            )
+        )
+        if rank() == 0:
+            if plan.resume is not None:
+                store.supersede(trainer.step)
+            if plan.source["tokenizer"] != BYTES and plan.resume is None:
+                shutil.copyfile(plan.source["tokenizer"], arguments.out / TOKENIZER_FILE)
+            for logger in _loggers(arguments, info, trainer):
+                stack.callback(logger.close)
+                trainer.add_logger(logger)
+        before = plan.before or _evaluate(trainer, plan)
+        trainer.info = {**info, "before": before}
+        report = trainer.fit(Mixture(plan.tasks), plan.steps)
+        after = _evaluate(trainer, plan)
+        trainer.log(after)
+    if rank() == 0:
+        _conclude(arguments, plan, info, report, before, after)
     return 0
+
+
+def _evaluate(trainer: Trainer, plan: TrainPlan) -> dict[str, float]:
+    """Measures of all tasks, in process 0."""
+    if rank() != 0:
+        return {}
+    return {f"eval/{t.name}/{t.metric}": t.evaluate(trainer.model) for t in plan.tasks}
+
+
+def _loggers(
+    arguments: argparse.Namespace, info: dict[str, Any], trainer: Trainer
+) -> list[TensorBoardLogger | WandbLogger]:
+    loggers: list[TensorBoardLogger | WandbLogger] = []
+    if arguments.tensorboard:
+        loggers.append(TensorBoardLogger(arguments.out / TENSORBOARD_DIR))
+    if arguments.wandb is not None:
+        config = {"model": trainer.model.config.to_dict(), "training": trainer.config.to_dict()}
+        run_id = trainer.writer.run_id if trainer.writer else None
+        options: dict[str, Any] = {"id": run_id, "resume": "allow", "config": {**config, **info}}
+        loggers.append(WandbLogger(arguments.wandb, arguments.out, **options))
+    return loggers
+
+
+def _conclude(
+    arguments: argparse.Namespace,
+    plan: TrainPlan,
+    info: dict[str, Any],
+    report: PhaseReport,
+    before: dict[str, float],
+    after: dict[str, float],
+) -> None:
+    results = {
+        **info,
+        "measures": after,
+        "untrained": before,
+        "seconds": report.seconds,
+        "eval_seconds": report.eval_seconds,
+        "checkpoint_seconds": report.checkpoint_seconds,
+        "tokens": report.tokens,
+        "tokens_per_second": report.tokens_per_second,
+        "topology_frac": report.topology_frac,
+        "peak_memory_bytes": report.peak_memory_bytes,
+        "processes": world_size(),
+    }
+    write_json(arguments.out / RESULTS_FILE, results)
+    rows = []
+    for task in plan.tasks:
+        key = f"eval/{task.name}/{task.metric}"
+        values = (format_measure(task.metric, m[key]) for m in (before, after))
+        rows.append((task.name, UNITS[task.metric], *values))
+    print(format_table(("task", "measure", "untrained", "trained"), rows))
+    print(
+        f"\n{report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s: "
+        f"{report.tokens_per_second:,.0f} tokens/s; topology {report.topology_frac:.1%} of the "
+        f"time, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB"
+    )
+    print(f"run directory: {arguments.out}")

@@ -1,0 +1,20 @@
+"""The newest model of a run directory: the one saved at the end, or the last checkpoint's."""
+
+import json
+from pathlib import Path
+
+from titanmac_integration._checkpoint import CONFIG_FILE
+from titanmac_integration._training_checkpoint import CHECKPOINTS_DIR, CheckpointStore
+
+
+def newest_model(run_dir: Path) -> Path:
+    """The directory whose model was trained longest; ``run_dir`` itself when nothing is there."""
+    steps = CheckpointStore(run_dir / CHECKPOINTS_DIR).steps()
+    if not steps:
+        return run_dir
+    checkpoint = CheckpointStore(run_dir / CHECKPOINTS_DIR).path(steps[-1])
+    try:
+        saved = json.loads((run_dir / CONFIG_FILE).read_bytes())["info"]["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return checkpoint
+    return run_dir if saved >= steps[-1] else checkpoint

@@ -1,0 +1,46 @@
+"""Ctrl-C and the signals of job schedulers: asked to stop, a training saves first."""
+
+import signal
+from types import FrameType
+from typing import Any
+
+from titanmac_integration._training_processes import launched_by_torchrun
+
+
+class StopSignals:
+    """Notes SIGINT and SIGTERM while it is entered; calling it tells whether one has come.
+
+    A second SIGINT stops at once, as Python does, except under torchrun: there it is torchrun that
+    passes the first one on a second time.
+    """
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        """The first signal that came."""
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.signal_number is not None
+
+    @property
+    def exit_status(self) -> int:
+        """What shells report for the signal: 130 after Ctrl-C."""
+        return 128 + (self.signal_number or signal.SIGINT)
+
+    def __enter__(self) -> "StopSignals":
+        for number in (signal.SIGINT, signal.SIGTERM):
+            try:
+                self._previous[number] = signal.signal(number, self._note)
+            except ValueError:  # not in the main thread: then nobody sends us signals
+                break
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        again = self.signal_number is not None
+        self.signal_number = self.signal_number or number
+        if again and number == signal.SIGINT and not launched_by_torchrun():
+            raise KeyboardInterrupt

@@ -1,0 +1,275 @@
+"""``titanmac train`` as a user runs it: killed, interrupted, continued, on files, on full disks."""
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from blockell_format.snapshots import open_run
+from titanmac_integration import load_checkpoint
+from titanmac_integration._cli.signals import StopSignals
+from titanmac_integration.cli import main
+
+SMALL = [
+    *("--d-model", "32", "--n-heads", "4", "--d-ff", "64", "--block-sparse-tile-size", "8"),
+    *("--batch-size", "4", "--seq-len", "16", "--level-periods", "1,2,4", "--device", "cpu"),
+    *("--eval-every", "0", "--log-every", "5", "--dropout", "0.1", "--tasks", "prose"),
+]
+STEPS = 150
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+PYTHON = [sys.executable, "-m", "titanmac_integration"]
+
+
+def train(out: Path, *flags: str) -> int:
+    return main(["train", "--out", str(out), "--quiet", *flags])
+
+
+def start(out: Path) -> subprocess.Popen[str]:
+    flags = ["--steps", str(STEPS), "--checkpoint-every", "10", "--out", str(out)]
+    return subprocess.Popen(
+        [*PYTHON, "train", *SMALL, *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for_checkpoint(process: subprocess.Popen[str], out: Path) -> None:
+    deadline = time.monotonic() + 120
+    while not any((out / "checkpoints").glob("step-*")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline, "no checkpoint within two minutes"
+        time.sleep(0.01)
+
+
+def tensors(out: Path, step: int) -> dict[str, torch.Tensor]:
+    """Everything in a checkpoint."""
+    path = out / "checkpoints" / f"step-{step:08d}"
+    return load_file(path / "model.safetensors") | load_file(path / "state.safetensors")
+
+
+def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name in left:
+        assert torch.equal(left[name], right[name]), name
+
+
+def training_losses(out: Path) -> list[tuple[int, float]]:
+    lines = open_run(out).metrics()
+    return [(line["step"], line["train/loss"]) for line in lines if "train/loss" in line]
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of STEPS steps that nobody disturbed."""
+    out = tmp_path_factory.mktemp("uninterrupted") / "run"
+    assert train(out, *SMALL, "--steps", str(STEPS)) == 0
+    return out
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["kill -9", "Ctrl-C"])
+def test_a_stopped_run_continues_to_the_bit(
+    uninterrupted: Path, tmp_path: Path, how: signal.Signals, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    process = start(out)
+    try:
+        wait_for_checkpoint(process, out)
+        process.send_signal(how)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    if how == signal.SIGINT:
+        assert process.returncode == 130
+        assert "stopped after step " in errors
+        assert f"continue with: titanmac train --resume --out {out}" in errors
+        assert load_checkpoint(out).block_sparse_layers
+    else:
+        assert process.returncode == -signal.SIGKILL
+        assert main(["eval", str(out), "--tasks", "prose", "--device", "cpu"]) == 0
+    assert not (out / "checkpoints" / f"step-{STEPS:08d}").exists()
+    capsys.readouterr()
+
+    assert train(out, "--resume", "--device", "cpu") == 0
+    assert f"{STEPS} steps, {STEPS * 4 * 16:,} tokens" in capsys.readouterr().out
+    assert_same(tensors(out, STEPS), tensors(uninterrupted, STEPS))
+    assert_same(
+        load_file(out / "model.safetensors"), load_file(uninterrupted / "model.safetensors")
+    )
+    runs = open_run(out), open_run(uninterrupted)
+    assert runs[0].problems == []
+    assert runs[0].steps == runs[1].steps
+    assert training_losses(out) == training_losses(uninterrupted)
+    results = [json.loads((path / "results.json").read_text()) for path in (out, uninterrupted)]
+    for key in ("measures", "untrained", "tokens"):
+        assert results[0][key] == results[1][key]
+
+
+def test_a_finished_run_reports_what_it_cost(uninterrupted: Path) -> None:
+    results = json.loads((uninterrupted / "results.json").read_text())
+    assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["seconds"])
+    assert results["peak_memory_bytes"] > 10_000_000
+    assert 0.0 < results["topology_frac"] < 1.0
+    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == ["step-00000150"]
+
+
+def test_going_back_keeps_what_was_there(uninterrupted: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    short = ["--checkpoint-every", "4", "--keep-checkpoints", "3"]
+    assert train(out, *SMALL, "--steps", "12", *short) == 0
+    checkpoints = out / "checkpoints"
+    assert sorted(p.name for p in checkpoints.iterdir()) == [f"step-{s:08d}" for s in (4, 8, 12)]
+    before = tensors(out, 12)
+    assert train(out, "--resume", "4", "--device", "cpu", *short) == 0
+    assert_same(tensors(out, 12), before)
+    names = sorted(p.name for p in checkpoints.iterdir())
+    assert names == [
+        *(f"step-{s:08d}" for s in (4, 8, 12)),
+        *(f"superseded-{s:08d}" for s in (8, 12)),
+    ]
+    assert open_run(out).steps == [0, 4, 8, 12]
+
+
+def test_what_cannot_be_continued_is_explained(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+
+    def refused(*flags: str) -> str:
+        before = (out / "run.json").read_bytes() if out.exists() else b""
+        assert train(out, "--resume", "--device", "cpu", *flags) == 1
+        assert not before or (out / "run.json").read_bytes() == before, "nothing may be written"
+        return capsys.readouterr().err
+
+    assert "holds no checkpoint to continue from" in refused()
+    assert train(out, *SMALL, "--steps", "6", "--checkpoint-every", "3") == 0
+    error = refused("--d-ff", "128", "--lr", "0.5", "--log-every", "1")
+    assert "belongs to another configuration: d_ff is 64 in the checkpoint and 128 here" in error
+    assert "lr is 0.003 in the checkpoint and 0.5 here" in error
+    assert "log_every" not in error
+    assert "task (='arithmetic') differs from that of the check" in refused("--tasks", "arithmetic")
+    assert "holds no checkpoint of step 5; there are 3, 6" in refused("--resume", "5")
+    assert "--resume continues a run and --force replaces it" in refused("--force")
+    assert "--resume (=last) must be the step" in refused("--resume", "last")
+
+    latest = out / "checkpoints" / "step-00000006"
+    for name in ("model.safetensors", "state.safetensors", "state.json"):
+        good = (latest / name).read_bytes()
+        for bad in (
+            good[:-20],
+            b"",
+            good[:-1] + bytes([good[-1] ^ 1]) if "json" not in name else b"{",
+        ):
+            (latest / name).write_bytes(bad)
+            error = refused()
+            assert f"step-00000006 cannot be used: {name}" in error
+            assert "Other checkpoints: steps 3." in error
+        (latest / name).unlink()
+        assert f"cannot be used: {name} cannot be read" in refused()
+        (latest / name).write_bytes(good)
+    content = (latest / "state.json").read_text()
+    (latest / "state.json").write_text(content.replace('"version": 1', '"version": 9'))
+    assert "version 9 is not known" in refused()
+    assert train(out, "--resume", "3", "--device", "cpu") == 0
+    assert_same(tensors(out, 6), load_file(out / "model.safetensors") | tensors(out, 6))
+
+
+@contextlib.contextmanager
+def file_size_limit(size: int) -> Iterator[None]:
+    """No file may grow beyond ``size`` bytes: writing fails as on a full disk."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_leaves_the_old_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    assert train(out, *SMALL, "--steps", "4") == 0
+    whole = tmp_path / "whole"
+    shutil.copytree(out, whole)
+    capsys.readouterr()
+    with file_size_limit(20_000):
+        assert train(out, "--resume", "--steps", "8", "--device", "cpu") == 1
+    error = capsys.readouterr().err
+    assert "the checkpoint of step 8 could not be written" in error
+    assert "File too large" in error
+    assert "Complete checkpoints there: 4." in error
+    assert [p.name for p in (out / "checkpoints").iterdir()] == ["step-00000004"]
+    assert_same(tensors(out, 4), tensors(whole, 4))
+    assert_same(load_file(out / "model.safetensors"), load_file(whole / "model.safetensors"))
+    for path in (out, whole):
+        assert train(path, "--resume", "--steps", "8", "--device", "cpu") == 0
+    assert_same(tensors(out, 8), tensors(whole, 8))
+
+
+def test_training_on_files_and_writing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, text, lines = tmp_path / "run", tmp_path / "a.txt", tmp_path / "b.jsonl"
+    text.write_text("abcdefghijklmnopqrstuvwxyz" * 100)
+    lines.write_text("".join(f'{{"question": "{c}?", "answer": "{c}!"}}\n' for c in "abcdefghij"))
+    flags = [*SMALL[: SMALL.index("--tasks")], "--steps", "250", "--lr", "0.01", "--dropout", "0"]
+    assert train(out, *flags, "--data", str(text), str(lines), "--held-out", "0.2") == 0
+    shown = capsys.readouterr().out
+    assert "text       bits per byte" in shown
+    assert "questions    exact match" in shown
+    assert main(["eval", str(out), "--data", str(text), "--device", "cpu"]) == 0
+    assert "text  bits per byte" in capsys.readouterr().out
+    write = ["generate", str(out), "--prompt", "abcdef", "--max-new-tokens", "5"]
+    assert main([*write, "--device", "cpu"]) == 0
+    assert capsys.readouterr().out == "abcdefghijk\n"
+    assert main(["generate", str(out), "--prompt", ""]) == 1
+    assert "--prompt (='') must hold" in capsys.readouterr().err
+    text.write_text(text.read_text().upper())
+    assert train(out, "--resume", "--device", "cpu", "--steps", "280") == 1
+    assert "data (=" in capsys.readouterr().err
+    text.unlink()
+    assert train(out, "--resume", "--device", "cpu", "--steps", "280") == 1
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_tokenizer_belongs_to_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizers = pytest.importorskip("tokenizers")
+    text = tmp_path / "a.txt"
+    text.write_text("the quick brown fox jumps over the lazy dog. " * 60)
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([text.read_text()], vocab_size=270, show_progress=False)
+    file = tmp_path / "words.json"
+    made.save(str(file))
+    flags = [*SMALL[: SMALL.index("--tasks")], "--steps", "4", "--tokenizer", str(file)]
+    out = tmp_path / "run"
+    assert train(out, *flags) == 1
+    assert "goes with --data" in capsys.readouterr().err
+    assert train(out, *flags, "--data", str(text)) == 0
+    assert load_checkpoint(out).config.vocab_size == 270
+    file.unlink()
+    assert train(out, "--resume", "--steps", "6", "--device", "cpu") == 0
+    assert main(["generate", str(out), "--prompt", "the quick", "--device", "cpu"]) == 0
+    assert "the quick" in capsys.readouterr().out
+
+
+def test_signals_ask_to_stop() -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    with StopSignals() as stop:
+        assert not stop()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop()
+        assert stop.exit_status == 143
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGTERM) == before
