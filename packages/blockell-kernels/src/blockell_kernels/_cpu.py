@@ -45,7 +45,7 @@ def unpack(packed: Tensor, pattern: Pattern) -> Tensor:
     """The inverse of `pack`: [R, slots, B, B], zeros in spare slots."""
     G, B, K, R = pattern.row_group, pattern.B, pattern.num_live, pattern.R
     tiles = packed.view(R // G, G, B, K, B).permute(0, 1, 3, 2, 4).reshape(R, K, B, B)
-    return with_spare_slots(tiles, pattern)
+    return with_spare_slots(tiles, pattern).contiguous()  # the reshape may have been a view
 
 
 def _few_tokens(N: int, pattern: Pattern) -> bool:

@@ -10,6 +10,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from blockell_kernels._activated_ops import activated_linear
+from blockell_kernels._activation import Activation, check_activation
 from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
 from blockell_kernels._eager import eager_linear, plain
 from blockell_kernels._ops import linear_op
@@ -38,9 +40,10 @@ def block_ell_linear(
     index: TransposedIndexLike | None = None,
     probe: Tensor | None = None,
     sample: Sample = "none",
+    activation: Activation = "none",
     backend: str | None = None,
 ) -> Tensor:
-    """y = x W^T + bias for a Block-ELL weight W [R*B, C*B].
+    """y = f(x W^T + bias) for a Block-ELL weight W [R*B, C*B]; by default without an f.
 
     W holds, in block row r, the tiles `values[r, k]` at block columns `col_indices[r, k]`, and is
     zero elsewhere. Differentiable once in `x`, `values` and `bias`; the gradient of `values` covers
@@ -65,6 +68,9 @@ def block_ell_linear(
             (R elements), of |x_c|^2 (C elements), and ||dy_r^T x_c||_F^2 for all blocks, present or
             not (R*C elements, row by row; zeros unless `sample` is "gradient").
         sample: "none", "norms" or "gradient": what the probe collects.
+        activation: f: "none", "gelu" (by the error function), "gelu_tanh", "relu" or "silu"; on the
+            block-sparse GPU kernels a part of the product. For two layers with one between them
+            `block_ell_mlp` does more.
         backend: "auto", "triton", "gathered", "dense" or "reference"; default: the environment
             variable BLOCKELL_BACKEND, else "auto". `explain` tells what is chosen and why. One
             that cannot run is replaced, with one RuntimeWarning.
@@ -76,6 +82,18 @@ def block_ell_linear(
         ValueError: an operand's shape, dtype or device breaks a rule above.
     """
     order, col_start = (None, None) if index is None else (index.order, index.col_start)
+    if activation != "none":
+        check_activation(activation)
+        slots = col_indices.shape[-1] if num_live is None else num_live
+        check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
+        if sample == "none" or (probe is not None and not probe.requires_grad):
+            sample, probe = "none", None
+        requested = "" if backend is None else requested_backend(backend)
+        eager = not torch.compiler.is_compiling() and plain(x, values, col_indices, bias)
+        return activated_linear(
+            eager, x, values, col_indices, bias, probe, order, col_start, row_group, slots, sample,
+            activation, requested,
+        )  # fmt: skip
     if not torch.compiler.is_compiling() and plain(x, values, col_indices, bias):
         if sample == "none":
             probe = None
