@@ -13,6 +13,8 @@ MAX_ALPHA = 0.1
 """Largest share of the memory that one token may erase: a memory must not vanish by accident."""
 MAX_STEP = 1.0
 """Largest 2 theta. With keys of length 1 a step of 1 makes the memory answer exactly."""
+MIN_LOG_ETA = -10.0
+"""Momentum below exp(-10) is none; sums of larger logarithms would cost float32 its digits."""
 START_ALPHA, START_ETA, START_STEP = 0.001, 0.1, 0.5
 """Values of the gates before training; half of a memory lasts about 700 tokens."""
 
@@ -33,7 +35,7 @@ class Gates(NamedTuple):
         alpha, eta, theta = logits.unbind(0)
         return cls(
             torch.log1p(-MAX_ALPHA * torch.sigmoid(alpha)),
-            torch.nn.functional.logsigmoid(eta),
+            torch.nn.functional.logsigmoid(eta).clamp(min=MIN_LOG_ETA),
             max_step * torch.sigmoid(theta),
         )
 

@@ -1,0 +1,249 @@
+"""Language modelling: TitanMAC `small` against a plain GPT, sparse against dense, moving blocks
+against fixed ones.
+
+Every model sees the same bytes in the same order, with the same optimizer, schedule and number of
+steps; `--lrs` are tried for each alike. The GPT is torch's own nn.TransformerEncoder with learned
+positions and full causal attention; its MLPs are as wide as it takes to have as many parameters.
+
+    python benchmarks/lm_sanity.py --texts prose shakespeare.txt --out out
+
+One JSON line per run goes to OUT/lm.jsonl. A text is split by position: the last tenth validates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from cms_topology import TopologyManager
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration._prose import load_prose
+
+SEQUENCE, DROPOUT, WEIGHT_DECAY = 512, 0.1, 0.1
+DENSE = {"MAC", "MAG", "MAL", "none"}
+MODELS = ["gpt", "none", "MAC", "MAG", "MAL"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    model: str
+    text: str
+    lr: float
+    seed: int
+
+
+class GPT(nn.Module):
+    """A plain GPT of torch's own parts, tied head."""
+
+    def __init__(self, d_model: int, n_heads: int, n_layers: int, d_ff: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(256, d_model)
+        self.positions = nn.Embedding(SEQUENCE, d_model)
+        layer = nn.TransformerEncoderLayer(
+            d_model, n_heads, d_ff, DROPOUT, "gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(
+            layer, n_layers, nn.LayerNorm(d_model), enable_nested_tensor=False
+        )
+        self.dropout = nn.Dropout(DROPOUT)
+        for name, parameter in self.named_parameters():
+            # each layer its own draw (the encoder copies the first one), GPT-2's spread
+            if parameter.ndim == 2:
+                nn.init.normal_(parameter, std=0.02)
+                if name.endswith(("linear2.weight", "out_proj.weight")):
+                    parameter.data /= math.sqrt(2 * n_layers)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
+        length = tokens.shape[1]
+        mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
+        x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        x = self.layers(self.dropout(x), mask=mask, is_causal=True)
+        logits = functional.linear(x, self.embedding.weight)
+        predictions = logits[:, :-1].flatten(0, 1).float()
+        return {"loss": functional.cross_entropy(predictions, labels[:, 1:].flatten())}
+
+
+def titan(variant: str, **changes: object) -> TitanMACConfig:
+    memory = {"use_neural_memory": False} if variant == "none" else {"titans_variant": variant}
+    return TitanMACConfig.preset("small", **{"dropout": DROPOUT, **memory, **changes})
+
+
+def make_model(name: str, seed: int, device: str) -> tuple[nn.Module, bool]:
+    """The model, and whether its blocks move.
+
+    Names: gpt, a variant, or variant:density:tile:group:(static|dynamic).
+    """
+    if name.startswith("gpt"):
+        like = create_titanmac_model(titan(name[4:] or "MAG"), device="meta")
+        shape = like.config
+        fixed = sum(p.numel() for p in GPT(384, shape.n_heads, shape.n_layers, 16).parameters())
+        per_unit = shape.n_layers * (2 * shape.d_model + 1)
+        width = 16 + 8 * round((like.num_parameters - fixed) / per_unit / 8)
+        torch.manual_seed(seed)
+        return GPT(shape.d_model, shape.n_heads, shape.n_layers, width).to(device), False
+    variant, *sparse = name.split(":")
+    changes: dict[str, object] = {}
+    if sparse:
+        density, tile, group, _ = sparse
+        changes = {
+            "use_block_sparse": True,
+            "block_sparse_density": float(density),
+            "block_sparse_tile_size": int(tile),
+            "block_sparse_row_group": "auto" if group == "auto" else int(group),
+            "block_sparse_layers": None,
+        }
+    model = create_titanmac_model(titan(variant, **changes), seed=seed, device=device)
+    torch.manual_seed(seed)
+    return model, bool(sparse) and sparse[3] == "dynamic"
+
+
+def load_text(name: str) -> torch.Tensor:
+    text = load_prose() if name == "prose" else Path(name).read_text(encoding="utf-8")
+    return torch.tensor(list(text.encode()), dtype=torch.long)
+
+
+def windows(data: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
+    starts = torch.randint(len(data) - SEQUENCE, (size,), generator=generator)
+    return data[starts[:, None] + torch.arange(SEQUENCE)]
+
+
+def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
+    device = options.device
+    data = load_text(cell.text)
+    cut = len(data) * 9 // 10
+    train_data, held_out = data[:cut].to(device), data[cut:].to(device)
+    steps = options.steps[options.texts.index(cell.text) % len(options.steps)]
+    model, dynamic = make_model(cell.model, cell.seed, device)
+    decayed = [p for p in model.parameters() if p.ndim >= 2]
+    others = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0}],
+        lr=cell.lr,
+        betas=(0.9, 0.95),
+        fused=device != "cpu",
+    )
+    manager = None
+    if dynamic:
+        manager = TopologyManager(model, optimizer, periods=(1, 10, 50), seed=cell.seed)
+    for module in model.modules():
+        if hasattr(module, "collect_candidates") and manager is None:
+            module.collect_candidates = False
+    generator = torch.Generator().manual_seed(cell.seed)
+    curve, swaps, losses = [], [], []
+    torch.cuda.reset_peak_memory_stats() if device != "cpu" else None
+    started, evaluating = time.perf_counter(), 0.0
+    for step in range(1, steps + 1):
+        rate = min(1.0, step / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
+        for group in optimizer.param_groups:
+            group["lr"] = cell.lr * rate
+        tokens = windows(train_data, options.batch_size, generator)
+        optimizer.zero_grad()
+        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
+            loss = model(tokens, tokens)["loss"]
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        losses.append(loss.detach())
+        if manager is not None:
+            report = manager.step()
+            if report.swap_rate is not None:
+                swaps.append(round(report.swap_rate, 4))
+        if step % options.every == 0 or step == steps:
+            before = time.perf_counter()
+            curve.append((step, round(evaluate(model, held_out, options), 4)))
+            evaluating += time.perf_counter() - before
+            print(cell, curve[-1], f"train {loss.item():.3f}", flush=True)
+    result = {
+        **dataclasses.asdict(cell),
+        "text": Path(cell.text).stem,
+        "steps": steps,
+        "batch_size": options.batch_size,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "validation": curve[-1][1],
+        "best_validation": min(value for _, value in curve),
+        "train": round(torch.stack(losses[-20:]).mean().item(), 4),
+        "curve": curve,
+        "swap_rates": swaps,
+        "seconds": round(time.perf_counter() - started - evaluating, 1),
+        "peak_mib": round(torch.cuda.max_memory_allocated() / 2**20) if device != "cpu" else None,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+    }
+    with (out / "lm.jsonl").open("a") as file:
+        file.write(json.dumps(result) + "\n")
+
+
+@torch.no_grad()
+def evaluate(model: nn.Module, held_out: torch.Tensor, options: argparse.Namespace) -> float:
+    """Mean loss of evenly spaced windows, nats per byte."""
+    model.eval()
+    starts = torch.linspace(0, len(held_out) - SEQUENCE, options.eval_windows).long()
+    rows = held_out[starts[:, None] + torch.arange(SEQUENCE)]
+    total = 0.0
+    for part in rows.split(options.batch_size):
+        with torch.autocast(rows.device.type, dtype=torch.bfloat16):
+            total += model(part, part)["loss"].item() * len(part)
+    model.train()
+    return total / len(rows)
+
+
+def work(queue: torch.multiprocessing.Queue, options: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    while not queue.empty():
+        try:
+            cell = queue.get(timeout=1)
+        except Exception:
+            return
+        try:
+            run_cell(cell, options, options.out)
+        except Exception as error:  # one bad cell shall not cost the others
+            print("FAILED", cell, repr(error)[:500], flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--models", nargs="+", default=MODELS)
+    parser.add_argument("--texts", nargs="+", default=["prose"])
+    parser.add_argument("--steps", nargs="+", type=int, default=[400], help="per text")
+    parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--eval-windows", type=int, default=64)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = [
+        Cell(model, text, lr, seed)
+        for seed, lr, text, model in itertools.product(
+            options.seeds, options.lrs, options.texts, options.models
+        )
+    ]
+    if options.jobs == 1:
+        for cell in cells:
+            run_cell(cell, options, options.out)
+        return
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    for cell in cells:
+        queue.put(cell)
+    workers = [context.Process(target=work, args=(queue, options)) for _ in range(options.jobs)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+
+
+if __name__ == "__main__":
+    main()

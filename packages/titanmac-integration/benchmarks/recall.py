@@ -1,0 +1,153 @@
+"""Associative recall beyond the attention's reach: does the neural memory remember?
+
+A sequence is a list of pairs (key, value), then filler, then the keys again in another order. The
+model must name each key's value. The filler is longer than what window attention can carry through
+all layers, so without a memory nothing better than guessing a value is possible.
+
+    python benchmarks/recall.py --variants none MAC MAG MAL --seeds 0 1 2 --steps 1500 --out out
+
+One JSON line per run goes to OUT/recall.jsonl; `--jobs N` runs N processes at a time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+
+KEYS, VALUES, PAIRS = 32, 32, 8
+WINDOW, LAYERS = 16, 2
+FILLER_TOKEN = KEYS + VALUES
+FILLER = 64  # tokens; attention alone carries information over LAYERS * (WINDOW - 1) = 30
+IGNORED = -100
+
+
+def config(variant: str, depth: int, chunk: int) -> TitanMACConfig:
+    return TitanMACConfig(
+        vocab_size=KEYS + VALUES + 1,
+        d_model=64,
+        n_heads=4,
+        n_layers=LAYERS,
+        d_ff=256,
+        max_seq_len=4 * PAIRS + FILLER,
+        window_size=WINDOW,
+        n_persistent=2,
+        use_neural_memory=variant != "none",
+        titans_variant="MAC" if variant == "none" else variant,
+        segment_size=WINDOW,
+        memory_heads=2,
+        memory_width=32,
+        memory_depth=depth,
+        memory_chunk_size=chunk,
+    )
+
+
+def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels [size, T]; only the values asked for count."""
+    keys = torch.rand(size, KEYS, generator=generator).argsort(1)[:, :PAIRS]
+    values = torch.randint(VALUES, (size, PAIRS), generator=generator) + KEYS
+    shown = torch.stack((keys, values), dim=2).flatten(1)
+    order = torch.rand(size, PAIRS, generator=generator).argsort(1)
+    asked = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=2).flatten(1)
+    filler = torch.full((size, FILLER), FILLER_TOKEN)
+    tokens = torch.cat((shown, filler, asked), dim=1)
+    labels = torch.full_like(tokens, IGNORED)
+    first = 2 * PAIRS + FILLER
+    labels[:, first + 1 :: 2] = tokens[:, first + 1 :: 2]
+    return tokens, labels
+
+
+def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
+    device = options.device
+    model = create_titanmac_model(config(variant, options.depth, options.chunk), seed=seed, device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
+    generator = torch.Generator().manual_seed(1000 + seed)
+    held_out = [batch(512, torch.Generator().manual_seed(7)) for _ in range(1)]
+    curve = []
+    started = time.perf_counter()
+    for step in range(1, options.steps + 1):
+        rate = min(1.0, step / 100) * max(0.05, 1 - step / options.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = options.lr * rate
+        tokens, labels = (x.to(device) for x in batch(options.batch_size, generator))
+        optimizer.zero_grad()
+        loss = model(tokens, labels)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if step % options.every == 0 or step == options.steps:
+            curve.append((step, round(accuracy(model, held_out, device), 4)))
+            print(variant, seed, step, f"{loss.item():.3f}", curve[-1][1], flush=True)
+    return {
+        "variant": variant,
+        "depth": options.depth if variant != "none" else None,
+        "seed": seed,
+        "steps": options.steps,
+        "lr": options.lr,
+        "batch_size": options.batch_size,
+        "parameters": model.num_parameters,
+        "accuracy": curve[-1][1],
+        "curve": curve,
+        "seconds": round(time.perf_counter() - started, 1),
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
+    }
+
+
+@torch.no_grad()
+def accuracy(model: torch.nn.Module, batches: list, device: str) -> float:
+    right = total = 0
+    model.eval()
+    for tokens, labels in batches:
+        predicted = model(tokens.to(device))["logits"][:, :-1].argmax(-1).cpu()
+        counted = labels[:, 1:] != IGNORED
+        right += int((predicted == labels[:, 1:])[counted].sum())
+        total += int(counted.sum())
+    model.train()
+    return right / total
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--variants", nargs="+", default=["none", "MAC", "MAG", "MAL"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--every", type=int, default=100)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--depth", type=int, default=1)
+    parser.add_argument("--chunk", type=int, default=16)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    cells = list(itertools.product(options.seeds, options.variants))
+    if len(cells) == 1 or options.jobs == 1:
+        for seed, variant in cells:
+            result = train(variant, seed, options)
+            with (options.out / "recall.jsonl").open("a") as file:
+                file.write(json.dumps(result) + "\n")
+        return
+    running: list[subprocess.Popen] = []
+    for seed, variant in cells:
+        while len([p for p in running if p.poll() is None]) >= options.jobs:
+            time.sleep(0.2)
+        arguments = [sys.executable, __file__, "--variants", variant, "--seeds", str(seed)]
+        for name in ("steps", "every", "batch_size", "lr", "depth", "chunk", "device", "out"):
+            arguments += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+        running.append(subprocess.Popen(arguments))
+    for process in running:
+        process.wait()
+
+
+if __name__ == "__main__":
+    main()
