@@ -129,15 +129,17 @@ class DeepMomentumStep:
 
         self._learn(index, [normalised(i, s) for i, s in enumerate(self._strides(parameters))])
         for i, parameter in enumerate(parameters):
+            wide = self.weights[index]["w1"].dtype
             step = torch.empty(parameter.numel(), dtype=parameter.dtype, device=parameter.device)
-            length = torch.zeros((), device=parameter.device, dtype=torch.float32)
+            squares = torch.zeros((), dtype=wide, device=parameter.device)
             for start in range(0, parameter.numel(), _CHUNK):
                 part = slice(start, start + _CHUNK)
                 u, a = normalised(i, part)
                 step[part] = direction(self.weights[index], u, a)
-                length += a.float().square().sum()
+                squares += a.to(wide).square().sum()
             if self.config.keep_length:
-                step *= (length.sqrt() / step.float().norm().clamp(min=1e-30)).to(step.dtype)
+                length = step.to(wide).norm().clamp(min=torch.finfo(wide).tiny)
+                step *= (squares.sqrt() / length).to(step.dtype)
             parameter.mul_(1 - group["lr"] * group["weight_decay"])
             parameter.add_(step.view_as(parameter) * -group["lr"])
 

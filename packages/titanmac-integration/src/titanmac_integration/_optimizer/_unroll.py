@@ -87,24 +87,24 @@ def unrolled_loss(
     particles = _particles(optimizer, wrapped)
     fixed = {name: p.detach() for name, p in wrapped.named_parameters() if not p.requires_grad}
 
-    def loss_of(batch: Any) -> Tensor:
-        values = {particle.name: particle.value for particle in particles}
+    def loss_of(batch: Any, values: Sequence[Tensor]) -> Tensor:
+        named = {particle.name: v for particle, v in zip(particles, values, strict=True)}
         # tied weights are exchanged in every place where they are used
-        loss = torch.func.functional_call(wrapped, {**fixed, **buffers, **values}, (batch,))
+        loss = torch.func.functional_call(wrapped, {**fixed, **buffers, **named}, (batch,))
         if loss.ndim:
             raise ValueError(f"loss_fn (shape {tuple(loss.shape)}) must return a scalar loss.")
         return loss
 
     with _twice_differentiable(model), torch.enable_grad():
         for number, batch in enumerate(train_batches, start=optimizer.global_step + 1):
+            # Aliases, so that the gradient is this step's alone: a slow parameter is the same
+            # tensor as in the step before, whose update of the fast ones depends on it, too.
+            aliases = [particle.value.view_as(particle.value) for particle in particles]
             gradients = torch.autograd.grad(
-                loss_of(batch),
-                [particle.value for particle in particles],
-                create_graph=second_order,
-                allow_unused=True,
+                loss_of(batch, aliases), aliases, create_graph=second_order, allow_unused=True
             )
             _advance(optimizer, particles, gradients, number)
-        return loss_of(val_batch)
+        return loss_of(val_batch, [particle.value for particle in particles])
 
 
 def _particles(optimizer: DeepNestedOptimizer, wrapped: nn.Module) -> list[_Particle]:
