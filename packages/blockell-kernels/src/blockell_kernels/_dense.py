@@ -9,6 +9,7 @@ the weight. The buffer lives for the duration of one call, or from a forward pas
 from __future__ import annotations
 
 import math
+import threading
 from types import ModuleType
 
 import torch
@@ -20,6 +21,16 @@ from blockell_kernels._stats import block_grad_norms_sq, norms_sq_of_rows, rows_
 
 WHOLE_GRADIENT_BYTES = 2**24
 """Below this size a dense gradient is computed whole at any density."""
+
+
+_thread = threading.local()
+
+
+def _prepare_thread(t: Tensor) -> None:
+    """Give a thread of autograd's a CUDA context: cuBLAS warns if it has to do so itself."""
+    if t.is_cuda and not getattr(_thread, "prepared", False):
+        torch.cuda.Event().record()
+        _thread.prepared = True
 
 
 def _check_columns(pattern: Pattern) -> None:
@@ -77,6 +88,7 @@ class DenseBackend(Backend):
 
     def grad_input_by(self, weight: Tensor, dy: Tensor) -> Tensor:
         """`grad_input` by a weight that is dense already."""
+        _prepare_thread(dy)
         return torch.mm(dy, weight)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
@@ -87,6 +99,7 @@ class DenseBackend(Backend):
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         if kernels := gpu_blocks(x, pattern.B):
+            _prepare_thread(x)
             chunks = grad_chunks(pattern, x.element_size())
             if chunks == 1:
                 return kernels.from_dense(torch.mm(dy.T, x), pattern)

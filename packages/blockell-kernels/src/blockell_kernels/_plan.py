@@ -200,6 +200,11 @@ def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested
     return plan
 
 
+def forget() -> None:
+    """Decide anew from here on."""
+    _plans.clear()
+
+
 def _make(
     dtype: torch.dtype,
     device: torch.device,

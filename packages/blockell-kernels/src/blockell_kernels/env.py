@@ -13,6 +13,7 @@ import platform
 
 import torch
 
+from blockell_kernels import _tuning
 from blockell_kernels._backends import BACKEND_NAMES, ENV_VAR, SPARSE_ON, unavailable
 
 
@@ -35,6 +36,18 @@ def version_of(distribution: str) -> str | None:
     except importlib.metadata.PackageNotFoundError:
         found = importlib.util.find_spec(distribution.replace("-", "_"))
         return "not installed, but importable" if found else None
+
+
+def tuning(device: str) -> str:
+    """Where a device's tuning cache lies, and what it holds."""
+    path = _tuning.file_for(device)
+    if path is None:
+        return f"switched off by {_tuning.ENV_VAR}"
+    table = _tuning.table_for(device)
+    if table is None:
+        return f"none at {path}"
+    count = sum(len(rows) for rows in table.cells.values())
+    return f"{count} measurements, {table.date}, {path}"
 
 
 def diagnostics() -> list[tuple[str, str]]:
@@ -60,6 +73,8 @@ def diagnostics() -> list[tuple[str, str]]:
             )
     else:
         facts.append(("cuda devices", "none visible"))
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        facts.append((f"tuning cache cuda:{i}", tuning(torch.cuda.get_device_name(i))))
     facts.append((ENV_VAR, os.environ.get(ENV_VAR) or "not set (auto)"))
     for name in BACKEND_NAMES:
         if name != "auto":

@@ -29,6 +29,19 @@ def test_scatter_writes_every_element(make_problem, shape, dtype):
     assert torch.equal(dense, _dense.to_dense(problem.values, problem.pattern))
 
 
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s["B"] >= 16], ids=str)
+def test_large_weights_are_written_once(make_problem, monkeypatch, shape):
+    monkeypatch.setattr(_blocks, "_LARGE_WEIGHT", 0)
+    problem = make_problem(**shape, dtype=torch.bfloat16)
+    problem.values[:, shape["K"] :] = float("nan")
+    dense = _blocks.to_dense(problem.values, problem.pattern)
+    assert torch.equal(dense, _dense.to_dense(problem.values.cpu(), on_cpu(problem)).to(dense))
+
+
+def on_cpu(problem):
+    return problem.pattern._replace(col_indices=problem.cols)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_gather_undoes_scatter_and_zeroes_spare_slots(make_problem, shape):
     problem = make_problem(**shape)

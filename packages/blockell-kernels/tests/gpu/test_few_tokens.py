@@ -53,19 +53,22 @@ def strips_of(problem):
     return [_few_tokens.strip_for(Case(d, p.device, p.dtype, *sizes)) for d in directions]
 
 
-@pytest.mark.parametrize("strip", STRIPS.values(), ids=STRIPS)
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+SOME = ("tile 8 grouped, spare", "tile 16, many columns")
+CASES = [(s, k) for s in SHAPES for k in STRIPS if CUDA or k == "parts" or s in SOME]
+
+
+@pytest.mark.parametrize(("shape", "strip"), CASES)
 def test_products_match_the_reference(make_problem, error, shape, strip):
-    problem = make_problem(**shape)
+    problem = make_problem(**SHAPES[shape])
     expected = problem.expected()
-    for name, actual in products(problem, [strip] * 3).items():
+    for name, actual in products(problem, [STRIPS[strip]] * 3).items():
         assert error(actual, expected[name]) < 2e-6, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("shape", SHAPES if CUDA else SOME)
 def test_with_the_strips_that_are_chosen(make_problem, error, shape, dtype):
-    problem = make_problem(**shape, dtype=dtype)
+    problem = make_problem(**SHAPES[shape], dtype=dtype)
     expected, by_dense = problem.expected(), problem.by_dense()
     # The interpreter rounds results to bfloat16 towards zero, a GPU to nearest.
     slack = 2.5 if dtype == torch.bfloat16 and not CUDA else 1.1

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from blockell_kernels import _tuning
 from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import _blocks, _few_tokens, _forward, _grad_input, _grad_values
 from blockell_kernels._triton._device import INTERPRETED
-from blockell_kernels._triton._rule import verdict
+from blockell_kernels._triton._rule import arithmetic, verdict
 from blockell_kernels._triton._tilings import tiling_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -36,6 +37,9 @@ class TritonBackend(Backend):
         return None
 
     def verdict(self, case: Case) -> Verdict:
+        tuned = _tuning.verdict(case, arithmetic(case))
+        if tuned is not None:
+            return tuned
         return _few_tokens.verdict(case) if _few_tokens.takes(case) else verdict(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:

@@ -39,9 +39,9 @@ def few_forward(
     RUN: tl.constexpr = B if B < BK else BK
     pn, part = tl.program_id(0), tl.program_id(1)
     m, n, kk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    # Masked, not repeated: sixteen copies of one line cost more than sixteen lines.
     inside = (m < N)[:, None]
-    # Rows past the end repeat the last token and are dropped at the store.
-    x_rows = x_ptr + tl.minimum(m, N - 1).to(tl.int64)[:, None] * stride_xn
+    x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xn
     out = pn * BN_LIVE + n % BN_LIVE
     w_rows = values_ptr + ((out // B).to(tl.int64) * slots * B + out % B)[None, :] * B
     row_cols = cols_ptr + ((pn * BN_LIVE) // B).to(tl.int64) * slots
@@ -56,10 +56,11 @@ def few_forward(
         w_cols = (q // B) * (B * B) + q % B
         w_cols = tl.max_contiguous(tl.multiple_of(w_cols, RUN), RUN)
         if EVEN:
-            x = tl.load(x_rows + x_cols[None, :] * stride_xk)
+            x = tl.load(x_rows + x_cols[None, :] * stride_xk, inside, other=0.0)
             w = tl.load(w_rows + w_cols[:, None])
         else:
-            x = tl.load(x_rows + x_cols[None, :] * stride_xk, (q < end)[None, :], other=0.0)
+            present = inside & (q < end)[None, :]
+            x = tl.load(x_rows + x_cols[None, :] * stride_xk, present, other=0.0)
             w = tl.load(w_rows + w_cols[:, None], (q < end)[:, None], other=0.0)
         if UPCAST:
             x, w = x.to(tl.float32), w.to(tl.float32)
@@ -95,7 +96,8 @@ def few_grad_input(
     RUN: tl.constexpr = B if B < BK else BK
     pn, part = tl.program_id(0), tl.program_id(1)
     m, n, kk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
-    dy_rows = dy_ptr + tl.minimum(m, N - 1).to(tl.int64)[:, None] * stride_dn
+    inside = (m < N)[:, None]
+    dy_rows = dy_ptr + m.to(tl.int64)[:, None] * stride_dn
     c, offset = (pn * BN_LIVE) // B, (pn * BN_LIVE) % B
     w_cols = tl.max_contiguous(tl.multiple_of(offset + n % BN_LIVE, BN_LIVE), BN_LIVE)
     start = tl.load(col_start_ptr + c)
@@ -112,15 +114,15 @@ def few_grad_input(
         w_rows = slot.to(tl.int64) * (B * B) + (q % B) * B
         slot = tl.load(order_ptr + start + tl.minimum((q + BK) // B, last))
         present = q < end
-        dy = tl.load(dy_rows + dy_cols[None, :] * stride_dk, present[None, :], other=0.0)
+        valid = inside & present[None, :]
+        dy = tl.load(dy_rows + dy_cols[None, :] * stride_dk, valid, other=0.0)
         w = tl.load(values_ptr + w_rows[:, None] + w_cols[None, :], present[:, None], other=0.0)
         if UPCAST:
             dy, w = dy.to(tl.float32), w.to(tl.float32)
         acc = tl.dot(dy, w, acc, input_precision=PRECISION)
     base = out_ptr + part.to(tl.int64) * N * in_features
     target = base + m.to(tl.int64)[:, None] * in_features + (c * B + offset + n)[None, :]
-    inside = (m < N)[:, None] & (n < BN_LIVE)[None, :]
-    tl.store(target, acc.to(out_ptr.dtype.element_ty), inside)
+    tl.store(target, acc.to(out_ptr.dtype.element_ty), inside & (n < BN_LIVE)[None, :])
 
 
 @triton.jit(do_not_specialize=["N"])
