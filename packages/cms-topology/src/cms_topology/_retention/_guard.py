@@ -176,7 +176,7 @@ class RetentionGuard:
     def metrics(self) -> dict[str, float]:
         """Figures of the last projection, for a log."""
         drifts = torch.cat([batch.last_drift for batch in self._batches])
-        tight = torch.cat([batch.last_multiplier > 0 for batch in self._batches])
+        tight = torch.cat([batch.multiplier > 0 for batch in self._batches])
         figures = {
             "retention/drift_mean": float(drifts.mean()),
             "retention/drift_max": float(drifts.max()),
@@ -203,13 +203,7 @@ class RetentionGuard:
     def state_dict(self) -> dict[str, Any]:
         """Anchors, what is pending in the interval, and the step; the memory has its own state."""
         weights = {
-            weight.name: {
-                "columns": state.columns,
-                "anchor": state.anchor,
-                "reference": state.reference,
-                "scale": state.scale,
-                "debt": state.debt,
-            }
+            weight.name: state.tensors()
             for batch in self._batches
             for weight, state in zip(batch.weights, batch.states(), strict=True)
         }

@@ -1,7 +1,7 @@
 """Layers of one shape, projected together.
 
-Legend: L layers, G units of a layer, m rows of a unit, n inputs of a unit; U [n, n] eigenvectors
-and s [n] eigenvalues of the covariance of a unit's inputs, K = U diag(s) U^T.
+Legend: L layers, G units of a layer, m rows of a unit, n inputs of a unit, r leading directions U
+[n, r] of a unit's inputs with eigenvalues s [r]; the directions beside them share one eigenvalue.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
@@ -30,16 +31,25 @@ class ProjectionBatch:
     def __init__(self, weights: Sequence[ProtectedWeight], states: Sequence[WeightState]) -> None:
         self.weights = list(weights)
         self._columns = [state.columns for state in states]
+        self._ranks = [state.basis.rank for state in states]
         self.anchor = torch.stack([state.anchor for state in states])
+        """[L, G, m, n]."""
         self.reference = self.anchor
+        """[L, G, m, n]; the anchor itself as long as nothing has been projected."""
         if any(state.reference is not state.anchor for state in states):
             self.reference = torch.stack([state.reference for state in states])
-        self.basis = torch.stack([state.basis for state in states])
-        self.spectrum = torch.stack([state.spectrum for state in states])
+        bases = [state.basis.padded(max(self._ranks)) for state in states]
+        self.vectors = torch.stack([basis.vectors for basis in bases])
+        """[L, G, n, r]."""
+        values = torch.stack([basis.values for basis in bases])
+        rest = torch.stack([basis.rest for basis in bases])
+        self.spectrum = torch.cat((values, rest[:, :, None]), 2)
+        """float64 [L, G, r + 1]: eigenvalues of the leading directions and of all the others."""
         self.scale = torch.stack([state.scale for state in states])
+        """float64 [L]: tr(W K W^T) of the anchor, the unit of relative drift."""
         self.debt = torch.stack([state.debt for state in states])
+        self.multiplier = torch.stack([state.multiplier for state in states])
         self.last_drift = torch.zeros_like(self.scale)
-        self.last_multiplier = torch.zeros_like(self.scale)
 
     def states(self) -> list[WeightState]:
         """What is known of each weight matrix now; views, not copies."""
@@ -49,10 +59,12 @@ class ProjectionBatch:
                 self._columns[i],
                 anchor,
                 anchor if same else self.reference[i],
-                self.basis[i],
-                self.spectrum[i],
+                Eigenbasis(self.vectors[i], self.spectrum[i, :, :-1], self.spectrum[i, :, -1]).cut(
+                    self._ranks[i]
+                ),
                 self.scale[i],
                 self.debt[i],
+                self.multiplier[i],
             )
             for i, anchor in enumerate(self.anchor)
         ]
@@ -64,7 +76,7 @@ class ProjectionBatch:
     @property
     def num_bytes(self) -> int:
         """Bytes this batch holds beside the model."""
-        held = [self.anchor, self.basis, self.spectrum]
+        held = [self.anchor, self.vectors, self.spectrum]
         if self.reference is not self.anchor:
             held.append(self.reference)
         return sum(t.numel() * t.element_size() for t in held)
@@ -77,43 +89,50 @@ class ProjectionBatch:
     def project(self, eps: float | None, budget: float | None) -> None:
         """Replace the weights by what the controls leave of them; no host synchronisation.
 
+        With C the displacement's coefficients along U, a control is a factor per direction, and
+        what it takes away is added to the weights: they keep every bit where it takes nothing.
+
         Args:
             eps: None: no control of the update.
             budget: relative drift; None: no control of the displacement.
         """
         now = self.read()
         moved = now - self.anchor
-        coefficients = self._to_basis(moved)
-        changed = None
+        C = self._coefficients(moved)
+        kept = C
+        taken: Tensor | None = None
         if eps is not None:
-            update = self._to_basis(now - self.reference)
-            # removed share s / (s + eps): exact for eps = 0 too, where a direction without energy
-            # stays free
+            update = now - self.reference
+            # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-            coefficients = coefficients - update * removed[:, :, None].to(update)
-        energy = _energy(coefficients)
+            kept = kept - self._coefficients(update) * _per_row(removed[:, :, :-1], C)
+            taken = update * _per_row(removed[:, :, -1:], C)
+            moved = moved - taken
+            C = self._coefficients(moved)
+        energy = _energy(kept, C, moved)
         if budget is not None:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
             left = (budget * self.scale - self.debt).clamp(min=0.01 * budget * self.scale)
-            factor, self.last_multiplier = shrink(self.spectrum, energy, left)
-            if eps is None:
-                changed = self.last_multiplier > 0
-            coefficients = coefficients * factor[:, :, None].to(coefficients)
+            factor, self.multiplier = shrink(self.spectrum, energy, left, self.multiplier)
             energy = energy * factor.square()
+            outside = _per_row(factor[:, :, -1:], C)
+            kept = kept * _per_row(factor[:, :, :-1], C)
+            correction = self._back(kept - C * outside) + moved * (outside - 1)
+        else:
+            correction = self._back(kept - C)
+        if taken is not None:
+            correction = correction - taken
         self.last_drift = (self.debt + drift(self.spectrum, energy)) / self.scale
-        result = self.anchor + self._from_basis(coefficients)
-        if changed is not None:
-            # a layer within its budget keeps its weights to the bit
-            result = torch.where(changed[:, None, None, None], result, now)
-        self._write(result)
+        self._write(now + correction)
         if eps is not None:
             self.reference = self.read()
 
     @torch.no_grad()
     def measure(self) -> Tensor:
         """Relative drift of the weights as they are, float64 [L]."""
-        energy = _energy(self._to_basis(self.read() - self.anchor))
-        return (self.debt + drift(self.spectrum, energy)) / self.scale
+        moved = self.read() - self.anchor
+        C = self._coefficients(moved)
+        return (self.debt + drift(self.spectrum, _energy(C, C, moved))) / self.scale
 
     def _write(self, result: Tensor) -> None:
         for weight, units, anchor in zip(self.weights, result, self.anchor, strict=True):
@@ -121,17 +140,31 @@ class ProjectionBatch:
                 units[0, weight.rows] = anchor[0, weight.rows]
             weight.write(units)
 
-    def _to_basis(self, moved: Tensor) -> Tensor:
-        return _bmm(moved, self.basis)
+    def _coefficients(self, moved: Tensor) -> Tensor:
+        """Along the leading directions: [L, G, m, n] -> [L, G, m, r]."""
+        return torch.matmul(moved, self.vectors)
 
-    def _from_basis(self, coefficients: Tensor) -> Tensor:
-        return _bmm(coefficients, self.basis.mT)
-
-
-def _energy(coefficients: Tensor) -> Tensor:
-    """Sum over the rows of the squares: [L, G, m, n] -> float64 [L, G, n]."""
-    return coefficients.square().sum(2).double()
+    def _back(self, coefficients: Tensor) -> Tensor:
+        return torch.matmul(coefficients, self.vectors.mT)
 
 
-def _bmm(a: Tensor, b: Tensor) -> Tensor:
-    return torch.bmm(a.flatten(0, 1), b.flatten(0, 1)).view(a.shape)
+def _energy(kept: Tensor, C: Tensor, moved: Tensor) -> Tensor:
+    """Sum over the rows of the squares along each direction, and of all others together.
+
+    Args:
+        kept: coefficients along the leading directions, [L, G, m, r].
+        C: what those of `moved` are, which tells how much of it is outside.
+        moved: [L, G, m, n].
+
+    Returns:
+        float64 [L, G, r + 1].
+    """
+    inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
+    outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
+    along = torch.linalg.vector_norm(kept, dim=2).double().square()
+    return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
+
+
+def _per_row(factor: Tensor, like: Tensor) -> Tensor:
+    """[L, G, k] -> [L, G, 1, k] in the weights' precision."""
+    return factor[:, :, None].to(like)

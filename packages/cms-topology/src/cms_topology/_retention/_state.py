@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cms_topology._retention._basis import Eigenbasis, eigenbasis
 from cms_topology._retention._compensation import absorb
 from cms_topology._retention._units import ProtectedWeight
 
@@ -25,14 +26,26 @@ class WeightState:
     """Consolidated weights, [G, m, n]."""
     reference: Tensor
     """Weights after the last projection, [G, m, n]: updates count from here."""
-    basis: Tensor
-    """Eigenvectors of the covariance of each unit's inputs, [G, n, n]."""
-    spectrum: Tensor
-    """Its eigenvalues, float64 [G, n], none below zero."""
+    basis: Eigenbasis
+    """Leading directions of each unit's inputs."""
     scale: Tensor
     """0-d float64: tr(W K W^T) of the anchor when it was set, the unit of relative drift."""
     debt: Tensor
     """0-d float64: energy of the output error that dropped blocks left behind."""
+    multiplier: Tensor
+    """0-d float64: Lagrange multiplier of the last projection, where the next search begins."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What `restored` needs."""
+        return {
+            "columns": self.columns,
+            "anchor": self.anchor,
+            "reference": self.reference,
+            "scale": self.scale,
+            "debt": self.debt,
+            "multiplier": self.multiplier,
+            "rank": torch.tensor(self.basis.rank),
+        }
 
     @classmethod
     @torch.no_grad()
@@ -40,10 +53,12 @@ class WeightState:
         """The state of a weight matrix whose present values are the consolidated ones."""
         anchor = weight.read().clone()
         columns = weight.columns()
-        basis, spectrum = decompose(weight, columns, anchor.dtype)
-        coefficients = torch.bmm(anchor, basis)
-        scale = (coefficients.double().square().sum(1) * spectrum).sum().clamp(min=1e-300)
-        return cls(columns, anchor, anchor, basis, spectrum, scale, torch.zeros_like(scale))
+        K = _covariances(weight, columns)
+        wide = anchor.double()
+        scale = (torch.bmm(wide, K) * wide).sum().clamp(min=1e-300)
+        zero = torch.zeros_like(scale)
+        basis = eigenbasis(K, anchor.dtype)
+        return cls(columns, anchor, anchor, basis, scale, zero, zero.clone())
 
     @classmethod
     @torch.no_grad()
@@ -51,10 +66,11 @@ class WeightState:
         """The state that was saved; the basis is computed anew."""
         device = weight.parameter.device
         tensors = {name: tensor.to(device, copy=True) for name, tensor in saved.items()}
-        basis, spectrum = decompose(weight, tensors["columns"], tensors["anchor"].dtype)
+        rank = int(tensors.pop("rank"))
+        basis = eigenbasis(_covariances(weight, tensors["columns"]), tensors["anchor"].dtype, rank)
         if torch.equal(tensors["reference"], tensors["anchor"]):
             tensors["reference"] = tensors["anchor"]
-        return cls(basis=basis, spectrum=spectrum, **tensors)
+        return cls(basis=basis, **tensors)
 
     @torch.no_grad()
     def carried_over(self, weight: ProtectedWeight) -> WeightState:
@@ -74,18 +90,19 @@ class WeightState:
             reference, _ = self._move(weight, columns, self.reference)
         if columns.shape == self.columns.shape:
             changed = (columns != self.columns).any(1).nonzero()[:, 0]
-            basis, spectrum = self.basis.clone(), self.spectrum.clone()
-            fresh = decompose(weight, columns[changed], anchor.dtype)
-            basis[changed], spectrum[changed] = fresh
+            K = _covariances(weight, columns[changed])
+            fresh = eigenbasis(K, anchor.dtype, self.basis.rank)
+            basis = Eigenbasis(*(t.clone() for t in self.basis))
+            for old, new in zip(basis, fresh, strict=True):
+                old[changed] = new
         else:
-            basis, spectrum = decompose(weight, columns, anchor.dtype)
+            basis = eigenbasis(_covariances(weight, columns), anchor.dtype)
         return replace(
             self,
             columns=columns,
             anchor=anchor,
             reference=reference,
             basis=basis,
-            spectrum=spectrum,
             debt=self.debt + debt,
         )
 
@@ -108,15 +125,9 @@ class WeightState:
         return moved, debt
 
 
-def decompose(
-    weight: ProtectedWeight, columns: Tensor, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """Eigenvectors [G, n, n] in `dtype`, eigenvalues [G, n] in float64, of K[columns, columns]."""
-    K = weight.memory.covariance.to(columns.device)
-    s, U = torch.linalg.eigh(K.restricted(columns))
-    # below the rounding of the largest an eigenvalue is noise around zero
-    floor = 1e-12 * s[:, -1:].clamp(min=0)
-    return U.to(dtype).contiguous(), torch.where(s > floor, s, 0.0)
+def _covariances(weight: ProtectedWeight, columns: Tensor) -> Tensor:
+    """K[columns, columns] of every unit, float64 [G, n, n]."""
+    return weight.memory.covariance.to(columns.device).restricted(columns)
 
 
 def _per_row(columns: Tensor, m: int) -> Tensor:

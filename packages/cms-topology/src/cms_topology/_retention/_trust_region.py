@@ -8,33 +8,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-ITERATIONS = 8
+ITERATIONS = 5
 
 
 def drift(spectrum: Tensor, energy: Tensor) -> Tensor:
     """tr(dW K dW^T) per layer from eigenvalues and the displacement's energy along them.
 
     Args:
-        spectrum: [L, G, n], eigenvalues of K.
-        energy: [L, G, n], sum over rows of the squared coefficients along each eigenvector.
+        spectrum: float64 [L, G, n], eigenvalues of K.
+        energy: float64 [L, G, n], sum over rows of the squared coefficients along each eigenvector.
 
     Returns:
         float64 [L].
     """
-    return (spectrum.double() * energy.double()).sum((1, 2))
+    return (spectrum * energy).sum((1, 2))
 
 
-def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor) -> Tensor:
+def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor) -> Tensor:
     """The lambda >= 0 for which dW (I + lambda K)^-1 has a drift of at most `budget`.
 
     That is the Euclidean projection onto {dW: tr(dW K dW^T) <= budget}; lambda is its Lagrange
     multiplier. Found by Newton's method on 1/sqrt(budget) - 1/sqrt(drift(lambda)), which is
-    nearly linear and converges from the left without overshooting (Moré & Sorensen 1983, section
-    3; Conn, Gould & Toint 2000, section 7.3). No host synchronisation.
+    nearly linear and concave: from the left it converges without overshooting, from the right its
+    first step leads to the left (Moré & Sorensen 1983, section 3; Conn, Gould & Toint 2000,
+    section 7.3). No host synchronisation.
 
     Args:
         spectrum, energy: as in `drift`.
-        budget: float64 [L]; 0 gives an infinite multiplier where there is drift.
+        budget: float64 [L], greater than 0.
+        start: float64 [L], where to begin: the last multiplier is a good guess.
 
     Returns:
         float64 [L].
@@ -52,16 +54,18 @@ def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor) -> Tensor:
     return lam
 
 
-def shrink(spectrum: Tensor, energy: Tensor, budget: Tensor) -> tuple[Tensor, Tensor]:
+def shrink(
+    spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor]:
     """Factors [L, G, n] for the coefficients along each eigenvector, and the multiplier [L].
 
     All ones where the drift is within the budget already. The drift after multiplication exceeds
     the budget by no more than rounding: what Newton's iterations leave over is scaled away.
     """
-    lam = multiplier(spectrum, energy, budget)
-    factor = torch.where(
-        spectrum > 0, 1 / (1 + lam[:, None, None] * spectrum.double().clamp(min=0)), 1.0
-    )
-    left = drift(spectrum, energy.double() * factor.square())
+    lam = multiplier(spectrum, energy, budget, start)
+    lam = torch.where(drift(spectrum, energy) > budget, lam, 0.0)
+    factor = 1 / (1 + lam[:, None, None] * spectrum)
+    left = drift(spectrum, energy * factor.square())
     scale = torch.where(left > budget, (budget / left).sqrt(), 1.0)
-    return factor * scale[:, None, None], lam
+    # only what drifts is scaled
+    return torch.where(spectrum > 0, factor * scale[:, None, None], 1.0), lam
