@@ -198,3 +198,17 @@ def test_a_topology_changed_between_forward_and_backward_is_noticed(make_operand
     o.col_indices[1, 1] = 0
     with pytest.raises(RuntimeError, match="modified by an inplace"):
         y.backward(o.dy)
+
+
+@pytest.mark.parametrize("backend", ["gathered", "dense", "reference"])
+@pytest.mark.parametrize("leading", [(6,), (2, 3)])
+def test_the_result_may_be_changed_in_place(make_operands, backend, leading):
+    """As that of a dense layer: a following activation may overwrite it."""
+    o = make_operands(6, 4, 3, 2, 8)
+    grads = []
+    for inplace in (False, True):
+        x = o.x.view(*leading, -1).clone().requires_grad_()
+        y = block_ell_linear(x, o.values, o.col_indices, o.bias, backend=backend)
+        torch.nn.functional.relu(y, inplace=inplace).sum().backward()
+        grads.append(x.grad)
+    assert torch.equal(*grads)

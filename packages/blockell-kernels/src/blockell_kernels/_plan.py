@@ -106,7 +106,10 @@ class Plan:
             y = backend.forward(x2d, values, bias, pattern)
         if given is not self.dtype:
             y = y.to(given)
-        return (y if x.ndim == 2 else y.view(*x.shape[:-1], self.R * self.B)), weight
+        # Not `view`: of a view made here autograd allows no change in place.
+        if x.ndim != 2 or y._is_view():
+            y = torch._unsafe_view(y, (*x.shape[:-1], self.R * self.B))
+        return y, weight
 
     def backward(
         self,
