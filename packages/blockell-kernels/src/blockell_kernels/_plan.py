@@ -108,7 +108,7 @@ class Plan:
             y = y.to(given)
         # Not `view`: of a view made here autograd allows no change in place.
         if x.ndim != 2 or y._is_view():
-            y = torch._unsafe_view(y, (*x.shape[:-1], self.R * self.B))
+            y = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], self.R * self.B))
         return y, weight
 
     def backward(
