@@ -1,6 +1,7 @@
 """Loss and gradients of one optimizer step: parts of a batch, precision, compilation, processes."""
 
 import contextlib
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ._tasks import Batch
 from ._training_config import TrainingConfig
-from ._training_processes import rank, sum_over_processes, world_size
+from ._training_processes import rank, world_size
 
 IGNORE_INDEX = -100
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -34,14 +35,18 @@ class StepRunner:
         self._forward: Any = torch.compile(model) if config.compile else model
         if world_size() > 1:
             # buffers follow from averaged gradients and agree without being sent around
-            self._forward = DistributedDataParallel(self._forward, broadcast_buffers=False)
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+            self._forward = DistributedDataParallel(self._forward, **{name: False})
         self.scaler: torch.amp.GradScaler | None = None
         """Of gradients in float16, whose range is small; None for other precisions."""
         if config.precision == "fp16":
             self.scaler = torch.amp.GradScaler(device.type)
 
     def backward(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Leave the gradients in ``optimizer``'s parameters; returns the loss, 0-d float32.
+        """Leave the gradients in ``optimizer``'s parameters.
+
+        Returns this process's share of the loss, 0-d: the sum of the shares is the batch's loss.
 
         Raises:
             ValueError: the batch has fewer sequences than there are parts.
@@ -59,7 +64,7 @@ class StepRunner:
         assert loss is not None
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
-        return sum_over_processes(loss.float())
+        return loss if loss.dtype == torch.float64 else loss.float()
 
     def _part_loss(self, part: Batch, total: int | None) -> Tensor:
         """The part's share of the loss, by counted tokens out of ``total``; None: it is all."""
