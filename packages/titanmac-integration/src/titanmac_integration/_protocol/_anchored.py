@@ -11,8 +11,6 @@ from titanmac_integration._training import Trainer
 from ._method import Method, Sampling, device_of, task_batches
 from ._score import IGNORE_INDEX, RetentionTask
 
-FISHER_ROWS = 256
-
 
 class L2(Method):
     """Adds the gradient of (dial / 2) ||theta - theta_old||^2."""
@@ -49,10 +47,12 @@ class EWC(Method):
     dials = tuple(10.0**k for k in range(2, 13))
     default_dial = 1e8
     keeps = "fisher"
+    rows = 256
+    """Sequences that the Fisher information is measured on."""
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
-        self.kept.append((anchor, diagonal_fisher(model, task, sampling)))
+        self.kept.append((anchor, diagonal_fisher(model, task, sampling, self.rows)))
 
     @torch.no_grad()
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
@@ -73,7 +73,7 @@ def sampled_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def diagonal_fisher(
-    model: nn.Module, task: RetentionTask, sampling: Sampling, rows: int = FISHER_ROWS
+    model: nn.Module, task: RetentionTask, sampling: Sampling, rows: int
 ) -> dict[str, Tensor]:
     """Mean over ``rows`` sequences of the squared gradient per token, shaped like the parameters.
 

@@ -18,8 +18,6 @@ from ._anchored import diagonal_fisher, sampled_loss
 from ._method import Method, Sampling, device_of, task_batches
 from ._score import IGNORE_INDEX, RetentionTask
 
-FACTOR_BATCHES = 20
-
 
 class KroneckerEWC(Method):
     """Adds the gradient of (dial / 2) tr(G dW A dW^T) per linear layer; diagonal EWC elsewhere.
@@ -34,11 +32,13 @@ class KroneckerEWC(Method):
     dials = tuple(10.0**k for k in range(1, 12))
     default_dial = 1e6
     keeps = "kronecker"
+    rows, batches = 256, 20
+    """Sequences that the diagonal is measured on, batches that the factors are measured on."""
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
-        factors = kronecker_factors(model, task, sampling)
+        factors = kronecker_factors(model, task, sampling, self.batches)
         anchor = {name: p.detach().clone() for name, p in model.named_parameters()}
-        fisher = diagonal_fisher(model, task, sampling)
+        fisher = diagonal_fisher(model, task, sampling, self.rows)
         for name in factors:
             fisher.pop(f"{name}.{_weight_name(model, name)}", None)
         self.kept.append((anchor, fisher, factors))
@@ -65,7 +65,7 @@ class KroneckerEWC(Method):
 
 
 def kronecker_factors(
-    model: nn.Module, task: RetentionTask, sampling: Sampling, n_batches: int = FACTOR_BATCHES
+    model: nn.Module, task: RetentionTask, sampling: Sampling, n_batches: int
 ) -> dict[str, tuple[Tensor, Tensor]]:
     """Per linear layer the mean of x x^T [i, i] and of g g^T [o, o] over tokens.
 

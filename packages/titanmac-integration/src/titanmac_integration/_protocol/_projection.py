@@ -14,8 +14,6 @@ from ._method import Method, Sampling, device_of, task_batches
 from ._score import RetentionTask
 from ._topological import density_after
 
-CONSOLIDATION_BATCHES = 40
-
 
 class Projection(Method):
     """`cms_topology.RetentionGuard` after every step; without a dial it finds its own strength.
@@ -29,6 +27,8 @@ class Projection(Method):
     dial_name = "eps"
     dials = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1, 3e-1)
     keeps = "covariance"
+    batches = 40
+    """Training batches that the task is consolidated on."""
     options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, dial: float | None = None) -> None:
@@ -37,7 +37,7 @@ class Projection(Method):
         self._last: dict[str, float] = {}
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
-        batches = task_batches(task, sampling, CONSOLIDATION_BATCHES, device_of(model))
+        batches = task_batches(task, sampling, self.batches, device_of(model))
         previous = self.kept[-1] if self.kept else None
         self.kept = [consolidate(model, batches, task=task.name, previous=previous)]
 

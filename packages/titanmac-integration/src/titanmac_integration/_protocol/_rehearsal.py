@@ -13,7 +13,6 @@ from titanmac_integration._training import Trainer
 from ._method import Method, Sampling, device_of, task_batches
 from ._score import RetentionTask
 
-GENERATED_ROWS = 1024
 REHEARSED_ROWS = 16
 REAL_SHARE = 0.01
 
@@ -48,6 +47,8 @@ class SelfRehearsal(Rehearsal):
 
     name = "self-rehearsal"
     keeps = "generated"
+    rows = 1024
+    """Sequences written."""
 
     @torch.no_grad()
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
@@ -55,7 +56,7 @@ class SelfRehearsal(Rehearsal):
         batch = task_batches(task, sampling, 1, device)[0]["input_ids"]
         starts = batch[:, 0].unique()
         generator = torch.Generator(device).manual_seed(sampling.generator.initial_seed() % 2**31)
-        chosen = torch.randint(len(starts), (GENERATED_ROWS,), generator=generator, device=device)
+        chosen = torch.randint(len(starts), (self.rows,), generator=generator, device=device)
         tokens = starts[chosen][:, None]
         model.eval()
         while tokens.shape[1] < batch.shape[1]:

@@ -1,0 +1,255 @@
+"""Methods against forgetting: each does what its formula says, to a model small enough to check."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cms_topology import CMSBlockLinear, sparse_layers
+from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
+from titanmac_integration._protocol import _anchored, _kronecker
+from titanmac_integration._protocol._cell import learn_first, run_cell
+from titanmac_integration._protocol._method import Sampling
+from titanmac_integration._protocol._methods import METHODS, Asked
+from titanmac_integration._protocol._problems import additions, reversals
+from titanmac_integration._protocol._settings import SETTINGS, Setting
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def little_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Statistics of the old task from a few sequences."""
+    for name, attribute, value in (
+        ("ewc", "rows", 8),
+        ("kronecker-ewc", "rows", 8),
+        ("kronecker-ewc", "batches", 2),
+        ("self-rehearsal", "rows", 16),
+        ("ours", "batches", 4),
+    ):
+        monkeypatch.setattr(METHODS[name], attribute, value)
+
+
+@pytest.fixture
+def setting() -> Setting:
+    small = {"d_model": 32, "n_heads": 4, "d_ff": 64, "n_layers": 1, "block_sparse_tile_size": 8}
+    return SETTINGS["demo"].changed(
+        tasks=("arithmetic", "reversal"), steps=(4, 4), lr=(3e-3,), batch_size=(4,), changes=small
+    )
+
+
+@pytest.fixture
+def model(tiny_config: Callable[..., TitanMACConfig]) -> TitanMAC:
+    config = tiny_config(
+        use_block_sparse=True,
+        block_sparse_components=("mlp", "attention"),
+        n_layers=1,
+        n_persistent=0,
+        tie_weights=False,
+    )
+    return create_titanmac_model(config, seed=0)
+
+
+def sampling(batch_size: int = 4) -> Sampling:
+    return Sampling(batch_size, 40, torch.Generator().manual_seed(0))
+
+
+class OneStep:
+    """As much of a trainer as ``on_backward`` needs."""
+
+    def __init__(self, model: TitanMAC) -> None:
+        self.model, self.device = model, CPU
+
+
+def penalty_gradients(model: TitanMAC, method: Any) -> dict[str, Tensor]:
+    """What ``on_backward`` adds to gradients that are zero, after the weights have moved."""
+    torch.manual_seed(1)
+    for parameter in model.parameters():
+        parameter.data.add_(0.1 * torch.randn_like(parameter))
+        parameter.grad = torch.zeros_like(parameter)
+    method.on_backward(OneStep(model), torch.tensor(0.0))
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def moved(model: TitanMAC, anchor: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: p.detach() - anchor[name] for name, p in model.named_parameters()}
+
+
+def test_l2_pulls_back_in_proportion(model: TitanMAC) -> None:
+    method = METHODS["l2"](0.5)
+    method.remember(model, additions(seq_len=40), sampling())
+    anchor = method.kept[0]
+    grads = penalty_gradients(model, method)
+    for name, change in moved(model, anchor).items():
+        torch.testing.assert_close(grads[name], 0.5 * change, msg=name)
+
+
+def test_ewc_weighs_by_the_fisher_information(model: TitanMAC) -> None:
+    method = METHODS["ewc"](7.0)
+    method.remember(model, additions(seq_len=40), sampling())
+    anchor, fisher = method.kept[0]
+    assert sum(float(f.sum()) for f in fisher.values()) > 0
+    grads = penalty_gradients(model, method)
+    for name, change in moved(model, anchor).items():
+        torch.testing.assert_close(grads[name], 7.0 * fisher[name] * change, msg=name)
+
+
+def test_the_fisher_information_is_the_expected_squared_score(model: TitanMAC) -> None:
+    """With one token that counts, sum over all labels of p(y) (d log p(y))^2 is known exactly."""
+    torch.manual_seed(0)
+    tokens = torch.randint(256, (1, 5))
+    labels = torch.full_like(tokens, -100)
+    labels[0, 3] = tokens[0, 3]
+    weight = model.head.weight  # type: ignore[union-attr]
+    logits = model(tokens)["logits"][0, 2]
+    exact = torch.zeros_like(weight)
+    log_p = logits.log_softmax(0)
+    for y in range(256):
+        (grad,) = torch.autograd.grad(log_p[y], weight, retain_graph=True)
+        exact += log_p[y].exp().detach() * grad.square()
+    draws, total = 3000, torch.zeros_like(weight)
+    hidden: list[Tensor] = []
+    handle = model.norm.register_forward_hook(lambda m, x, y: hidden.append(y.detach()))
+    model(tokens)
+    handle.remove()
+    for _ in range(draws):
+        logits = (hidden[0] @ weight.T).requires_grad_()
+        loss = _anchored.sampled_loss(logits, labels)
+        (error,) = torch.autograd.grad(loss, logits)
+        total += (error[0, 2, :, None] * hidden[0][0, 2]).square()
+    assert torch.allclose((total / draws).sum(), exact.sum(), rtol=0.05)
+
+
+def test_kronecker_ewc_is_the_quadratic_form_of_its_factors(model: TitanMAC) -> None:
+    method = METHODS["kronecker-ewc"](3.0)
+    method.remember(model, additions(seq_len=40), sampling())
+    anchor, fisher, factors = method.kept[0]
+    assert set(factors) == {*sparse_layers(model), "head"}
+    assert set(fisher) | {f"{n}.values" for n in sparse_layers(model)} | {"head.weight"} == set(
+        anchor
+    )
+    grads = penalty_gradients(model, method)
+    layer = sparse_layers(model)["blocks.0.mlp.fc1"]
+    inputs, errors = factors["blocks.0.mlp.fc1"]
+    name = "blocks.0.mlp.fc1.values"
+    change = (layer.values.detach() - anchor[name]).requires_grad_()
+    dense = _kronecker._dense(layer, change)
+    form = 1.5 * (errors @ dense @ inputs * dense).sum()
+    (expected,) = torch.autograd.grad(form, change)
+    torch.testing.assert_close(grads[name], expected, rtol=1e-4, atol=1e-7)
+
+
+def test_kronecker_factors_are_second_moments(model: TitanMAC) -> None:
+    task = additions(seq_len=40)
+    factors = _kronecker.kronecker_factors(model, task, sampling(), n_batches=1)
+    batch = task.batch(4, 40, torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    layer = model.get_submodule("blocks.0.attention.out")
+    handle = layer.register_forward_hook(lambda m, x, y: seen.append(x[0].flatten(0, 1)))
+    model(batch.input_ids)
+    handle.remove()
+    x = seen[0].detach()
+    inputs, errors = factors["blocks.0.attention.out"]
+    torch.testing.assert_close(inputs, x.T @ x / len(x), rtol=1e-4, atol=1e-6)
+    for factor in (inputs, errors):
+        assert torch.linalg.eigvalsh(factor.double()).min() > -1e-6
+        assert factor.abs().sum() > 0
+
+
+def test_blocks_go_back_and_forth(model: TitanMAC) -> None:
+    layer = sparse_layers(model)["blocks.0.mlp.fc2"]
+    values = layer.values.detach()
+    dense = _kronecker._dense(layer, values)
+    torch.testing.assert_close(dense, layer.to_dense().detach())
+    assert torch.equal(_kronecker._like_weight(layer, dense), values)
+
+
+def cell(setting: Setting, method: str, arch: str, dial: float | None = None) -> dict[str, Any]:
+    tasks: list[Any] = [additions(), reversals()]
+    start = learn_first(setting, tasks, arch, 0, CPU)
+    return run_cell(setting, tasks, Asked(method, arch, dial), start, CPU)
+
+
+@pytest.mark.parametrize("name", sorted(METHODS))
+def test_every_method_runs_and_is_recorded(setting: Setting, name: str) -> None:
+    record = cell(setting, name, METHODS[name].arch)
+    assert record["failed"] is None
+    assert record["id"].startswith(f"{setting.key}/{name}@")
+    assert len(record["matrix"]) == 3
+    assert all(len(row) == 2 for row in record["matrix"])
+    assert record["path"][0][-1]["step"] == 4
+    assert record["kept_bytes"] > 0 or not METHODS[name].keeps or name == "freeze-and-grow"
+    assert record["seconds"][0] > 0
+
+
+def test_methods_begin_at_the_same_checkpoint(setting: Setting) -> None:
+    records = [
+        cell(setting, *what) for what in (("fine-tuning", "sparse"), ("l2", "sparse", 100.0))
+    ]
+    assert records[0]["nats"][:2] == records[1]["nats"][:2]
+    assert records[0]["nats"][2] != records[1]["nats"][2]
+    assert cell(setting, "fine-tuning", "sparse")["nats"] == records[0]["nats"], "reproducible"
+
+
+def test_a_task_that_is_kept_in_part_is_rehearsed(setting: Setting) -> None:
+    plain = cell(setting, "fine-tuning", "sparse")["nats"][-1][0]
+    for name in ("joint", "real-rehearsal"):
+        assert cell(setting, name, "sparse", 1.0)["nats"][-1][0] < plain, name
+
+
+def test_frozen_blocks_stay_and_others_grow(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers: list[tuple[CMSBlockLinear, Tensor]] = []
+    method = METHODS["freeze-and-grow"]
+    started = method.on_fit_start
+
+    def spy(self: Any, trainer: Any, task: object, steps: int) -> None:
+        for layer in sparse_layers(trainer.model).values():
+            layers.append((layer, layer.values.detach()[:, : layer.num_live].clone()))
+        started(self, trainer, task, steps)
+
+    monkeypatch.setattr(method, "on_fit_start", spy)
+    cell(setting, "freeze-and-grow", "spare")
+    assert layers
+    for layer, before in layers:
+        assert torch.equal(layer.values.detach()[:, : before.shape[1]], before)
+        assert layer.num_live > before.shape[1]
+        assert layer.density == pytest.approx(0.5)
+        assert layer.values.detach()[:, before.shape[1] :].abs().sum() > 0
+
+
+def test_a_strict_guard_keeps_what_plain_training_loses(setting: Setting) -> None:
+    longer = setting.changed(steps=(4, 12))
+    plain = cell(longer, "fine-tuning", "sparse")["nats"]
+    kept = cell(longer, "ours", "sparse", 1e-6)["nats"]
+    assert abs(kept[2][0] - kept[1][0]) < 0.01 * abs(plain[2][0] - plain[1][0])
+
+
+def test_a_training_that_breaks_down_is_a_record(setting: Setting) -> None:
+    wild = setting.changed(training={**setting.training, "max_nonfinite": 1, "grad_clip": 0.0})
+    record = cell(wild, "l2", "sparse", float("inf"))
+    assert "no finite loss" in record["failed"]
+    assert len(record["matrix"]) == 2
+
+
+def test_settings_are_checked() -> None:
+    demo = SETTINGS["demo"]
+    assert demo.changed(steps=(5,)).steps == (5, 5)
+    assert demo.changed(steps=(5,)).key != demo.key
+    for changes, message in (
+        ({"steps": (1, 2, 3)}, r"steps \(=\(1, 2, 3\)\) must have one entry per task \(2\)"),
+        ({"tasks": ("prose",), "steps": (5,), "lr": (1,), "batch_size": (4,)}, "at least two"),
+        ({"steps": (0,)}, "must be positive"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            demo.changed(**changes)
+    for setting in SETTINGS.values():
+        sizes = {}
+        for arch in ("sparse", "spare", "dense", "narrow"):
+            model = create_titanmac_model(setting.config(arch), device="meta")
+            sizes[arch] = model.num_parameters
+        assert sizes["sparse"] == sizes["spare"] < sizes["dense"]
+        assert sizes["narrow"] == pytest.approx(sizes["sparse"], rel=0.06), setting.name
