@@ -6,7 +6,8 @@ A gate comes first: every product is compared with the dense one before it is ti
 those of CUDA graph replays with a cold L2, random data, medians with the 20th and 80th percentile,
 dense in the same run. `auto_us` is what the dispatcher takes: the sparse kernel, or the dense
 product with the weight scattered at every call ("fallback"). "layer" is the three products of a
-training step together.
+training step as the operator runs them: where forward and input gradient are both dense, they share
+one copy of the weight. `--shard I/N` measures every N-th problem, for several GPUs.
 """
 
 from __future__ import annotations
@@ -25,9 +26,11 @@ from triton.testing import do_bench
 from tune_gpu import SHAPES, Problem, median_ms, relative_error
 
 from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
+from blockell_kernels._plan import plan_for
 
-FEW = [(n, i, o) for n in (1, 32, 512) for i, o in ((640, 2560), (2560, 640), (4096, 14336))]
-MEDIUM = [(2048, 640, 2560), (2048, 2560, 640), (4096, 1024, 1024), (16384, 1536, 6144)]
+FEW = [(n, i, o) for n in (1, 8, 32, 64, 128, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
+MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
+MEDIUM += [(4096, 1024, 1024), (16384, 1536, 6144)]
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
 FACTS = ["direction", "N", "in", "out", "B", "row_group", "density", "K", "dtype", "chosen"]
@@ -54,6 +57,18 @@ def products(problem: Problem, backend_of: dict[str, str]):
 
 def all_of(functions):
     return lambda: [function() for function in functions.values()]
+
+
+def layer(problem: Problem):
+    """The three products of a training step as the operator runs them."""
+    p, t = problem.pattern, problem
+    plan = plan_for(t.x, t.x.shape[0], (p.R, p.C, p.B, p.row_group, p.num_live), "auto")
+
+    def step():
+        y, weight = plan.forward(t.x, t.values, None, p, keep=True)
+        return y, plan.backward(t.dy, t.x, t.values, p, (True, True, False), "none", [weight])
+
+    return step
 
 
 def choices(problem: Problem) -> dict[str, str]:
@@ -87,7 +102,7 @@ def measure(problem: Problem, rep_ms: int, bsr: bool):
         yield row(
             problem, direction, chosen[direction], auto_us, sparse_us, fallback_us, dense_us
         ) | {"sparse_tflops": flops / sparse_us[0] / 1e6, "bsr_us": bsr_us, "error": error}
-    auto = microseconds(all_of(products(problem, chosen)), rep_ms)
+    auto = microseconds(layer(problem), rep_ms)
     whole = microseconds(all_of(dense), rep_ms)
     names = "/".join(chosen.values())
     yield row(problem, "layer", names, auto, [totals["sparse"]], [None], whole)
@@ -128,17 +143,17 @@ def header(commit: str) -> str:
     return f"# {device}, {versions}, commit {commit}, {today}"
 
 
-def problems(quick: bool, dtype: torch.dtype):
+def problems(quick: bool, dtype: torch.dtype, tokens: range):
     """Functions that make the problems of the grid."""
     wide = dtype == torch.float32
     for shapes, structures, densities in [
         (SHAPES[:2] if wide else SHAPES, STRUCTURES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
-        (MEDIUM, STRUCTURES, [0.1, 0.25, 0.5, 0.75]),
-        (FEW, STRUCTURES, [0.25, 0.5, 1.0]),
+        (MEDIUM, STRUCTURES, [0.1, 0.25, 0.5, 0.75, 1.0]),
+        (FEW, STRUCTURES, [0.1, 0.25, 0.5, 0.75, 1.0]),
     ]:
         for shape in shapes:
             for B, G in structures:
-                if shape[2] // B % G:
+                if shape[2] // B % G or shape[0] not in tokens:
                     continue
                 seen = set()
                 for density in [0.25, 0.5] if quick else densities:
@@ -159,16 +174,24 @@ def main() -> None:
     parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
     parser.add_argument("--bsr", action="store_true", help="time torch's BSR product (untuned)")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long")
+    parser.add_argument("--shard", default="0/1", help="I/N: every N-th problem, from the I-th")
+    parser.add_argument("--max-tokens", type=int, default=2**20, help="leave larger ones out")
+    parser.add_argument("--min-tokens", type=int, default=1, help="leave smaller ones out")
     parser.add_argument("--compile-only", help="I/N: run every I-th problem once, to compile")
     arguments = parser.parse_args()
     dtype, started = getattr(torch, arguments.dtype), time.time()
     torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
-    makers = list(problems(arguments.quick, dtype))
+    span = range(arguments.min_tokens, arguments.max_tokens + 1)
+    shard, shards = map(int, arguments.shard.split("/"))
+    makers = list(problems(arguments.quick, dtype, span))[shard::shards]
     if arguments.compile_only:
-        shard, shards = map(int, arguments.compile_only.split("/"))
-        for make in makers[shard::shards]:
+        worker, workers = map(int, arguments.compile_only.split("/"))
+        for make in makers[worker::workers]:
             for name in ("triton", "dense"):
-                all_of(products(make(), dict.fromkeys(DIRECTIONS, name)))()
+                try:
+                    all_of(products(make(), dict.fromkeys(DIRECTIONS, name)))()
+                except Exception as error:  # the measuring process will meet it, and say so
+                    print(f"compiling: {error!r}"[:200], flush=True)
         return
     command = [sys.executable, *sys.argv, "--compile-only"]
     workers = [subprocess.Popen([*command, f"{i}/{arguments.jobs}"]) for i in range(arguments.jobs)]
@@ -180,7 +203,13 @@ def main() -> None:
         writer = csv.DictWriter(out, FIELDS, extrasaction="ignore", lineterminator="\n")
         writer.writeheader()
         for make in makers:
-            for line in measure(make(), arguments.rep_ms, arguments.bsr):
+            problem = make()
+            try:
+                lines = list(measure(problem, arguments.rep_ms, arguments.bsr))
+            except Exception as error:  # one cell's failure is reported, the others measured
+                print(f"FAILED {problem.facts}: {error!r}"[:400], flush=True)
+                continue
+            for line in lines:
                 rounded = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in line.items()}
                 writer.writerow(rounded)
             out.flush()

@@ -117,9 +117,9 @@ def grad_chunks(pattern: Pattern, element_bytes: int) -> int:
     """
     whole = pattern.R * pattern.C * pattern.B**2 * element_bytes
     dead = 1 - pattern.num_live / pattern.C
-    if whole < WHOLE_GRADIENT_BYTES or not 0.1 <= dead < 0.5:
+    if whole < WHOLE_GRADIENT_BYTES or dead < 0.1:
         return 1
-    return min(pattern.R, math.ceil(1 / (2 * dead)))
+    return min(pattern.R, math.ceil(1.05 / (2 * dead)))  # 5%: indices, rounding up to whole rows
 
 
 def _grad_values_by_chunks(
