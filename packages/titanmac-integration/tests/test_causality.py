@@ -7,11 +7,15 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.functional import scaled_dot_product_attention
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
-from titanmac_integration._window import attention_mask
+from titanmac_integration._memory import Gates, Kernel, NeuralMemory, momentum_kernel
+from titanmac_integration._window import attention_mask, plan_window, window_attention
 
 LENGTH = 24
+BLOCKS = 300
+"""Long enough for attention in blocks: more than one of them, the last one not full."""
 SPARSE = [
     {"use_block_sparse": False},
     {"use_block_sparse": True},
@@ -24,24 +28,64 @@ CONFIGURATIONS = [
         (0, 4), (1, 5, LENGTH, 100), (True, False), (0.0, 0.3), SPARSE
     )
 ]
+MEMORY = {"use_neural_memory": True, "memory_heads": 2, "memory_width": 8, "memory_chunk_size": 4}
+WITH_MEMORY = [
+    {"titans_variant": variant, "memory_depth": depth, **changes, **MEMORY}
+    for variant, depth, changes in itertools.product(
+        ("MAC", "MAG", "MAL"),
+        (1, 2),
+        (
+            {"segment_size": 8},
+            {"segment_size": 8, "window_size": 5, "n_persistent": 0},
+            {"segment_size": 64, "window_size": 64, "dropout": 0.3},
+            {"segment_size": 4, "window_size": 1, "tie_weights": False},
+            {"segment_size": 12, "memory_layers": (1,), "use_block_sparse": True},
+            {"segment_size": 8, "activation_checkpointing": True, "z_loss_weight": 1e-4},
+        ),
+    )
+]
+IN_BLOCKS = [
+    {"window_size": 40},
+    {"window_size": 80, "n_persistent": 0},
+    {"window_size": 299},
+    *({"titans_variant": v, "segment_size": 64, **MEMORY} for v in ("MAC", "MAG", "MAL")),
+]
 
 
-@pytest.mark.parametrize("changes", CONFIGURATIONS, ids=lambda c: "-".join(map(str, c.values())))
+def shown(changes: dict) -> str:
+    return "-".join(map(str, changes.values()))
+
+
+def check_causality(model: torch.nn.Module, length: int, times: tuple[int, ...]) -> None:
+    """Tokens from t on are changed: no logit before t may change, the one at t must."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(256, (2, length), generator=generator)
+    with torch.no_grad():
+        before = model(tokens)["logits"]
+        for t in times:
+            changed = tokens.clone()
+            changed[:, t:] = torch.randint(256, (2, length - t), generator=generator)
+            changed[:, t] = (tokens[:, t] + 1) % 256
+            after = model(changed)["logits"]
+            assert torch.equal(before[:, :t], after[:, :t]), f"token {t} changed the past"
+            assert not torch.equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("changes", CONFIGURATIONS + WITH_MEMORY, ids=shown)
 def test_later_tokens_change_no_earlier_logit(
     changes: dict, tiny_config: Callable[..., TitanMACConfig]
 ) -> None:
     model = create_titanmac_model(tiny_config(**changes), seed=1).eval()
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(256, (2, LENGTH), generator=generator)
-    with torch.no_grad():
-        before = model(tokens)["logits"]
-        for t in (1, 4, 5, 13, LENGTH - 1):
-            changed = tokens.clone()
-            changed[:, t:] = torch.randint(256, (2, LENGTH - t), generator=generator)
-            changed[:, t] = (tokens[:, t] + 1) % 256
-            after = model(changed)["logits"]
-            assert torch.equal(before[:, :t], after[:, :t])
-            assert not torch.equal(before[:, t], after[:, t])
+    check_causality(model, LENGTH, (1, 4, 5, 13, LENGTH - 1))
+
+
+@pytest.mark.parametrize("changes", IN_BLOCKS, ids=shown)
+def test_later_tokens_change_no_earlier_logit_in_blocks(
+    changes: dict, tiny_config: Callable[..., TitanMACConfig]
+) -> None:
+    config = tiny_config(max_seq_len=BLOCKS, **changes)
+    model = create_titanmac_model(config, seed=1).eval()
+    check_causality(model, BLOCKS, (1, 40, 64, 80, 130, 257, BLOCKS - 1))
 
 
 @pytest.mark.parametrize("changes", [{}, {"n_persistent": 0, "window_size": 64}])
@@ -93,6 +137,68 @@ def test_a_leak_would_be_seen(
     changed[:, -1] = (tokens[:, -1] + 1) % 256
     with torch.no_grad():
         assert not torch.equal(model(tokens)["logits"][:, :-1], model(changed)["logits"][:, :-1])
+
+
+def leak_through_the_segment(
+    self: NeuralMemory, query: torch.Tensor, starts: tuple, state: object, position: int
+) -> tuple[torch.Tensor, object]:
+    """Retrieves from the memory after the segment."""
+    pairs = zip(starts, state.weights, strict=True)
+    late = tuple(torch.cat((m[:, :, 1:], n[:, :, None]), 2) for m, n in pairs)
+    return RETRIEVE(self, query, late, state, position)
+
+
+def leak_through_the_step(gates: Gates) -> Kernel:
+    """A token's answer includes the step of the token after it."""
+    kernel = KERNEL(gates)
+    late = torch.cat((kernel.reach[..., 1:, :], kernel.reach[..., -1:, :]), dim=-2)
+    return kernel._replace(reach=late)
+
+
+RETRIEVE = NeuralMemory._before_segment
+KERNEL = momentum_kernel
+LEAKS = [
+    ("MAC", "_memory._module.NeuralMemory._before_segment", leak_through_the_segment),
+    ("MAC", "_memory._linear.momentum_kernel", leak_through_the_step),
+    ("MAG", "_memory._linear.momentum_kernel", leak_through_the_step),
+    ("MAL", "_memory._linear.momentum_kernel", leak_through_the_step),
+]
+
+
+@pytest.mark.parametrize(("variant", "place", "leak"), LEAKS)
+def test_a_leaking_memory_would_be_seen(
+    variant: str,
+    place: str,
+    leak: Callable,
+    tiny_config: Callable[..., TitanMACConfig],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The gate can fail: answer from a memory that has learned from tokens still to come."""
+    changes = {"titans_variant": variant, "segment_size": 4, **MEMORY}
+    model = create_titanmac_model(tiny_config(**changes)).eval()
+    check_causality(model, LENGTH, (3, 6))
+    monkeypatch.setattr(f"titanmac_integration.{place}", leak)
+    with pytest.raises(AssertionError, match="changed the past"):
+        check_causality(model, LENGTH, (3, 6))
+
+
+@pytest.mark.parametrize("persistent", [0, 3])
+@pytest.mark.parametrize(("tokens", "window"), [(300, 40), (257, 100), (320, 64), (513, 256)])
+def test_attention_in_blocks_is_attention_with_the_whole_mask(
+    tokens: int, window: int, persistent: int
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = torch.randn(
+        3, 2, 2, persistent + tokens, 8, generator=generator, dtype=torch.float64
+    )
+    plan = plan_window(tokens, window_size=window, n_persistent=persistent)
+    assert plan.rest is not None
+    assert plan.rest.shape[1] < tokens + persistent
+    mask = attention_mask(tokens, window_size=window, n_persistent=persistent)
+    torch.testing.assert_close(
+        window_attention(query, key, value, plan, 0.0),
+        scaled_dot_product_attention(query, key, value, attn_mask=mask),
+    )
 
 
 @settings(max_examples=60, deadline=None)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-DENSE_UP_TO = 256
-"""Tokens up to which one call with an [L, L] mask is cheaper than blocks."""
+DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
+"""Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
 SMALLEST_BLOCK = 64
 
 
@@ -70,7 +70,8 @@ def plan_window(
     n_tokens: int, *, window_size: int, n_persistent: int, device: torch.device | None = None
 ) -> WindowPlan:
     """Masks for :func:`window_attention`."""
-    block = n_tokens if n_tokens <= DENSE_UP_TO else max(window_size, SMALLEST_BLOCK)
+    dense = DENSE_UP_TO["cuda" if device is not None and device.type == "cuda" else "cpu"]
+    block = n_tokens if n_tokens <= dense else max(window_size, SMALLEST_BLOCK)
     first = attention_mask(
         min(n_tokens, block), window_size=window_size, n_persistent=n_persistent, device=device
     )

@@ -40,15 +40,13 @@ def linear_memory(
         [S, H, n, D, D]; M and S after the last token.
     """
     state = torch.cat((weights[0], momentum[0]), dim=-2)
-    whole = query.shape[2] // chunk * chunk
+    whole, rest = divmod(query.shape[2], chunk)
+    sizes = [size for size in (whole * chunk, rest) if size]
+    parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value, *gates)), strict=True)
     pieces = []
-    for size, rows in ((chunk, slice(None, whole)), (query.shape[2] - whole, slice(whole, None))):
-        if query[:, :, rows].shape[2]:
-            part = Gates(*(gate[:, :, rows] for gate in gates))
-            answers, errors, starts, state = _chunks(
-                query[:, :, rows], key[:, :, rows], value[:, :, rows], part, state, size
-            )
-            pieces.append((answers, errors, starts))
+    for size, (q, k, v, *gate) in zip(sizes, parts, strict=True):
+        *piece, state = _chunks(q, k, v, Gates(*gate), state, min(chunk, size))
+        pieces.append(piece)
     answers, errors, starts = (torch.cat(parts, dim=2) for parts in zip(*pieces, strict=True))
     width = key.shape[-1]
     return answers, errors, (starts,), (state[..., :width, :],), (state[..., width:, :],)
@@ -81,9 +79,9 @@ def _chunks(
     transition = _decay(kernel.keep, kernel.carry, kernel.decay, width) - writing @ bound
 
     starts = []
-    for index in range(query.shape[2]):
+    for factor, summand in zip(transition.unbind(2), gain.unbind(2), strict=True):
         starts.append(state)
-        state = transition[:, :, index] @ state + gain[:, :, index]
+        state = factor @ state + summand
     at_start = torch.stack(starts, dim=2)
 
     errors = free - bound @ at_start

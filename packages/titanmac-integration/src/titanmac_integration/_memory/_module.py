@@ -132,8 +132,10 @@ class NeuralMemory(nn.Module):
         flat = torch.cat((past.to(flat.dtype), flat), dim=1)
         # written out: a library's convolution may mix positions in rounding, and so the future in
         taps = self.taps.to(flat.dtype)
-        shifted = (flat[:, i : flat.shape[1] - TAPS + 1 + i] * taps[:, i] for i in range(TAPS))
-        mixed = torch.stack(tuple(shifted)).sum(0)
+        tokens = x.shape[1]
+        mixed = flat[:, TAPS - 1 :] * taps[:, -1]
+        for i in range(TAPS - 1):
+            mixed = torch.addcmul(mixed, flat[:, i : i + tokens], taps[:, i])
         heads = _at_least_single(functional.silu(mixed)).unflatten(-1, (3, self.heads, self.width))
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
         query, key = functional.normalize(query, dim=-1), functional.normalize(key, dim=-1)
