@@ -79,6 +79,14 @@ def test_only_what_is_asked_for(make_operands, wanted):
             torch.testing.assert_close(got[name], want[name])
 
 
+def test_the_result_may_be_changed_in_place(make_operands):
+    o = make_operands(12, 4, 6, 3, 8)
+    for shape in ((12, 48), (3, 4, 48)):
+        tensors = inputs(o, torch.float32)
+        call(o, [tensors[0].view(shape), *tensors[1:]], activation="relu").mul_(2).sum().backward()
+        assert tensors[1].grad is not None
+
+
 def test_autocast_and_second_derivatives(make_operands):
     o = make_operands(9, 4, 6, 3, 8)
     tensors = inputs(o, torch.float32)

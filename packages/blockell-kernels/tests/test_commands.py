@@ -4,13 +4,15 @@ import csv
 import subprocess
 import sys
 import time
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from blockell_kernels import _backends, bench, env
-from blockell_kernels._bench import _contenders, _report, _timing
+from blockell_kernels._bench import _contenders, _peers, _report, _timing
 from blockell_kernels._bench._cases import BenchCase, make_operands
+from blockell_kernels._bench._ceiling import Ceiling
 
 CASE = BenchCase(
     tokens=70, in_features=64, out_features=96, tile=16, row_group=3, density=0.5, mode="training"
@@ -64,6 +66,61 @@ def test_bench_quick_writes_a_table_and_csv(tmp_path, capsys):
     assert "old" not in text
     assert "| 256 | 128 -> 256 | 16 | 8 | 50% | training | **1.00x**" in text
     assert text.split("bench:cpu -->\n")[1].splitlines()[0] in capsys.readouterr().out
+
+
+def test_bench_figures_follow_from_times_and_ceiling(tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "ceiling", lambda *_: Ceiling(tflops=0.05, gb_per_s=50.0))
+    bench.main(["--quick", "--modes", "training", "--csv", str(tmp_path / "rows.csv")])
+    with (tmp_path / "rows.csv").open() as file:
+        rows = {row["contender"]: row for row in csv.DictReader(file)}
+    x, y, weight = 256 * 128, 256 * 256, 128 * 256
+    for name, share in (("nn.Linear", 1.0), ("ours (auto)", 0.5)):
+        row = {key: float(value) for key, value in rows[name].items() if key[-3:] in ("_ms", "ops")}
+        seconds = row["p50_ms"] / 1e3
+        flops, traffic = 6 * 256 * weight * share, 4 * (3 * (x + weight * share) + 2 * y)
+        assert row["tflops"] == pytest.approx(flops / seconds / 1e12, rel=1e-2)
+        assert float(rows[name]["gb_per_s"]) == pytest.approx(traffic / seconds / 1e9, rel=1e-2)
+        bound = max(flops / 0.05e12, traffic / 50e9)
+        assert float(rows[name]["ceiling_share"]) == pytest.approx(bound / seconds, abs=6e-4)
+    assert rows["nn.Linear"]["host_us"] == rows["nn.Linear"]["peak_mib"] == ""  # CPU
+
+
+def test_bench_draws_every_contender_but_dense(tmp_path):
+    bench.main(["--quick", "--modes", "forward", "--plot", str(tmp_path / "plot.svg")])
+    plot = ElementTree.parse(tmp_path / "plot.svg")
+    texts = [element.text for element in plot.iter() if element.tag.endswith("text")]
+    assert {"masked dense", "torch BSR", "ours (auto)"} <= set(texts)
+    assert "nn.Linear" not in texts
+    assert "256 x 128 -> 256, 16x8, 50%, forward" in texts
+
+
+def test_bench_names_peers_that_cannot_run(capsys):
+    bench._refused.clear()
+    bench.main(["--quick", "--modes", "training", "--peers", *_peers.PEERS])
+    printed = capsys.readouterr()
+    assert "left out: STK: the package stanford-stk is not installed" in printed.err
+    assert "left out: cuSPARSE: it runs on CUDA devices in torch.float32" in printed.err
+    assert "left out: torch BSR, tuned: its tuner is for its GPU kernels" in printed.err
+    assert "torch BSR " not in printed.out  # it has no gradient for the weight
+
+
+def test_a_peer_with_a_wrong_result_is_left_out_by_name(monkeypatch):
+    def wrong(case, o):
+        _peers._checked(case, o, lambda: torch.zeros_like(o.dy))
+
+    monkeypatch.setitem(_peers.PEERS, "torch BSR", wrong)
+    heard, case = [], BenchCase(**{**CASE.__dict__, "mode": "forward"})
+    found = _contenders.contenders(case, make_operands(case), (), ("torch BSR",), heard.append)
+    assert [contender.name for contender in found] == ["nn.Linear", "masked dense"]
+    assert heard == ["torch BSR: its result is off by 1.00e+00 of the largest entry"]
+
+
+@pytest.mark.slow
+def test_bench_compiled_and_no_graphs_on_the_cpu(capsys):
+    bench.main(["--quick", "--modes", "training", "--runs", "compile", "graph", "--peers"])
+    printed = capsys.readouterr()
+    assert "| training, compile | **1.00x**" in printed.out
+    assert "CUDA graphs need a CUDA device" in printed.err
 
 
 def test_cpu_time_is_not_wall_time():

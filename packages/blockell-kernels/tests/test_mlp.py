@@ -124,6 +124,14 @@ def test_leading_dimensions_and_strides(make_operands):
     assert problem.fused([problem.first.x[0], *problem.inputs()[1:]]).shape == (64,)
 
 
+def test_the_result_may_be_changed_in_place(make_operands):
+    problem = Problem(make_operands, N=12)
+    for shape in ((12, 40), (3, 4, 40)):
+        inputs = problem.inputs()
+        problem.fused([inputs[0].view(shape), *inputs[1:]]).mul_(2).sum().backward()
+        assert inputs[1].grad is not None
+
+
 @pytest.mark.parametrize("samples", [*itertools.product(("none", "norms", "gradient"), repeat=2)])
 def test_statistics_are_those_of_two_layers(make_operands, samples):
     problem = Problem(make_operands)

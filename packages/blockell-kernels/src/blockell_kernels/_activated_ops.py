@@ -52,7 +52,7 @@ def _run(keep_weight: bool, *args: Any) -> tuple[Tensor, Tensor | None, Tensor |
     plan = plan_for(x, x2d.shape[0], sizes, requested_backend(backend or None))
     layer = Layer(plan, plan.pattern(cols, order, start), values, bias)
     a, h, weight = core.hidden(layer, x2d, activation, keep_pre, keep_weight)
-    return a if x.ndim == 2 else a.view(*x.shape[:-1], R * B), h, weight
+    return core.shaped(a, x), h, weight
 
 
 @torch.library.impl(_library, "linear_activated", "CompositeExplicitAutograd")

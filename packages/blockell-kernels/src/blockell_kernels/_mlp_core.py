@@ -157,6 +157,17 @@ def flat(t: Tensor) -> Tensor:
     return t if t.ndim == 2 else t.reshape(t.numel() // t.shape[-1], t.shape[-1])
 
 
+def shaped(y: Tensor, x: Tensor) -> Tensor:
+    """A fresh result [N, n] with the leading dimensions of x.
+
+    Not by `view`: of a view made inside an autograd function autograd allows no change in place.
+    """
+    if x.ndim == 2 and not y._is_view():
+        return y
+    result: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
+    return result
+
+
 def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
     """An operator cannot return None: an empty tensor stands for it."""
     return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t

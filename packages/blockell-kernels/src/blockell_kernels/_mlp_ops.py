@@ -17,7 +17,7 @@ from torch import Tensor
 from blockell_kernels import _mlp_core as core
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._eager import watched
-from blockell_kernels._mlp_core import Layer, Needs, flat, or_empty
+from blockell_kernels._mlp_core import Layer, Needs, flat, or_empty, shaped
 from blockell_kernels._ops import cast_for_autocast
 from blockell_kernels._plan import plan_for
 from blockell_kernels._stats import probe_size
@@ -96,7 +96,7 @@ def mlp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x2d = flat(x)
     keep_pre = recompute != "hidden"
     y, a, h, _ = core.forward(x2d, *_layers(args, x2d), args[ACTIVATION], keep_pre, False)
-    y = y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+    y = shaped(y, x)
     if h is a:  # no activation: outputs of an operator must not be one another
         h = a.clone() if recompute == "none" else h
     return y, or_empty(h, x), a if recompute == "none" else or_empty(None, x)
@@ -244,7 +244,7 @@ class _EagerMLP(_MLP):
         layers = _layers(args, x2d)
         y, a, h, ctx.weights = core.forward(x2d, *layers, args[ACTIVATION], keep_pre, True)
         _save(ctx, args, h, a)
-        return y if x.ndim == 2 else y.view(*x.shape[:-1], y.shape[-1])
+        return shaped(y, x)
 
 
 def _save(ctx: Any, args: tuple[Any, ...], h: Tensor | None, a: Tensor | None) -> None:
@@ -338,4 +338,4 @@ def eager_mlp(*args: Any) -> Tensor:
         return _EagerMLP.apply(*args)
     x = flat(args[X])
     y = core.forward(x, *_layers(args, x), args[ACTIVATION], False, False)[0]
-    return y if args[X].ndim == 2 else y.view(*args[X].shape[:-1], y.shape[-1])
+    return shaped(y, args[X])

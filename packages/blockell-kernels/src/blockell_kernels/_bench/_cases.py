@@ -10,9 +10,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from blockell_format import create_random_topology, num_blocks_for_density, to_dense
+from blockell_format import (
+    TransposedIndex,
+    create_random_topology,
+    num_blocks_for_density,
+    to_dense,
+    transposed_index,
+)
 
 MODES = ("forward", "training")
+RUNS = ("eager", "graph", "compile")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,8 +34,16 @@ class BenchCase:
     density: float
     mode: str
     """"forward": under no_grad; "training": forward, and gradients of input, weight and bias."""
+    run: str = "eager"
+    """"eager", "graph" (a CUDA graph's replay) or "compile" (torch.compile of the forward pass)."""
     dtype: torch.dtype = torch.float32
     device: str = "cpu"
+
+    @property
+    def live_density(self) -> float:
+        """The density asked for, rounded to whole blocks."""
+        C = self.in_features // self.tile
+        return num_blocks_for_density(C, self.density) / C
 
     @property
     def impossible(self) -> str | None:
@@ -38,6 +53,8 @@ class BenchCase:
                 return f"{name} is no multiple of the tile"
         if self.out_features // self.tile % self.row_group:
             return "the row group does not divide the block rows"
+        if self.run == "graph" and torch.device(self.device).type != "cuda":
+            return "CUDA graphs need a CUDA device"
         return None
 
 
@@ -52,6 +69,7 @@ class BenchOperands:
     dy: Tensor  # [N, R*B]
     dense: Tensor  # [R*B, C*B]
     mask: Tensor  # [R*B, C*B], 0 or 1
+    index: TransposedIndex
 
 
 def make_operands(case: BenchCase, seed: int = 0) -> BenchOperands:
@@ -73,6 +91,7 @@ def make_operands(case: BenchCase, seed: int = 0) -> BenchOperands:
         dy=normal(case.tokens, case.out_features),
         dense=to_dense(values, cols, R, C, K, B),
         mask=to_dense(torch.ones_like(values), cols, R, C, K, B),
+        index=transposed_index(cols, C),
     )
     if case.mode == "training":
         for t in (operands.x, operands.values, operands.bias, operands.dense):

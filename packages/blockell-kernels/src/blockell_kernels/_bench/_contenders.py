@@ -1,18 +1,19 @@
-"""Who is measured, and the gate that ours passes before it is timed.
+"""Who is measured, how a step of theirs is run, and the gate that ours passes before it is timed.
 
 Legend: R block rows, C block columns, K blocks per row, B tile side, N tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from blockell_format import BlockELLFormat, to_bsr
 from blockell_kernels import _reference as reference
 from blockell_kernels._bench._cases import BenchCase, BenchOperands
+from blockell_kernels._bench._peers import PEERS, UnavailableError
 from blockell_kernels._functional import block_ell_linear
 
 Step = Callable[[], object]
@@ -20,47 +21,111 @@ RTOL = {torch.float64: 1e-10, torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.f
 GATE_TOKENS, GATE_ROW_GROUPS = 64, 3
 
 
-def _step(case: BenchCase, forward: Callable[[], Tensor], o: BenchOperands, weight: Tensor) -> Step:
-    """One timed step. Gradients are returned and dropped, as an optimizer would consume them."""
+@dataclass(frozen=True, kw_only=True)
+class Contender:
+    """One way to compute y = x W^T + bias."""
+
+    name: str
+    forward: Callable[[], Tensor]
+    weight: Tensor | None
+    """What its backward pass differentiates besides x and bias; None: it has no backward pass."""
+    dense: bool
+    """Whether it multiplies by the whole weight, absent blocks included."""
+    compiles: bool = True
+    """Whether torch.compile has something to work on."""
+
+
+def contenders(
+    case: BenchCase,
+    o: BenchOperands,
+    backends: Iterable[str],
+    peers: Iterable[str] = (),
+    refuse: Callable[[str], None] = lambda why: None,
+) -> list[Contender]:
+    """Everybody who can run the case. Dense first: it is what the others are compared with.
+
+    `refuse` hears why a peer cannot.
+    """
+    linear = torch.nn.functional.linear
+    found = [
+        Contender(
+            name="nn.Linear",
+            forward=lambda: linear(o.x, o.dense, o.bias),
+            weight=o.dense,
+            dense=True,
+        ),
+        Contender(
+            name="masked dense",
+            forward=lambda: linear(o.x, o.dense * o.mask, o.bias),
+            weight=o.dense,
+            dense=True,
+        ),
+    ]
+    for name in peers:
+        try:
+            forward, weight = PEERS[name](case, o)
+            if case.mode == "forward" or weight is not None:
+                found.append(
+                    Contender(
+                        name=name, forward=forward, weight=weight, dense=False, compiles=False
+                    )
+                )
+        except UnavailableError as error:
+            refuse(f"{name}: {error}")
+    for backend in backends:
+
+        def ours(backend: str = backend) -> Tensor:
+            return block_ell_linear(
+                o.x, o.values, o.col_indices, o.bias, row_group=case.row_group, index=o.index,
+                backend=backend,
+            )  # fmt: skip
+
+        name = f"ours ({backend})"
+        found.append(Contender(name=name, forward=ours, weight=o.values, dense=False))
+    return found
+
+
+def step_of(contender: Contender, case: BenchCase, o: BenchOperands) -> Step | None:
+    """One timed step; None where the contender has no such way to run.
+
+    Gradients are returned and dropped, as an optimizer would consume them.
+    """
+    forward = contender.forward
+    if case.run == "compile":
+        if not contender.compiles:
+            return None
+        forward = torch.compile(forward, dynamic=False)
     if case.mode == "forward":
 
         def step() -> object:
             with torch.no_grad():
                 return forward()
+    else:
+        assert contender.weight is not None
+        inputs = (o.x, contender.weight, o.bias)
 
-        return step
-    inputs = (o.x, weight, o.bias)
-    return lambda: torch.autograd.grad(forward(), inputs, o.dy)
+        def step() -> object:
+            return torch.autograd.grad(forward(), inputs, o.dy)
 
-
-def contenders(case: BenchCase, o: BenchOperands, backends: tuple[str, ...]) -> dict[str, Step]:
-    """Name -> step. Dense first: it is what the others are compared with."""
-    linear = torch.nn.functional.linear
-    steps = {
-        "nn.Linear": _step(case, lambda: linear(o.x, o.dense, o.bias), o, o.dense),
-        "masked dense": _step(case, lambda: linear(o.x, o.dense * o.mask, o.bias), o, o.dense),
-    }
-    if case.mode == "forward":  # torch has no gradient for the values of a BSR weight
-        try:
-            bsr = _bsr(o)
-            linear(o.x[:1], bsr, o.bias)
-            steps["torch BSR"] = _step(case, lambda: linear(o.x, bsr, o.bias), o, o.dense)
-        except (RuntimeError, NotImplementedError):
-            pass  # not on this device, dtype or tile
-    for backend in backends:
-
-        def ours(backend: str = backend) -> Tensor:
-            return block_ell_linear(
-                o.x, o.values, o.col_indices, o.bias, row_group=case.row_group, backend=backend
-            )
-
-        steps[f"ours ({backend})"] = _step(case, ours, o, o.values)
-    return steps
+    return _captured(step) if case.run == "graph" else step
 
 
-def _bsr(o: BenchOperands) -> Tensor:
-    C = o.x.shape[-1] // o.values.shape[-1]
-    return to_bsr(BlockELLFormat(o.values.detach(), o.col_indices, C))
+def _captured(step: Step) -> Step:
+    """The step as a CUDA graph: what the device takes, without the host's launches."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = step()
+
+    def replay() -> object:
+        graph.replay()
+        return kept
+
+    return replay
 
 
 def gate(case: BenchCase, o: BenchOperands, backend: str) -> str | None:
@@ -91,8 +156,14 @@ def gate(case: BenchCase, o: BenchOperands, backend: str) -> str | None:
         "dbias": (got_db, reference.grad_bias(dy64)),
     }
     for name, (got, want) in pairs.items():
-        scale = float(want.abs().max())
-        error = float((got.double() - want).abs().max()) / (scale or 1.0)
-        if not error <= RTOL[case.dtype]:
-            return f"{name} is off by {error:.2e} of its largest entry"
+        wrong = off_by(got, want, case.dtype)
+        if wrong is not None:
+            return f"{name} is off by {wrong:.2e} of its largest entry"
     return None
+
+
+def off_by(got: Tensor, want: Tensor, dtype: torch.dtype) -> float | None:
+    """The largest error as a share of the largest entry, if it is too large; else None."""
+    scale = float(want.abs().max())
+    error = float((got.double() - want.double()).abs().max()) / (scale or 1.0)
+    return None if error <= RTOL[dtype] else error

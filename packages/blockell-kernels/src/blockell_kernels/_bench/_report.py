@@ -26,6 +26,16 @@ class Row:
     times: Percentiles
     speedup: float
     """nn.Linear's median over this one's; above 1 is faster than dense."""
+    tflops: float = 0.0
+    """Of the products it has to do: those with present blocks, or all of them if it is dense."""
+    gb_per_s: float = 0.0
+    """Of its operands and results, each read or written once."""
+    ceiling_share: float = 0.0
+    """Of the best time for that on this machine."""
+    peak_mib: float | None = None
+    """Memory beyond the operands."""
+    host_us: float | None = None
+    """Time after which a call returns on the host."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +88,11 @@ def write_csv(path: Path, rows: list[Row], facts: Facts) -> None:
                 "chosen": row.chosen,
                 **{name: f"{value:.4f}" for name, value in row.times._asdict().items()},
                 "speedup": f"{row.speedup:.3f}",
+                "tflops": f"{row.tflops:.4g}",
+                "gb_per_s": f"{row.gb_per_s:.4g}",
+                "ceiling_share": f"{row.ceiling_share:.3f}",
+                "peak_mib": "" if row.peak_mib is None else f"{row.peak_mib:.1f}",
+                "host_us": "" if row.host_us is None else f"{row.host_us:.1f}",
             }
             if writer is None:
                 writer = csv.DictWriter(file, fieldnames=list(line))
@@ -102,7 +117,8 @@ def markdown(rows: list[Row], facts: Facts) -> str:
         by_case.setdefault(row.case, {})[row.contender] = row
     for case, of in by_case.items():
         shape = f"{case.in_features} -> {case.out_features}"
-        fixed = [case.tokens, shape, case.tile, case.row_group, f"{case.density:.0%}", case.mode]
+        mode = case.mode if case.run == "eager" else f"{case.mode}, {case.run}"
+        fixed = [case.tokens, shape, case.tile, case.row_group, f"{case.density:.0%}", mode]
         cells = [_cell(of.get(name)) for name in names]
         chosen = next((row.chosen for row in of.values() if row.chosen), "")
         lines.append("| " + " | ".join([*map(str, fixed), *cells, chosen]) + " |")

@@ -77,3 +77,36 @@ def time_all(
 def _percentiles(times_ms: list[float]) -> Percentiles:
     quantiles = torch.tensor([0.2, 0.5, 0.8], dtype=torch.float64)
     return Percentiles(*torch.tensor(times_ms, dtype=torch.float64).quantile(quantiles).tolist())
+
+
+def host_us(step: Callable[[], object], device: str, calls: int = 15) -> float | None:
+    """Microseconds after which a call returns on the host, the device idle before; the median.
+
+    None where the host computes, too: there it is the time itself.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    samples = []
+    for _ in range(calls):
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        step()
+        samples.append((time.perf_counter() - start) * 1e6)
+    torch.cuda.synchronize()
+    return sorted(samples)[calls // 2]
+
+
+def peak_mib(step: Callable[[], object], device: str) -> float | None:
+    """MiB that a step holds at most, beyond its operands; None where torch does not count them.
+
+    A CUDA graph holds its memory all the time, and shows none.
+    """
+    if torch.device(device).type != "cuda":
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    result = step()
+    torch.cuda.synchronize()
+    del result
+    return (torch.cuda.max_memory_allocated() - before) / 2**20
