@@ -202,8 +202,8 @@ def test_the_budget_widens_along_the_ramp() -> None:
     guard = RetentionGuard(model, optimizer, remember(model), drift=1e-2, ramp=10)
     for step in range(12):
         steps(model, optimizer, step, step + 1)
-        allowed = 1e-2 * min(1.0, (step + 1) / 10)
-        assert guard.budget_now == pytest.approx(allowed)
+        allowed = 1e-2 * min(1.0, (step + 1) / 10) ** 2
+        assert guard.budget == pytest.approx(allowed)
         assert max(guard.drift().values()) <= allowed * (1 + 1e-4)
 
 
@@ -214,8 +214,9 @@ def test_the_budget_widens_along_the_ramp() -> None:
         ({"eps": -1.0}, r"eps \(=-1.0\) must be 0 or more"),
         ({"eps": float("nan")}, r"eps \(=nan\) must be 0 or more"),
         ({"drift": 0.0}, r"drift \(=0.0\) must be greater than 0; for no drift at all use eps=0"),
-        ({"drift": "some"}, r"drift \(='some'\) must be 'auto', a number or None"),
+        ({"drift": "some"}, r"drift \(='some'\) must be 'auto', a number, a Drift"),
         ({"ramp": -1}, r"ramp \(=-1\) must be 0 or more"),
+        ({"measure_every": 0}, r"measure_every \(=0\) must be at least 1"),
         ({"tolerance": 0.0}, r"tolerance \(=0.0\) must be greater than 0 nats"),
     ],
 )
@@ -235,7 +236,7 @@ def test_a_memory_that_does_not_fit_is_refused() -> None:
     with pytest.raises(ValueError, match=r"memory of 4.weight \(=32 inputs\) must fit the layer"):
         RetentionGuard(wider, None, memory)
     blind = consolidate(model, [tokens(0)], usage="none", loss_fn=loss_of)
-    with pytest.raises(ValueError, match="needs a sensitivity measured at consolidation"):
+    with pytest.raises(ValueError, match="needs probes, or a sensitivity measured at"):
         RetentionGuard(model, None, blind)
 
 
@@ -307,7 +308,7 @@ def test_ranks_stay_identical_and_one_process_can_go_on(tmp_path: Path) -> None:
     memory = Consolidation.from_tensors(first["memory"])
     optimizer = adam(model)
     optimizer.load_state_dict(first["optimizer"])
-    guard = RetentionGuard(model, optimizer, memory)
+    guard = RetentionGuard(model, optimizer, memory, drift=1.0)
     guard.load_state_dict(first["guard"])
     assert (guard.steps, guard.every, guard.eps, guard.budget) == (7, 3, 0.1, 1e-3)
     steps(model, optimizer, 7, 9)

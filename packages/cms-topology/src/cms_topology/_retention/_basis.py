@@ -69,7 +69,7 @@ def eigenbasis(K: Tensor, dtype: torch.dtype, rank: int | None = None) -> Eigenb
 
 
 def _needed(s: Tensor) -> int:
-    """Smallest r for which (n - r) s_r, the bound of the tail, is within TAIL of the tail itself."""
+    """Smallest r for which (n - r) s_r, which bounds the tail, exceeds it by no more than TAIL."""
     n = s.shape[1]
     tail = s.flip(1).cumsum(1).flip(1)  # sum from r on
     count = torch.arange(n, 0, -1, device=s.device)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from cms_topology._retention._capture import captured, undisturbed
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
+from cms_topology._retention._probes import Probes
 from cms_topology._retention._sensitivity import measure_sensitivity
 from cms_topology._retention._statistics import TaskStatistics
 
@@ -35,6 +36,7 @@ def consolidate(
     outputs_fn: LossFn | None = None,
     rank: int | None = None,
     sensitivity_batches: int = 4,
+    probes: Probes | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Consolidation:
     """Keep of a task what later training must respect: statistics of its inputs, no data.
@@ -66,6 +68,8 @@ def consolidate(
         rank: keep only that many eigenvectors of every covariance.
         sensitivity_batches: batches on which to measure how much drift the loss bears, which
             sets the drift budget of `RetentionGuard` (at most; 0: no measurement). Needs a loss.
+        probes: inputs on which `RetentionGuard` watches the drift, from `make_probes`; best made up
+            by the model itself.
         dtype: of the stored covariances. The sums are float64.
 
     Returns:
@@ -108,6 +112,7 @@ def consolidate(
             stats.rows,
             [task],
             [weight],
+            probes=[] if probes is None else [probes],
         )
         if kept and usage != "none":
             memory.drift_levels, memory.drift_rises = measure_sensitivity(

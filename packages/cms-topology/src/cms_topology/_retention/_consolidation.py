@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cms_topology._retention._covariance import Covariance
+from cms_topology._retention._probes import Probes
 
 _VERSION = 1
 
@@ -91,6 +92,9 @@ class Consolidation:
     drift_rises: Tensor = field(default_factory=lambda: torch.zeros(0))
     """[tasks, levels]: rise of each task's loss in nats when all layers drift by D at random."""
 
+    probes: list[Probes] = field(default_factory=list)
+    """Inputs on which the drift is watched; empty if none were kept."""
+
     @property
     def num_bytes(self) -> int:
         """Bytes of all tensors."""
@@ -125,7 +129,13 @@ class Consolidation:
         elif other.drift_levels.numel():
             rises = torch.cat((rises, other.drift_rises))
         return Consolidation(
-            layers, rows, self.tasks + other.tasks, self.weights + other.weights, levels, rises
+            layers,
+            rows,
+            self.tasks + other.tasks,
+            self.weights + other.weights,
+            levels,
+            rises,
+            self.probes + other.probes,
         )
 
     def low_rank(self, rank: int) -> Consolidation:
@@ -155,6 +165,8 @@ class Consolidation:
         for name, layer in self.layers.items():
             tensors.update({f"layers/{name}/{k}": v for k, v in layer.tensors().items()})
         tensors.update({f"rows/{name}": used for name, used in self.rows.items()})
+        for i, probes in enumerate(self.probes):
+            tensors.update({f"probes/{i}/{k}": v for k, v in probes.tensors().items()})
         return {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
 
     @classmethod
@@ -176,12 +188,16 @@ class Consolidation:
                 "read it with the release of cms-topology that wrote it."
             )
         layers: dict[str, dict[str, Tensor]] = {}
+        probes: dict[int, dict[str, Tensor]] = {}
         rows = {}
         for key, tensor in tensors.items():
             kind, _, rest = key.partition("/")
             if kind == "layers":
                 name, _, part = rest.rpartition("/")
                 layers.setdefault(name, {})[part] = tensor
+            elif kind == "probes":
+                number, _, part = rest.partition("/")
+                probes.setdefault(int(number), {})[part] = tensor
             elif kind == "rows":
                 rows[rest] = tensor
         return cls(
@@ -191,6 +207,7 @@ class Consolidation:
             about["weights"],
             tensors["drift_levels"],
             tensors["drift_rises"],
+            [Probes.from_tensors(probes[i]) for i in sorted(probes)],
         )
 
     def state_dict(self) -> dict[str, Tensor]:

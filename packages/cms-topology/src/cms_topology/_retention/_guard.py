@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import nn
 
+from cms_topology._retention._budget import FixedBudget, make_budget
 from cms_topology._retention._consolidation import Consolidation
-from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
-from cms_topology._retention._precision import full_float32
+from cms_topology._retention._controller import DriftController
+from cms_topology._retention._names import unwrap
+from cms_topology._retention._parameters import by_shape, sort_parameters
+from cms_topology._retention._precision import products
+from cms_topology._retention._probes import LogitsFn, default_logits
 from cms_topology._retention._projection import ProjectionBatch
 from cms_topology._retention._state import WeightState
-from cms_topology._retention._still import StillParameters
-from cms_topology._retention._units import ProtectedWeight
-
-DEFAULT_TOLERANCE_NATS = 0.01
 
 
 class RetentionGuard:
@@ -46,16 +46,22 @@ class RetentionGuard:
         model: wrapped by DDP or torch.compile or not. Its present weights are the anchor W_A.
         optimizer: hooked; None if you call `guard.step()` yourself after every step.
         memory: what is kept, from `consolidate`.
-        drift: budget of relative drift per weight matrix, > 0. "auto": the drift at which the
-            consolidated tasks' own loss was measured to rise by `tolerance`. None: no such control.
+        drift: budget of relative drift D per weight matrix. "auto" finds it: if probes were kept at
+            consolidation, by watching how far the answers to them have moved (see
+            `DriftController`); else it is the drift at which the tasks' own loss was measured to
+            rise by `tolerance`. A number > 0, a `DriftController` of your own, or None: no such
+            control.
         eps: strength of the control of updates, as a fraction of the inputs' mean energy: 0 allows
             only what changes no output on the consolidated inputs, infinity everything. None: no
             such control, unless `drift` is None too; then 0.01.
-        ramp: optimizer steps over which the drift budget widens from nothing to `drift`, linearly.
-            The first gradients of a new task are coherent and point against the old one.
+        ramp: optimizer steps over which a fixed budget widens from nothing, as the square. The
+            first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
             that stay are put back at every step.
-        tolerance: nats, see `drift`.
+        tolerance: nats that the old tasks may lose by the measure of "auto": divergence of the
+            answers to the probes (default 0.003), or rise of the loss (default 0.01).
+        measure_every: optimizer steps between two looks at the probes.
+        logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
 
     Raises:
         ValueError: a setting outside its range, or a memory that does not fit the model.
@@ -67,32 +73,38 @@ class RetentionGuard:
         optimizer: torch.optim.Optimizer | None,
         memory: Consolidation,
         *,
-        drift: str | float | None = "auto",
+        drift: str | float | DriftController | None = "auto",
         eps: float | None = None,
         ramp: int = 0,
         every: int = 1,
-        tolerance: float = DEFAULT_TOLERANCE_NATS,
+        tolerance: float | None = None,
+        measure_every: int = 10,
+        logits_fn: LogitsFn = default_logits,
     ) -> None:
-        self.every, self.ramp, self.tolerance = every, ramp, tolerance
-        self.budget = _budget(drift, memory, tolerance)
-        """Budget of relative drift; None without that control."""
-        self.eps = 0.01 if eps is None and self.budget is None else eps
+        self.model = unwrap(model)
+        self.memory = memory
+        self.every = every
+        self._budget = make_budget(
+            drift,
+            memory,
+            next(self.model.parameters()).device,
+            tolerance=tolerance,
+            ramp=ramp,
+            measure_every=measure_every,
+            logits_fn=logits_fn,
+        )
+        self.eps = 0.01 if eps is None and self._budget is None else eps
         """Strength of the control of updates; None without it."""
         if every < 1:
             raise ValueError(f"every (={every}) must be at least 1.")
-        if ramp < 0:
-            raise ValueError(f"ramp (={ramp}) must be 0 or more steps.")
         if self.eps is not None and not self.eps >= 0:
             raise ValueError(f"eps (={eps}) must be 0 or more.")
         if self.eps == math.inf:
             self.eps = None
-        self.memory = memory
-        self.model = unwrap(model)
         self.steps = 0
         """Optimizer steps seen."""
-        weights, self._still = _sort(self.model, memory)
-        self._active = self.eps is not None or self.budget is not None
-        with full_float32(), torch.no_grad():
+        weights, self._still = sort_parameters(self.model, memory)
+        with products(full=True), torch.no_grad():
             states = {weight.name: WeightState.of(weight) for weight in weights}
         self._weights = weights
         self._arrange(states)
@@ -111,22 +123,32 @@ class RetentionGuard:
         self._notice_changes()
         if self.steps % self.every == 0:
             self.flush()
+            if self._budget is not None:
+                self._budget.observe(self.model, self.steps, self.steps - self.every)
 
     @property
-    def budget_now(self) -> float | None:
-        """The drift budget at this step, on its way up the ramp."""
-        if self.budget is None or self.steps >= self.ramp:
-            return self.budget
-        return self.budget * max(self.steps, 1) / self.ramp
+    def budget(self) -> float | None:
+        """Relative drift allowed now; None without that control. Waits for the device."""
+        return None if self._budget is None else float(self._budget.now(self.steps))
 
     def flush(self) -> None:
         """Project now, in the middle of an interval; before an evaluation, for example."""
         if not self._active:
             return
         self._notice_changes()
-        with full_float32():
+        budget = None if self._budget is None else self._budget.now(self.steps)
+        with products(full=self._exacting):
             for batch in self._batches:
-                batch.project(self.eps, self.budget_now)
+                batch.project(self.eps, budget)
+
+    @property
+    def _active(self) -> bool:
+        return self.eps is not None or self._budget is not None
+
+    @property
+    def _exacting(self) -> bool:
+        fixed = self._budget.value if isinstance(self._budget, FixedBudget) else None
+        return (self.eps is not None and self.eps < 1e-3) or (fixed is not None and fixed < 1e-5)
 
     def refresh(self) -> None:
         """Take note that blocks came or went; `flush` does so by itself when it notices.
@@ -135,7 +157,7 @@ class RetentionGuard:
         weights that do not follow (see `TopologyManager(retention=...)`) are drawn there.
         """
         states: dict[str, WeightState] = {}
-        with full_float32():
+        with products(full=True):
             for batch in self._batches:
                 for weight, state in zip(batch.weights, batch.states(), strict=True):
                     states[weight.name] = state.carried_over(weight)
@@ -149,7 +171,7 @@ class RetentionGuard:
         """Batch the weights by shape, which growth may have changed."""
         self._batches = [
             ProjectionBatch(group, [states[weight.name] for weight in group])
-            for group in _by_shape(self._weights)
+            for group in by_shape(self._weights)
         ]
         self._known_topologies = self._topologies()
 
@@ -168,7 +190,7 @@ class RetentionGuard:
     def drift(self) -> dict[str, float]:
         """Relative drift D of every weight matrix as it is now, by parameter name."""
         found: dict[str, float] = {}
-        with full_float32():
+        with products(full=True):
             for batch in self._batches:
                 found.update(zip(batch.names, batch.measure().tolist(), strict=True))
         return found
@@ -182,8 +204,8 @@ class RetentionGuard:
             "retention/drift_max": float(drifts.max()),
             "retention/layers_at_budget_frac": float(tight.double().mean()),
         }
-        if self.budget is not None:
-            figures["retention/budget"] = float(self.budget_now or 0.0)
+        if self._budget is not None:
+            figures.update(self._budget.figures())
         if self.eps is not None:
             figures["retention/eps"] = self.eps
         return figures
@@ -207,10 +229,11 @@ class RetentionGuard:
             for batch in self._batches
             for weight, state in zip(batch.weights, batch.states(), strict=True)
         }
-        settings = {"budget": self.budget, "eps": self.eps, "ramp": self.ramp, "every": self.every}
         return {
             "steps": self.steps,
-            "settings": settings,
+            "every": self.every,
+            "eps": self.eps,
+            "budget": None if self._budget is None else self._budget.state_dict(),
             "weights": weights,
             "still": self._still.state_dict(),
         }
@@ -227,85 +250,19 @@ class RetentionGuard:
                 f"state (with {len(theirs)} weight matrices) must be of this model (with "
                 f"{len(mine)}); they differ in {sorted(mine ^ theirs)[0]!r}."
             )
-        self.steps = int(state["steps"])
-        for name, value in state["settings"].items():
-            setattr(self, name, value)
-        self._active = self.eps is not None or self.budget is not None
+        if (state["budget"] is None) != (self._budget is None):
+            raise ValueError(
+                f"drift (={self.budget}) must be controlled as in the checkpoint "
+                f"(={state['budget']}); build the guard with the same drift."
+            )
+        self.steps, self.every, self.eps = int(state["steps"]), state["every"], state["eps"]
+        if self._budget is not None:
+            self._budget.load_state_dict(state["budget"])
         self._still.load_state_dict(state["still"])
         states = {}
         for weight in self._weights:
             saved = state["weights"][weight.name]
             states[weight.name] = WeightState.restored(weight, saved)
-        with full_float32():
+        with products(full=True):
             states = {w.name: states[w.name].carried_over(w) for w in self._weights}
         self._arrange(states)
-
-
-def _budget(drift: str | float | None, memory: Consolidation, tolerance: float) -> float | None:
-    if not tolerance > 0:
-        raise ValueError(f"tolerance (={tolerance}) must be greater than 0 nats.")
-    if isinstance(drift, str):
-        if drift != "auto":
-            raise ValueError(f"drift (={drift!r}) must be 'auto', a number or None.")
-        measured = memory.drift_at(tolerance)
-        if measured is None:
-            raise ValueError(
-                "drift (='auto') needs a sensitivity measured at consolidation; call consolidate "
-                "with a loss and sensitivity_batches >= 1, or pass a number, or None with eps."
-            )
-        return measured
-    if drift is None or drift == math.inf:
-        return None
-    if not drift > 0:
-        raise ValueError(f"drift (={drift}) must be greater than 0; for no drift at all use eps=0.")
-    return float(drift)
-
-
-def _sort(model: nn.Module, memory: Consolidation) -> tuple[list[ProtectedWeight], StillParameters]:
-    """Which parameters are projected, and which stay."""
-    names = parameter_names(model)
-    missing = sorted((set(memory.layers) | set(memory.rows)) - set(names.values()))
-    if missing:
-        raise ValueError(
-            f"memory (of tasks {memory.tasks}) must fit the model: it has no parameter "
-            f"{missing[0]!r}; pass the model that was consolidated, or one built like it."
-        )
-    sparse = sparse_by_values(model)
-    weights = []
-    still = StillParameters()
-    for parameter, name in names.items():
-        if hasattr(parameter, "placements"):
-            raise ValueError(
-                f"{name} (={type(parameter).__name__}) must not be sharded: retention under FSDP "
-                "or tensor parallelism is not supported; use DistributedDataParallel."
-            )
-        used = memory.rows.get(name)
-        indices = None if used is None else used.nonzero()[:, 0].to(parameter.device)
-        if indices is not None:
-            still.add(name, parameter, indices)
-        if name in memory.layers:
-            weight = ProtectedWeight(
-                name, parameter, memory.layers[name], sparse.get(parameter), indices
-            )
-            if weight.memory.covariance.n != _inputs(weight):
-                raise ValueError(
-                    f"memory of {name} (={weight.memory.covariance.n} inputs) must fit the layer "
-                    f"(={_inputs(weight)} inputs); pass the model that was consolidated."
-                )
-            weights.append(weight)
-        elif indices is None:
-            still.add(name, parameter)
-    return weights, still
-
-
-def _inputs(weight: ProtectedWeight) -> int:
-    layer = weight.layer
-    return weight.parameter.shape[1] if layer is None else layer.in_features
-
-
-def _by_shape(weights: list[ProtectedWeight]) -> list[list[ProtectedWeight]]:
-    groups: dict[Any, list[ProtectedWeight]] = {}
-    for weight in weights:
-        key = (weight.shape, weight.parameter.dtype, weight.parameter.device)
-        groups.setdefault(key, []).append(weight)
-    return list(groups.values())

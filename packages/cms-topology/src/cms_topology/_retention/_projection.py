@@ -86,7 +86,7 @@ class ProjectionBatch:
         return torch.stack([weight.read() for weight in self.weights])
 
     @torch.no_grad()
-    def project(self, eps: float | None, budget: float | None) -> None:
+    def project(self, eps: float | None, budget: Tensor | float | None) -> None:
         """Replace the weights by what the controls leave of them; no host synchronisation.
 
         With C the displacement's coefficients along U, a control is a factor per direction, and
@@ -94,7 +94,7 @@ class ProjectionBatch:
 
         Args:
             eps: None: no control of the update.
-            budget: relative drift; None: no control of the displacement.
+            budget: relative drift, a number or 0-d; None: no control of the displacement.
         """
         now = self.read()
         moved = now - self.anchor
@@ -106,13 +106,15 @@ class ProjectionBatch:
             # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
             kept = kept - self._coefficients(update) * _per_row(removed[:, :, :-1], C)
-            taken = update * _per_row(removed[:, :, -1:], C)
-            moved = moved - taken
-            C = self._coefficients(moved)
+            if self.vectors.shape[3] < self.vectors.shape[2]:  # there are directions outside of U
+                taken = update * _per_row(removed[:, :, -1:], C)
+                moved = moved - taken
+                C = self._coefficients(moved)
         energy = _energy(kept, C, moved)
         if budget is not None:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
-            left = (budget * self.scale - self.debt).clamp(min=0.01 * budget * self.scale)
+            allowed = budget * self.scale
+            left = torch.maximum(allowed - self.debt, 0.01 * allowed)
             factor, self.multiplier = shrink(self.spectrum, energy, left, self.multiplier)
             energy = energy * factor.square()
             outside = _per_row(factor[:, :, -1:], C)

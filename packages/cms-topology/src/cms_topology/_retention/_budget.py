@@ -1,0 +1,144 @@
+"""How much drift is allowed at a step: a fixed budget, or one that is found by watching."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from cms_topology._retention._consolidation import Consolidation
+from cms_topology._retention._controller import DriftController
+from cms_topology._retention._probes import LogitsFn, Probes, measure_divergence
+
+WATCHED_NATS = 0.003
+FORECAST_NATS = 0.01
+
+
+class Budget(Protocol):
+    """What the guard asks before and after a projection."""
+
+    def now(self, steps: int) -> Tensor | float:
+        """Relative drift allowed after so many optimizer steps."""
+        ...
+
+    def observe(self, model: nn.Module, steps: int, since: int) -> None:
+        """Look at the model after a projection at `steps`; the one before was at `since`."""
+        ...
+
+    def figures(self) -> dict[str, float]:
+        """For a log."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None: ...
+
+
+class FixedBudget:
+    """A number, reached along a ramp: value * min(1, steps / ramp)^2."""
+
+    def __init__(self, value: float, ramp: int) -> None:
+        self.value, self.ramp = value, ramp
+        self._steps = 0
+
+    def now(self, steps: int) -> float:
+        self._steps = steps
+        if steps >= self.ramp:
+            return self.value
+        return self.value * (max(steps, 1) / self.ramp) ** 2
+
+    def observe(self, model: nn.Module, steps: int, since: int) -> None:
+        pass
+
+    def figures(self) -> dict[str, float]:
+        return {"retention/budget": self.now(self._steps)}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"value": self.value, "ramp": self.ramp}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.value, self.ramp = state["value"], state["ramp"]
+
+
+class WatchedBudget:
+    """A `DriftController` that is shown the model's answers to the probes now and then."""
+
+    def __init__(
+        self,
+        controller: DriftController,
+        probes: list[Probes],
+        measure_every: int,
+        logits_fn: LogitsFn,
+    ) -> None:
+        self.controller, self.probes = controller, probes
+        self.measure_every, self.logits_fn = measure_every, logits_fn
+
+    def now(self, steps: int) -> Tensor:
+        return self.controller.budget
+
+    def observe(self, model: nn.Module, steps: int, since: int) -> None:
+        if steps // self.measure_every > since // self.measure_every:
+            self.controller.update(measure_divergence(model, self.probes, self.logits_fn))
+
+    def figures(self) -> dict[str, float]:
+        return {
+            "retention/budget": float(self.controller.budget),
+            "retention/divergence": float(self.controller.measured),
+        }
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.controller.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.controller.load_state_dict(state)
+
+
+def make_budget(
+    drift: str | float | DriftController | None,
+    memory: Consolidation,
+    device: torch.device,
+    *,
+    tolerance: float | None,
+    ramp: int,
+    measure_every: int,
+    logits_fn: LogitsFn,
+) -> Budget | None:
+    """The budget a `RetentionGuard` was asked for; see there."""
+    if tolerance is not None and not tolerance > 0:
+        raise ValueError(f"tolerance (={tolerance}) must be greater than 0 nats.")
+    if ramp < 0:
+        raise ValueError(f"ramp (={ramp}) must be 0 or more steps.")
+    if measure_every < 1:
+        raise ValueError(f"measure_every (={measure_every}) must be at least 1.")
+    if drift is None or drift == math.inf:
+        return None
+    probes = [p.to(device) for p in memory.probes]
+    if isinstance(drift, DriftController):
+        if not probes:
+            raise ValueError(
+                "drift (=DriftController) needs probes to watch; pass probes=make_probes(...) to "
+                "consolidate."
+            )
+        return WatchedBudget(drift, probes, measure_every, logits_fn)
+    if isinstance(drift, str):
+        if drift != "auto":
+            raise ValueError(
+                f"drift (={drift!r}) must be 'auto', a number, a DriftController or None."
+            )
+        if probes:
+            controller = DriftController(tolerance or WATCHED_NATS, device=device)
+            return WatchedBudget(controller, probes, measure_every, logits_fn)
+        forecast = memory.drift_at(tolerance or FORECAST_NATS)
+        if forecast is None:
+            raise ValueError(
+                "drift (='auto') needs probes, or a sensitivity measured at consolidation: pass "
+                "consolidate probes=make_probes(...), or a loss and sensitivity_batches >= 1; or "
+                "pass drift a number, or None with eps."
+            )
+        return FixedBudget(forecast, ramp)
+    if not drift > 0:
+        raise ValueError(f"drift (={drift}) must be greater than 0; for no drift at all use eps=0.")
+    return FixedBudget(float(drift), ramp)

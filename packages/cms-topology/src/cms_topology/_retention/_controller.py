@@ -1,0 +1,75 @@
+"""DriftController: how far the weights may drift, found by asking the model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+START = 1e-5
+"""First budget of relative drift: too small to do harm in any network seen."""
+SMALLEST, LARGEST = 1e-8, 1.0
+
+
+class DriftController:
+    """Widens a drift budget while the old answers stay, and narrows it at once when they do not.
+
+    After each measurement the budget is multiplied by sqrt(target / measured), at least `narrow`
+    and at most `widen`. The root, because a divergence is quadratic in the displacement near the
+    consolidated weights and the budget is too: half of the correction at once is stable. A
+    displacement that is projected into the narrower ellipsoid is closer to the old weights, so the
+    answers come back; nothing is lost by having been too bold for a moment.
+
+    All tensors: no host synchronisation.
+
+    Args:
+        target: divergence to aim at, nats.
+        start: first budget.
+        widen: largest growth of the budget per measurement.
+        narrow: largest shrinkage per measurement.
+        device: of the measurements.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    def __init__(
+        self,
+        target: float,
+        *,
+        start: float = START,
+        widen: float = 1.1,
+        narrow: float = 0.3,
+        device: torch.device | str | None = None,
+    ) -> None:
+        if not target > 0:
+            raise ValueError(f"target (={target}) must be greater than 0 nats.")
+        if not SMALLEST <= start <= LARGEST:
+            raise ValueError(f"start (={start}) must be in [{SMALLEST}, {LARGEST}].")
+        if not (widen > 1 and 0 < narrow < 1):
+            raise ValueError(
+                f"widen (={widen}) must be greater than 1 and narrow (={narrow}) in (0, 1)."
+            )
+        self.target, self.widen, self.narrow = target, widen, narrow
+        self.budget = torch.tensor(start, dtype=torch.float64, device=device)
+        """0-d float64: the relative drift allowed now."""
+        self.measured = torch.tensor(0.0, dtype=torch.float64, device=device)
+        """0-d float64: the last measurement."""
+
+    @torch.no_grad()
+    def update(self, measured: Tensor) -> Tensor:
+        """Take note of a divergence (0-d) and return the new budget; not a number narrows."""
+        self.measured = measured.to(self.budget).nan_to_num(nan=torch.inf)
+        factor = (self.target / self.measured.clamp(min=1e-30)).sqrt()
+        self.budget = (self.budget * factor.clamp(self.narrow, self.widen)).clamp(SMALLEST, LARGEST)
+        return self.budget
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Budget and last measurement."""
+        return {"budget": self.budget, "measured": self.measured}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Continue from `state`."""
+        self.budget = state["budget"].to(self.budget).clone()
+        self.measured = state["measured"].to(self.measured).clone()

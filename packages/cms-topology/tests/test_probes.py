@@ -1,0 +1,231 @@
+"""Probes and the controller: the old answers are watched, and the budget follows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.nn import functional
+
+from cms_topology import (
+    Consolidation,
+    DriftController,
+    Probes,
+    RetentionGuard,
+    consolidate,
+    make_probes,
+    sample_tokens,
+)
+
+
+class Follower(nn.Module):
+    """Predicts the next symbol from the present one; what it learns is a permutation."""
+
+    def __init__(self, symbols: int = 16, width: int = 24) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(symbols, width)
+        self.fc1, self.fc2 = nn.Linear(width, 48), nn.Linear(48, width)
+        self.head = nn.Linear(width, symbols, bias=False)
+        self.dropout = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        h = self.embedding(x)
+        h = h + self.fc2(functional.gelu(self.fc1(self.dropout(h))))
+        logits = self.head(h)
+        if labels is None:
+            return {"logits": logits}
+        loss = functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+        return {"logits": logits, "loss": loss}
+
+
+def batch(low: int, high: int, shift: int, seed: int) -> dict[str, Tensor]:
+    x = torch.randint(low, high, (8, 12), generator=torch.Generator().manual_seed(seed))
+    return {"x": x, "labels": (x - low + shift) % (high - low) + low}
+
+
+def fit(model: nn.Module, optimizer: torch.optim.Optimizer, task: tuple[int, int, int],
+        steps: int) -> None:  # fmt: skip
+    model.train()
+    for step in range(steps):
+        optimizer.zero_grad()
+        model(**batch(*task, seed=step))["loss"].backward()
+        optimizer.step()
+
+
+OLD, NEW = (0, 8, 3), (4, 12, 5)  # half of the symbols are shared
+
+
+def learned() -> Follower:
+    torch.manual_seed(0)
+    model = Follower()
+    fit(model, torch.optim.Adam(model.parameters(), lr=1e-2), OLD, 120)
+    return model
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, task: tuple[int, int, int]) -> float:
+    test = batch(*task, seed=10_000)
+    model.eval()
+    right = model(test["x"])["logits"].argmax(-1) == test["labels"]
+    model.train()
+    return float(right.float().mean())
+
+
+def own_samples(model: nn.Module, generator: torch.Generator) -> Tensor:
+    first = torch.randint(0, 8, (16, 1), generator=generator)
+    return sample_tokens(model, first, 12, generator=generator)
+
+
+def test_a_model_makes_up_its_own_probes() -> None:
+    model = learned()
+    random = torch.get_rng_state()
+    probes = make_probes(model, own_samples)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert model.training
+    assert probes.inputs.shape == (16, 12)
+    follows = (probes.inputs[:, :-1] + 3) % 8 == probes.inputs[:, 1:]
+    assert follows.float().mean() > 0.9  # what it has learned, without any data
+    assert float(probes.divergence(model.eval()(probes.inputs)["logits"])) < 1e-6
+
+
+def test_probes_survive_a_checkpoint() -> None:
+    model = learned()
+    probes = make_probes(model, own_samples)
+    memory = consolidate(model, [batch(*OLD, seed=0)], "a", probes=probes)
+    both = consolidate(model, [batch(*OLD, seed=1)], "b", probes=probes, previous=memory)
+    restored = Consolidation.from_tensors(both.to_tensors())
+    assert len(restored.probes) == 2
+    for name, tensor in probes.tensors().items():
+        assert torch.equal(restored.probes[1].tensors()[name], tensor)
+
+
+def test_watched_it_keeps_the_old_task_and_learns_the_new_one(tmp_path: Path) -> None:
+    results = {}
+    for guarded in (True, False):
+        model = learned()
+        assert accuracy(model, OLD) == 1.0
+        memory = consolidate(
+            model, [batch(*OLD, seed=s) for s in range(4)], "a",
+            probes=make_probes(model, own_samples),
+        )  # fmt: skip
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+        guard = RetentionGuard(model, optimizer, memory, tolerance=0.01) if guarded else None
+        lowest, budgets = 1.0, []
+        for _ in range(10):
+            fit(model, optimizer, (8, 16, 5), 12)
+            lowest = min(lowest, accuracy(model, OLD))
+            if guard is not None:
+                budgets.append(guard.budget)
+        results[guarded] = (lowest, accuracy(model, (8, 16, 5)))
+        if guard is not None:
+            assert budgets[0] == pytest.approx(1.1e-5)
+            assert budgets[-1] > 2 * budgets[0]  # it has found out how far it may go
+            assert guard.metrics()["retention/divergence"] < 0.05
+    assert results[True][0] == 1.0
+    assert results[True][1] > 0.9
+    assert results[False][0] < 0.8
+
+
+def test_the_budget_continues_after_a_resume() -> None:
+    def setup(model: nn.Module, memory: Consolidation) -> tuple[Any, RetentionGuard]:
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        return optimizer, RetentionGuard(model, optimizer, memory, measure_every=2)
+
+    model = learned().eval()
+    memory = consolidate(model, [batch(*OLD, seed=0)], probes=make_probes(model, own_samples))
+    optimizer, guard = setup(model, memory)
+    model.dropout.p = 0.0
+    fit(model, optimizer, NEW, 5)
+    weights = {k: v.clone() for k, v in model.state_dict().items()}
+    state = guard.state_dict()
+    fit(model, optimizer, NEW, 4)
+
+    other = Follower()
+    other.load_state_dict(weights)
+    other.dropout.p = 0.0
+    optimizer, second = setup(other, memory)
+    second.load_state_dict(state)
+    fit(other, optimizer, NEW, 4)
+    assert second.budget == guard.budget
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(tensor, other.state_dict()[name]), name
+
+
+def test_divergence_is_the_textbook_one_and_never_larger_when_cut() -> None:
+    torch.manual_seed(0)
+    then, now = torch.randn(5, 7, 9), torch.randn(5, 7, 9)
+
+    class Answers(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    expected = functional.kl_div(
+        now.flatten(0, 1).double().log_softmax(-1), then.flatten(0, 1).double().log_softmax(-1),
+        log_target=True, reduction="batchmean",
+    )  # fmt: skip
+    whole = make_probes(Answers(), then, confidence=0.0)
+    torch.testing.assert_close(whole.divergence(now), expected, rtol=1e-5, atol=1e-8)
+    cut = make_probes(Answers(), then, confidence=0.0, classes=3)
+    assert 0 < cut.divergence(now) < expected
+    few = make_probes(Answers(), then, confidence=0.0, max_answers=4)
+    assert len(few.positions) == 4
+    sure = make_probes(Answers(), then, confidence=0.4)
+    assert (then.softmax(-1).amax(-1) >= 0.4).sum() == len(sure.positions)
+
+
+@given(
+    st.floats(1e-4, 1.0),
+    st.floats(1e-6, 1e-2),
+    st.lists(st.floats(0, 1e3) | st.just(float("nan")), min_size=1, max_size=30),
+)
+@settings(max_examples=50, deadline=None)
+def test_the_controller_moves_towards_the_target(
+    target: float, start: float, measured: list[float]
+) -> None:
+    controller = DriftController(target, start=start)
+    for value in measured:
+        before = float(controller.budget)
+        after = float(controller.update(torch.tensor(value, dtype=torch.float64)))
+        assert 1e-8 <= after <= 1.0
+        assert 0.3 * before * (1 - 1e-9) <= after <= 1.1 * before * (1 + 1e-9) or after == 1e-8
+        if value > target or value != value:
+            assert after < before or before == 1e-8
+        elif before < 0.9:
+            assert after >= before * (1 - 1e-9)
+
+
+def test_the_controller_finds_the_budget_of_a_quadratic_world() -> None:
+    controller = DriftController(0.003)
+    for _ in range(100):
+        controller.update(2.0 * controller.budget)
+    assert float(controller.budget) == pytest.approx(0.0015, rel=1e-3)
+
+
+def test_what_is_wrong_is_said() -> None:
+    model = learned()
+    memory = consolidate(model, [batch(*OLD, seed=0)])
+    with pytest.raises(ValueError, match=r"confidence \(=1.5\) must be in \[0, 1\]"):
+        make_probes(model, own_samples, confidence=1.5)
+    with pytest.raises(ValueError, match=r"confidence \(=1.0\) must be reached by some answer"):
+        make_probes(Follower(), own_samples, confidence=1.0)
+    with pytest.raises(ValueError, match=r"temperature \(=0\) must be greater than 0"):
+        sample_tokens(model, torch.zeros(1, 1, dtype=torch.int64), 2, temperature=0)
+    with pytest.raises(ValueError, match=r"drift \(=DriftController\) needs probes to watch"):
+        RetentionGuard(model, None, memory, drift=DriftController(0.1))
+    for kwargs, message in (
+        ({"target": 0}, r"target \(=0\) must be greater than 0 nats"),
+        ({"target": 1, "start": 2}, r"start \(=2\) must be in"),
+        ({"target": 1, "widen": 1}, r"widen \(=1\) must be greater than 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            DriftController(**kwargs)  # type: ignore[arg-type]
+    watched = consolidate(model, [batch(*OLD, seed=0)], probes=make_probes(model, own_samples))
+    state = RetentionGuard(model, None, watched).state_dict()
+    with pytest.raises(ValueError, match="must be controlled as in the checkpoint"):
+        RetentionGuard(model, None, watched, drift=None).load_state_dict(state)
+    assert Probes.from_tensors(watched.probes[0].tensors()).inputs.shape == (16, 12)
