@@ -29,7 +29,6 @@ from titanmac_integration import TitanMACConfig, create_titanmac_model
 from titanmac_integration._prose import load_prose
 
 SEQUENCE, DROPOUT, WEIGHT_DECAY = 512, 0.1, 0.1
-DENSE = {"MAC", "MAG", "MAL", "none"}
 MODELS = ["gpt", "none", "MAC", "MAG", "MAL"]
 
 
@@ -123,6 +122,11 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
     train_data, held_out = data[:cut].to(device), data[cut:].to(device)
     steps = options.steps[options.texts.index(cell.text) % len(options.steps)]
     model, dynamic = make_model(cell.model, cell.seed, device)
+    if options.compile:
+        # block by block: layers of one shape share the compiled code
+        blocks = model.layers.layers if isinstance(model, GPT) else model.blocks
+        for block in blocks:
+            block.compile(dynamic=False)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
     optimizer = torch.optim.AdamW(
@@ -166,6 +170,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
         **dataclasses.asdict(cell),
         "text": Path(cell.text).stem,
         "steps": steps,
+        "compiled": options.compile,
         "batch_size": options.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
         "validation": curve[-1][1],
@@ -219,6 +224,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=64)
+    parser.add_argument("--compile", action="store_true")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))

@@ -27,6 +27,7 @@ import torch
 from titanmac_integration import (
     ArithmeticTask,
     ContinuumMemorySystem,
+    DeepMomentum,
     DeepNestedOptimizer,
     ProseTask,
     Task,
@@ -56,6 +57,7 @@ METHODS: dict[str, Callable[[], dict[str, Any]]] = {
         "cms": ContinuumMemorySystem(PERIODS, _deep_mlps(1), lr_scales=(1, 3, 10))
     },
     "deep momentum": lambda: {"deep_momentum": True},
+    "deep momentum, free length": lambda: {"deep_momentum": DeepMomentum(keep_length=False)},
     "controller": lambda: {"controller": True},
     "deep momentum + controller": lambda: {"deep_momentum": True, "controller": True},
     "both, meta-learned": lambda: {"deep_momentum": True, "controller": True},

@@ -23,10 +23,10 @@ import torch
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
 
-KEYS, VALUES, PAIRS = 32, 32, 8
+KEYS, VALUES, PAIRS = 16, 16, 6
 WINDOW, LAYERS = 16, 2
 FILLER_TOKEN = KEYS + VALUES
-FILLER = 64  # tokens; attention alone carries information over LAYERS * (WINDOW - 1) = 30
+FILLER = 48  # tokens; attention alone carries information over LAYERS * (WINDOW - 1) = 30
 IGNORED = -100
 
 
@@ -67,14 +67,16 @@ def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
 
 def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
     device = options.device
-    model = create_titanmac_model(config(variant, options.depth, options.chunk), seed=seed, device=device)
+    model = create_titanmac_model(
+        config(variant, options.depth, options.chunk), seed=seed, device=device
+    )
     optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
     generator = torch.Generator().manual_seed(1000 + seed)
     held_out = [batch(512, torch.Generator().manual_seed(7)) for _ in range(1)]
     curve = []
     started = time.perf_counter()
     for step in range(1, options.steps + 1):
-        rate = min(1.0, step / 100) * max(0.05, 1 - step / options.steps)
+        rate = min(1.0, step / 100, max(0.02, 2 * (1 - step / options.steps)))
         for group in optimizer.param_groups:
             group["lr"] = options.lr * rate
         tokens, labels = (x.to(device) for x in batch(options.batch_size, generator))
@@ -88,6 +90,7 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, obj
             print(variant, seed, step, f"{loss.item():.3f}", curve[-1][1], flush=True)
     return {
         "variant": variant,
+        "chance": 1 / VALUES,
         "depth": options.depth if variant != "none" else None,
         "seed": seed,
         "steps": options.steps,
@@ -122,7 +125,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=64)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -4,6 +4,8 @@
 
 Trains one preset with DeepNestedOptimizer's defaults on prose. The run is cut into pieces: after
 each the state is saved and loaded into a new model and optimizer: the resume is part of the test.
+With `--state FILE` a run that `--max-seconds` ended goes on where it stopped. `--frozen` is the
+control: the topology stands still, and the losses are looked at at the same steps.
 Writes the largest loss ratio within ten steps of every decision, the swap rates, and a thinned loss
 curve. `docs/images/stability.py` draws it.
 """
@@ -41,6 +43,7 @@ def build(args: argparse.Namespace, seed: int) -> tuple[Any, DeepNestedOptimizer
         weight_decay=0.01,
         fused=args.device == "cuda",
         cms=ContinuumMemorySystem((1, 10, args.decide_every)),
+        topology=not args.frozen,
     )
     return model, optimizer
 
@@ -59,6 +62,8 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--state", type=Path, help="continue from this file, and write it")
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=Path("stability.json"))
     args = parser.parse_args()
@@ -67,20 +72,17 @@ def main() -> None:
     task = make_task(args.task)
     data = torch.Generator().manual_seed(args.seed)
     model, optimizer = build(args, args.seed)
-    scratch = Path(tempfile.mkdtemp()) / "state.pt"
+    state_file = args.state or Path(tempfile.mkdtemp()) / "state.pt"
     half = torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda")
     losses: list[torch.Tensor] = []
-    curve, swaps = [], []
-    started, resumed = time.perf_counter(), []
-    for step in range(args.steps):
-        if step and step % (args.steps // args.pieces) == 0:
-            torch.save([model.state_dict(), optimizer.state_dict(), data.get_state()], scratch)
-            model, optimizer = build(args, seed=args.seed + 1)
-            weights, state, generator = torch.load(scratch, weights_only=True)
-            model.load_state_dict(weights)
-            optimizer.load_state_dict(state)
-            data.set_state(generator)
-            resumed.append(step)
+    record: dict[str, Any] = {"loss": [], "swap_rates": [], "resumed_at": [], "seconds": 0.0}
+    begin = 0
+    if state_file.exists():
+        model, optimizer, record = load(args, state_file, data)
+        begin = optimizer.global_step
+    started = time.perf_counter() - record["seconds"]
+    limit = record["seconds"] + args.max_seconds
+    for step in range(begin, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step, args.steps)
         batch = task.batch(args.batch, args.length, data)
@@ -91,28 +93,53 @@ def main() -> None:
         optimizer.record_loss(loss)
         report = optimizer.step()
         optimizer.zero_grad()
+        if args.frozen and 2 in report.due_levels:
+            optimizer.spikes.decided(report.step)
         losses.append(loss.detach())
         if report.swap_rate is not None:
-            swaps.append([report.step, report.swap_rate])
+            record["swap_rates"].append([report.step, report.swap_rate])
         if len(losses) == 20:
-            curve.append([step + 1, float(torch.stack(losses).mean())])
+            record["loss"].append([step + 1, float(torch.stack(losses).mean())])
             losses.clear()
-        if (step + 1) % 500 == 0:
-            seconds = time.perf_counter() - started
-            print(step + 1, f"{curve[-1][1]:.4f}", swaps[-1], f"{seconds:.0f} s", flush=True)
-            write(args, optimizer, curve, swaps, resumed, seconds, task.evaluate(model))
-            if seconds > args.max_seconds:
-                break
+        if (step + 1) % 200 == 0:
+            record["seconds"] = time.perf_counter() - started
+            shown = f"{record['loss'][-1][1]:.4f} {record['swap_rates'][-1:]}"
+            print(step + 1, shown, f"{record['seconds']:.0f} s", flush=True)
+            ended = record["seconds"] > limit or step + 1 == args.steps
+            if ended or (step + 1) % (args.steps // args.pieces) == 0:
+                write(args, optimizer, record, task.evaluate(model))
+                save(state_file, model, optimizer, data, record)
+                if ended:
+                    break
+                model, optimizer, record = load(args, state_file, data)
+
+
+def save(
+    path: Path,
+    model: torch.nn.Module,
+    optimizer: DeepNestedOptimizer,
+    data: torch.Generator,
+    record: dict[str, Any],
+) -> None:
+    state = [model.state_dict(), optimizer.state_dict(), data.get_state(), record]
+    torch.save(state, path)
+
+
+def load(
+    args: argparse.Namespace, path: Path, data: torch.Generator
+) -> tuple[Any, DeepNestedOptimizer, dict[str, Any]]:
+    """The state in a new model, which was built from another seed, and a new optimizer."""
+    model, optimizer = build(args, seed=args.seed + 1)
+    weights, state, generator, record = torch.load(path, weights_only=True)
+    model.load_state_dict(weights)
+    optimizer.load_state_dict(state)
+    data.set_state(generator)
+    record["resumed_at"].append(optimizer.global_step)
+    return model, optimizer, record
 
 
 def write(
-    args: argparse.Namespace,
-    optimizer: DeepNestedOptimizer,
-    curve: list[Any],
-    swaps: list[Any],
-    resumed: list[int],
-    seconds: float,
-    measure: float,
+    args: argparse.Namespace, optimizer: DeepNestedOptimizer, record: dict[str, Any], measure: float
 ) -> None:
     optimizer.spikes.flush()
     cuda = args.device == "cuda"
@@ -122,13 +149,11 @@ def write(
         "task": args.task,
         "lr": args.lr,
         "steps": optimizer.global_step,
-        "resumed_at": resumed,
-        "seconds": seconds,
+        "frozen": args.frozen,
         "measure": measure,
         "device": torch.cuda.get_device_name() if cuda else platform.processor(),
         "torch": torch.__version__,
-        "loss": curve,
-        "swap_rates": swaps,
+        **record,
         "loss_ratios": optimizer.spikes.ratios,
         "spikes": [list(spike) for spike in optimizer.spikes.spikes],
     }
