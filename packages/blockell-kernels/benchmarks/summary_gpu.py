@@ -2,8 +2,9 @@
 
     python summary_gpu.py results/h200-bfloat16.csv
 
-A cell reads forward / grad_input / grad_values / layer, each as speed-up over the dense product of
-the same run; `*` marks a product that the dispatcher computes densely.
+A cell is the speed-up over the dense product of the same run, and whether the goal beside it was
+reached; `*` marks a product that the dispatcher computes densely. Several files are joined: the
+shards of one grid.
 """
 
 from __future__ import annotations
@@ -22,6 +23,73 @@ def read(path: Path) -> tuple[str, list[dict[str, str]]]:
     return header.lstrip("# "), list(csv.DictReader(lines))
 
 
+GOALS = {
+    # (tile, row_group, density): forward, grad_input, grad_values, layer; then the largest shapes'
+    (128, 1, 0.5): ((1.6, 1.5, 1.5, 1.5), (1.8, 1.8, 1.8, 1.5)),
+    (128, 1, 0.25): ((2.2, 2.2, 2.2, 2.2), (3.2, 3.2, 3.2, 2.2)),
+    (64, 2, 0.5): ((1.5, 1.4, 1.4, 0.95),) * 2,
+    (64, 2, 0.25): ((2.0, 2.0, 2.0, 0.95),) * 2,
+    (64, 1, 0.5): ((1.5, 1.4, 1.4, 0.95),) * 2,
+    (64, 1, 0.25): ((2.0, 2.0, 2.0, 0.95),) * 2,
+    (32, 4, 0.5): ((1.5, 1.2, 1.4, 0.95),) * 2,
+    (32, 4, 0.25): ((2.0, 1.6, 2.0, 0.95),) * 2,
+    (16, 8, 0.5): ((1.35, 1.1, 1.3, 0.95),) * 2,
+    (16, 8, 0.25): ((1.9, 1.5, 1.8, 0.95),) * 2,
+    (16, 1, 0.25): ((0.95,) * 4, (1.1, 0.95, 0.95, 0.95)),
+}
+NEVER_SLOWER = ((0.95,) * 4,) * 2
+NAMED = {(8192, 640, 2560), (8192, 2560, 640), (65536, 640, 2560), (65536, 2560, 640)}
+LARGEST = {(8192, 4096, 14336), (8192, 14336, 4096)}
+
+
+def goal(key: tuple[int, int, float], shape: tuple[str, ...], column: int) -> float:
+    """What a cell is to reach; for shapes and structures without a goal of their own 0.95."""
+    sizes = tuple(map(int, shape))
+    if sizes not in NAMED | LARGEST:
+        return 0.95
+    return GOALS.get(key, NEVER_SLOWER)[sizes in LARGEST][column]
+
+
+def goals_table(rows: list[dict[str, str]], shapes: list[tuple[str, ...]]) -> tuple[str, int, int]:
+    """One line per structure, density and direction: the goal, what was measured, whether reached.
+
+    Also how many cells there are, and how many reached their goal.
+    """
+    cells = by_cell(rows)
+    head = " | ".join(f"{n}, {i} -> {o}" for n, i, o in shapes)
+    lines = [f"| structure, density, product | goal | {head} |", "|---|---|" + "---|" * len(shapes)]
+    total = reached = 0
+    for key in sorted(cells, key=lambda k: (-k[2], -k[0], -k[1])):
+        for column, direction in enumerate((*DIRECTIONS, "layer")):
+            texts, goals = [], []
+            for shape in shapes:
+                row = cells[key].get(shape, {}).get(direction)
+                if row is None:
+                    texts.append("")
+                    continue
+                wanted, measured = goal(key, shape, column), float(row["speedup"])
+                goals.append(wanted)
+                good = measured >= wanted - 0.005
+                total, reached = total + 1, reached + good
+                mark = "" if "triton" in row["chosen"] else "*"
+                texts.append(f"{measured:.2f}{mark} {'reached' if good else 'no'}")
+            if goals:
+                wanted = " or ".join(f"{g:g}" for g in sorted(set(goals)))
+                name = f"{key[0]}x{key[1]}, {key[2]:.0%}, {direction}"
+                lines.append(f"| {name} | {wanted} | {' | '.join(texts)} |")
+    return "\n".join(lines), total, reached
+
+
+def by_cell(rows: list[dict[str, str]]) -> dict[tuple, dict]:
+    """Rows by (tile, row_group, density), then shape, then direction."""
+    cells: dict[tuple, dict] = defaultdict(dict)
+    for row in rows:
+        shape = (row["N"], row["in"], row["out"])
+        key = (int(row["B"]), int(row["row_group"]), round(asked(row), 2))
+        cells[key].setdefault(shape, {})[row["direction"]] = row
+    return cells
+
+
 def cell(rows: dict[str, dict[str, str]]) -> str:
     """One cell: the three products and the layer."""
     parts = []
@@ -34,11 +102,7 @@ def cell(rows: dict[str, dict[str, str]]) -> str:
 
 def table(rows: list[dict[str, str]], shapes: list[tuple[str, ...]]) -> str:
     """One table: structures and densities down, shapes across."""
-    cells: dict[tuple, dict] = defaultdict(dict)
-    for row in rows:
-        shape = (row["N"], row["in"], row["out"])
-        key = (int(row["B"]), int(row["row_group"]), round(asked(row), 2))
-        cells[key].setdefault(shape, {})[row["direction"]] = row
+    cells = by_cell(rows)
     head = " | ".join(f"{n}, {i} -> {o}" for n, i, o in shapes)
     lines = [f"| tile x row_group, density | {head} |", "|---|" + "---|" * len(shapes)]
     for B, G, density in sorted(cells, key=lambda k: (k[2], -k[0], -k[1])):
@@ -55,7 +119,7 @@ def asked(row: dict[str, str]) -> float:
     return min((0.05, 0.1, 0.25, 0.5, 0.75, 1.0), key=lambda d: abs(d - density))
 
 
-def worst(rows: list[dict[str, str]]) -> str:
+def worst(rows: list[dict[str, str]], directions: tuple[str, ...] = DIRECTIONS) -> str:
     """The dispatcher's slowest cells against dense, by number of tokens."""
     lines = [
         "| tokens | cells | within 5% of dense or faster | slowest cell |",
@@ -63,7 +127,7 @@ def worst(rows: list[dict[str, str]]) -> str:
     ]
     groups = defaultdict(list)
     for row in rows:
-        if row["direction"] != "layer":
+        if row["direction"] in directions:
             groups[int(row["N"])].append(row)
     for N, group in sorted(groups.items()):
         good = sum(float(row["speedup"]) >= 0.95 for row in group)
@@ -79,13 +143,23 @@ def worst(rows: list[dict[str, str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("grid", type=Path)
-    parser.add_argument("--min-tokens", type=int, default=8192)
+    parser.add_argument("grids", type=Path, nargs="+")
+    parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.5])
+    parser.add_argument("--compact", action="store_true", help="all four in one cell, no goals")
     arguments = parser.parse_args()
-    facts, rows = read(arguments.grid)
-    shapes = dict.fromkeys((row["N"], row["in"], row["out"]) for row in rows)
-    shown = [s for s in shapes if int(s[0]) >= arguments.min_tokens]
-    print(f"{facts}\n\n{table(rows, shown)}\n\n{worst(rows)}")
+    read_all = [read(path) for path in arguments.grids]
+    rows = [row for _, some in read_all for row in some]
+    shapes = list(dict.fromkeys((row["N"], row["in"], row["out"]) for row in rows))
+    shapes.sort(key=lambda shape: [int(size) for size in shape])
+    shown = [row for row in rows if round(asked(row), 2) in arguments.densities]
+    print("; ".join(dict.fromkeys(facts for facts, _ in read_all)) + "\n")
+    if arguments.compact:
+        print(table(shown, shapes))
+        return
+    named = [s for s in shapes if tuple(map(int, s)) in NAMED | LARGEST]
+    text, total, reached = goals_table(shown, named)
+    print(f"{text}\n\n{reached} of {total} cells reach their goal.\n")
+    print(f"By product:\n\n{worst(rows)}\n\nBy layer:\n\n{worst(rows, ('layer',))}")
 
 
 if __name__ == "__main__":
