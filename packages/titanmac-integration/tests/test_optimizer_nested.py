@@ -302,6 +302,23 @@ def test_factors_start_at_one_and_stay_in_range() -> None:
     assert all(len(factors) == 2 for factors in seen)
 
 
+@pytest.mark.parametrize("maximize", [False, True])
+def test_the_unrolled_controller_sees_what_the_real_one_sees(maximize: bool) -> None:
+    """Two ways to the same statistics and so to the same steps."""
+    model = toy()
+    optimizer = nested(
+        model,
+        deep_momentum=False,
+        controller=LearningRateController(hidden=3, period=1, lr=0),
+        maximize=maximize,
+    )
+    expected = unrolled_loss(optimizer, pair(99), [pair(3), pair(4), pair(5)], loss_fn=loss_of)
+    train(optimizer, model, 3, start=3)
+    assert optimizer.controller is not None
+    assert len(set(optimizer.controller.factors)) > 1
+    torch.testing.assert_close(loss_of(model, pair(99)), expected, rtol=1e-9, atol=1e-12)
+
+
 @pytest.mark.parametrize(("pattern", "expected"), [("constant", "up"), ("alternating", "down")])
 def test_agreeing_gradients_raise_the_rate_and_opposing_ones_lower_it(
     pattern: str, expected: str

@@ -66,9 +66,9 @@ def test_it_finds_the_sparse_layers_of_wrapped_models() -> None:
     model = make_net()
     assert list(discover_block_sparse_layers(torch.compile(model))) == ["0", "2"]
     optimizer = DeepNestedOptimizer(model)
-    assert optimizer.topology_manager is not None
-    assert list(optimizer.topology_manager.layers) == ["0", "2"]
-    assert optimizer.topology_manager.clock.periods == (1, 10, 100)
+    assert optimizer.topology is not None
+    assert list(optimizer.topology.layers) == ["0", "2"]
+    assert optimizer.topology.clock.periods == (1, 10, 100)
 
 
 def test_the_optimizer_triggers_decisions_and_reports_them() -> None:
@@ -86,7 +86,6 @@ def test_the_optimizer_triggers_decisions_and_reports_them() -> None:
         (reports[3].swap_rate + reports[7].swap_rate) / 2
     )
     assert optimizer.swap_rate == reports[7].rolling_swap_rate
-    assert optimizer.last_topology is reports[7].topology
     assert not torch.equal(model[0].col_indices, before)
 
 
@@ -106,16 +105,16 @@ def test_topology_can_be_left_alone() -> None:
     optimizer = DeepNestedOptimizer(model, cms=cms(), topology=False)
     before = model[0].col_indices.clone()
     reports = train(model, optimizer, range(8))
-    assert optimizer.topology_manager is None
+    assert optimizer.topology is None
     assert reports[3].topology is None
     assert torch.equal(model[0].col_indices, before)
 
 
 def test_settings_reach_the_manager() -> None:
     optimizer = DeepNestedOptimizer(make_net(), cms=cms(), topology={"seed": 5, "freeze_after": 4})
-    assert optimizer.topology_manager is not None
-    assert optimizer.topology_manager.seed == 5
-    assert optimizer.topology_manager.freeze_after == 4
+    assert optimizer.topology is not None
+    assert optimizer.topology.seed == 5
+    assert optimizer.topology.freeze_after == 4
     with pytest.raises(ValueError, match=r"periods'\] \(=\(1, 2, 8\)\) must be those of cms"):
         DeepNestedOptimizer(make_net(), cms=cms(), topology={"periods": (1, 2, 8)})
 
@@ -158,7 +157,7 @@ def test_copies_drive_their_own_layers() -> None:
     optimizer = build(model, "slow values")
     train(model, optimizer, range(3))
     twin, copied = copy.deepcopy((model, optimizer))
-    assert copied.topology_manager.layers["0"] is twin[0]
+    assert copied.topology.layers["0"] is twin[0]
     train(model, optimizer, range(3, 9))
     train(twin, copied, range(3, 9))
     assert_same(model, twin)
@@ -210,8 +209,8 @@ def test_a_step_that_the_scaler_skips_does_not_count() -> None:
         optimizer.zero_grad()
         assert (report is None) == bad
     assert optimizer.global_step == 2
-    assert optimizer.topology_manager is not None
-    assert optimizer.topology_manager.global_step == 2
+    assert optimizer.topology is not None
+    assert optimizer.topology.global_step == 2
 
 
 # -- logging ----------------------------------------------------------------------------------

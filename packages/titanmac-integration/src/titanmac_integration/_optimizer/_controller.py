@@ -94,19 +94,23 @@ def statistics(
     steps: float,
 ) -> Tensor:
     """The F statistics of one group; differentiable in all tensors."""
+
+    def total(tensors: Sequence[Tensor]) -> Tensor:
+        return torch.stack([t.sum().to(_wide(t)) for t in tensors]).sum()
+
+    squares = [[t.square() for t in tensors] for tensors in (gradients, parameters, first)]
     count = sum(p.numel() for p in parameters)
+    own, weights, along = map(total, squares)
+    return _statistics(own, weights, along, total(second), count, steps)
 
-    def length(tensors: Sequence[Tensor]) -> Tensor:
-        return torch.stack([t.square().sum().to(_wide(t)) for t in tensors]).sum()
 
-    mean_root = torch.stack([v.sum().to(_wide(v)) for v in second]).sum()
-    rows = [
-        length(gradients) / count,
-        length(parameters) / count,
-        (length(first) + 1e-30) / (mean_root + 1e-30),
-    ]
-    # square roots and the scale of the inputs in one: log10(sqrt(x)) / 2
-    logs = [0.25 * torch.log10(row + 1e-20) for row in rows]
+def _statistics(
+    gradients: Tensor, parameters: Tensor, first: Tensor, second: Tensor, count: int, steps: float
+) -> Tensor:
+    """The same from sums over the group: of squares, and of Adam's second moment."""
+    ratio = (first + 1e-30) / (second + 1e-30)
+    # the root, and a scale that suits tanh, in one factor
+    logs = [0.25 * torch.log10(x + 1e-20) for x in (gradients / count, parameters / count, ratio)]
     return torch.stack([*logs, logs[0].new_tensor(0.25 * math.log10(1 + steps))])
 
 
@@ -195,20 +199,34 @@ def _observe(
     parameters: Sequence[Tensor], state: Mapping[Tensor, dict[str, Any]], group: dict[str, Any]
 ) -> tuple[Tensor, Tensor]:
     """Statistics [F] of a group, and the cosine of its gradient with the last direction taken."""
-    sign = -1.0 if group["maximize"] else 1.0
     gradients = [p.grad for p in parameters if p.grad is not None]
     first = [state[p]["exp_avg"] for p in parameters]
     second = [state[p]["exp_avg_sq"] for p in parameters]
-    dot, along, own = [], [], []
-    for gradient, m, v, parameter in zip(gradients, first, second, parameters, strict=True):
-        t = float(state[parameter]["step"])
-        # Adam's last direction up to a factor, which the cosine does not see
-        root = (v / (1 - group["betas"][1] ** t)).sqrt_().add_(group["eps"])
-        taken = m / root
-        dot.append((gradient * taken).sum().float())
-        along.append(taken.square().sum().float())
-        own.append(gradient.square().sum().float())
-    lengths = torch.stack(along).sum() * torch.stack(own).sum()
-    cosine = sign * torch.stack(dot).sum() / (lengths.sqrt() + 1e-30)
-    steps = float(state[parameters[0]]["step"])
-    return statistics(gradients, parameters, first, second, steps), cosine
+    steps = [float(state[p]["step"]) for p in parameters]
+    # Adam's last direction up to a factor, which the cosine does not see
+    taken = list(torch._foreach_sqrt(second))
+    torch._foreach_div_(taken, [(1 - group["betas"][1] ** t) ** 0.5 for t in steps])
+    torch._foreach_add_(taken, group["eps"])
+    taken = list(torch._foreach_div(first, taken))
+
+    def squares(tensors: Sequence[Tensor]) -> Tensor:
+        return _stacked(torch._foreach_norm(list(tensors))).square().sum()
+
+    own, along = squares(gradients), squares(taken)
+    torch._foreach_mul_(taken, gradients)
+    dot = _stacked([t.sum() for t in taken]).sum()
+    sign = -1.0 if group["maximize"] else 1.0
+    cosine = sign * dot / ((own * along).sqrt() + 1e-30)
+    row = _statistics(
+        own,
+        squares(parameters),
+        squares(first),
+        _stacked(torch._foreach_norm(second, 1)).sum(),
+        sum(p.numel() for p in parameters),
+        steps[0],
+    )
+    return row, cosine
+
+
+def _stacked(scalars: Sequence[Tensor]) -> Tensor:
+    return torch.stack([scalar.to(_wide(scalar)) for scalar in scalars])

@@ -43,8 +43,8 @@ def topology_metrics(optimizer: DeepNestedOptimizer, report: OptimizerReport) ->
 def _add_topology(
     metrics: dict[str, float], optimizer: DeepNestedOptimizer, report: OptimizerReport
 ) -> None:
-    assert optimizer.topology_manager is not None
-    layers = optimizer.topology_manager.layers
+    assert optimizer.topology is not None
+    layers = optimizer.topology.layers
     keys = ("swap_rate", "column_entropy", "block_age_steps")
     rows = []
     for name, result in report.swaps.items():

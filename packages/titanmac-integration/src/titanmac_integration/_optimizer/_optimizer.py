@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from cms_topology import Logger, NewbornStepCorrection, StepReport, TopologyManager
+from cms_topology import Logger, StepReport, TopologyManager
 
 from .._cms import ContinuumMemorySystem
 from .._loggers import JsonLinesLogger
@@ -21,6 +21,7 @@ from ._levels import adam_state, only_due_levels, restore_sums
 from ._logging import topology_metrics
 from ._meta_learner import MetaLearner, MetaReport, nested_networks
 from ._momentum import DeepMomentum, DeepMomentumStep
+from ._newborns import NewbornSteps
 from ._report import OptimizerReport
 from ._spikes import LossSpike, LossSpikeDetector
 from ._state import check_fits, load_nested_state, nested_state
@@ -130,7 +131,7 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         """Deep momentum's networks; None when it is off."""
         self.controller: ControllerState | None = None
         """The controller's network and factors; None when it is off."""
-        self.topology_manager: TopologyManager | None = None
+        self.topology: TopologyManager | None = None
         """The manager of the model's sparse layers; None when there are none."""
         super().__init__(
             groups,
@@ -157,7 +158,7 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         """What the last step did."""
         self.last_meta: MetaReport | None = None
         """What the last `meta_update` did."""
-        self._correction = NewbornStepCorrection()
+        self._newborns: NewbornSteps | None = None
         networks = nested_networks(self.deep_momentum, self.controller)
         self._meta = MetaLearner(networks, meta_lr) if networks else None
         self._attach_topology(topology)
@@ -182,14 +183,13 @@ class DeepNestedOptimizer(torch.optim.AdamW):
             )
         # newborn steps are corrected here, where the age in updates of a slow level is known
         settings |= {"periods": self.cms.periods, "correct_newborn_steps": False}
-        self.topology_manager = TopologyManager(self.model, self, **settings)
+        self.topology = TopologyManager(self.model, self, **settings)
+        self._newborns = NewbornSteps(self.topology.layers, self.param_groups)
 
     def _choose_amp(self) -> None:
         # A fused AdamW takes the scaler's verdict on the device. Our other parts read gradients
         # themselves, so then the scaler has to unscale and judge before the step.
-        plain = (
-            self.deep_momentum is None and self.controller is None and self.topology_manager is None
-        )
+        plain = self.deep_momentum is None and self.controller is None and self.topology is None
         slow = any(group["period"] > 1 for group in self.param_groups)
         fused = any(group["fused"] for group in self.param_groups)
         self._step_supports_amp_scaling = bool(plain and fused and not slow)
@@ -216,12 +216,7 @@ class DeepNestedOptimizer(torch.optim.AdamW):
     @property
     def swap_rate(self) -> float | None:
         """Mean share of blocks swapped per decision over the last ten; None before the first."""
-        return self.topology_manager.swap_rate if self.topology_manager is not None else None
-
-    @property
-    def last_topology(self) -> StepReport | None:
-        """What the topology did at the last step; None without one."""
-        return self.last_report.topology if self.last_report is not None else None
+        return self.topology.swap_rate if self.topology is not None else None
 
     def record_loss(self, loss: Tensor | float) -> None:
         """Tell the spike detector the loss whose gradient the coming step uses.
@@ -252,7 +247,7 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         loss = self._update(closure)
         if closure is not None and isinstance(loss, (Tensor, float)):
             self.spikes.record(self.global_step, loss)
-        topology = self.topology_manager.step() if self.topology_manager is not None else None
+        topology = self.topology.step() if self.topology is not None else None
         self.last_report = self._finish(loss, topology)
         return self.last_report if closure is None else loss
 
@@ -276,7 +271,8 @@ class DeepNestedOptimizer(torch.optim.AdamW):
                     _adamw_step(self)
                 else:
                     self._deep_step()
-                self._correct_newborns(step)
+                if self._newborns is not None:
+                    self._newborns.correct(self, step)
         return loss
 
     def _deep_step(self) -> None:
@@ -298,25 +294,6 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         finally:
             for group, rate in zip(self.param_groups, rates, strict=True):
                 group["lr"] = rate
-
-    def _correct_newborns(self, step: int) -> None:
-        """Give young blocks the steps of a fresh parameter; see `NewbornStepCorrection`."""
-        if self.topology_manager is None:
-            return
-        for layer in self.topology_manager.layers.values():
-            period = self._period_of(layer.values)
-            if period is None or step % period:
-                continue
-            # ages are counted in steps and not yet advanced for this one
-            age = layer.scorer.block_age + 1
-            updates = step // period - torch.div(step - age, period, rounding_mode="floor")
-            self._correction.apply(self, layer.values, updates, layer.num_live)
-
-    def _period_of(self, parameter: Tensor) -> int | None:
-        for group in self.param_groups:
-            if any(p is parameter for p in group["params"]):
-                return int(group["period"])
-        return None
 
     def _finish(self, loss: Any, topology: StepReport | None) -> OptimizerReport:
         due = self.cms.due(self.global_step)

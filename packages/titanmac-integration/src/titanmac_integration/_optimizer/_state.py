@@ -5,24 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
-
 if TYPE_CHECKING:
     from ._optimizer import DeepNestedOptimizer
 
 
 def nested_state(optimizer: DeepNestedOptimizer) -> dict[str, Any]:
     """Clock, nested parts, topology clock and spike detector; None for parts that are off."""
-    manager = optimizer.topology_manager
+    manager = optimizer.topology
     memory, controller, meta = optimizer.deep_momentum, optimizer.controller, optimizer._meta
-    names = {layer.values: name for name, layer in manager.layers.items()} if manager else {}
+    newborns = optimizer._newborns
     return {
         "cms": optimizer.cms.state_dict(),
         "deep_momentum": memory.state_dict() if memory is not None else None,
         "controller": controller.state_dict() if controller is not None else None,
         "meta": meta.state_dict() if meta is not None else None,
         "topology": manager.state_dict() if manager is not None else None,
-        "corrected_steps": optimizer._correction.state_dict(names),
+        "newborns": newborns.state_dict() if newborns is not None else None,
         "spikes": optimizer.spikes.state_dict(),
     }
 
@@ -36,11 +34,10 @@ def load_nested_state(optimizer: DeepNestedOptimizer, state: Mapping[str, Any]) 
         optimizer.controller.load_state_dict(state["controller"])
     if optimizer._meta is not None:
         optimizer._meta.load_state_dict(state["meta"])
-    if optimizer.topology_manager is not None:
-        optimizer.topology_manager.load_state_dict(state["topology"])
-        layers = optimizer.topology_manager.layers
-        parameters: dict[str, Tensor] = {name: layer.values for name, layer in layers.items()}
-        optimizer._correction.load_state_dict(state["corrected_steps"], parameters)
+    if optimizer.topology is not None:
+        optimizer.topology.load_state_dict(state["topology"])
+    if optimizer._newborns is not None:
+        optimizer._newborns.load_state_dict(state["newborns"])
     optimizer.spikes.load_state_dict(state["spikes"])
 
 
@@ -55,7 +52,7 @@ def check_fits(
     parts = {
         "deep_momentum": optimizer.deep_momentum,
         "controller": optimizer.controller,
-        "topology": optimizer.topology_manager,
+        "topology": optimizer.topology,
     }
     for name, part in parts.items():
         mine, theirs = part is not None, state[name] is not None

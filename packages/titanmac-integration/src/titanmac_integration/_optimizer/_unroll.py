@@ -188,8 +188,8 @@ def _advance_group(
             step = _momentum.direction(memory.weights[index], gradient / root, plain)
             if memory.config.keep_length:
                 step = _momentum.with_length_of(step, plain)
-        decayed = particle.value * (1 - group["lr"] * group["lr_scale"] * group["weight_decay"])
-        particle.value = decayed - (lr * step).to(decayed.dtype)
+        decayed = particle.value * (1 - lr * group["weight_decay"])
+        particle.value = (decayed - lr * step).to(particle.value.dtype)
 
 
 @contextmanager

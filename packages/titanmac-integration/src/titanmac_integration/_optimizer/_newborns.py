@@ -1,0 +1,54 @@
+"""Newborn blocks take the steps of a fresh parameter, on slow levels, too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from cms_topology import CMSBlockLinear, NewbornStepCorrection
+
+if TYPE_CHECKING:
+    from ._optimizer import DeepNestedOptimizer
+
+
+class NewbornSteps:
+    """`cms_topology.NewbornStepCorrection` with ages counted in updates of the block's level.
+
+    The manager counts a block's age in steps. A block on a slow level has lived through fewer
+    updates than steps, and Adam's bias correction is about updates.
+
+    Args:
+        layers: the sparse layers by name.
+        groups: the optimizer's parameter groups; layers whose `values` they lack are left alone.
+    """
+
+    def __init__(
+        self, layers: Mapping[str, CMSBlockLinear], groups: Sequence[dict[str, Any]]
+    ) -> None:
+        owner = {p: group for group in groups for p in group["params"]}
+        self._layers = {name: layer for name, layer in layers.items() if layer.values in owner}
+        self._periods = {n: int(owner[x.values]["period"]) for n, x in self._layers.items()}
+        self._correction = NewbornStepCorrection()
+
+    def correct(self, optimizer: DeepNestedOptimizer, step: int) -> None:
+        """Correct the update that `optimizer` has just made at `step`, before ages advance."""
+        for name, layer in self._layers.items():
+            period = self._periods[name]
+            if step % period == 0:
+                updates = layer.scorer.block_age + 1
+                if period > 1:
+                    born = step - updates
+                    updates = step // period - torch.div(born, period, rounding_mode="floor")
+                self._correction.apply(optimizer, layer.values, updates, layer.num_live)
+
+    def state_dict(self) -> dict[str, float]:
+        """Updates seen per layer name."""
+        return self._correction.state_dict({x.values: n for n, x in self._layers.items()})
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """Continue where `state` was taken."""
+        parameters: dict[str, Tensor] = {n: x.values for n, x in self._layers.items()}
+        self._correction.load_state_dict(state, parameters)
