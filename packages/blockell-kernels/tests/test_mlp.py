@@ -3,8 +3,6 @@
 Legend: R, C, K, B of each layer, N tokens; h pre-activation.
 """
 
-import itertools
-
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -94,9 +92,7 @@ def check(problem, activation="gelu", **kwargs):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_and_dtypes(make_operands, activation, dtype):
-    for recompute, backend in itertools.product(
-        ("none", "activation", "hidden", None), ("auto", "dense")
-    ):
+    for recompute, backend in (("none", "auto"), ("activation", "dense"), ("hidden", None)):
         problem = Problem(make_operands, dtype=dtype)
         check(problem, activation, recompute=recompute, backend=backend)
 
@@ -104,9 +100,8 @@ def test_activations_and_dtypes(make_operands, activation, dtype):
 @pytest.mark.usefixtures("poisoned")
 @pytest.mark.parametrize("N", [0, 1, 7, 129])
 @pytest.mark.parametrize("tiles", [(8, 16), (16, 8), (8, 32)])
-@pytest.mark.parametrize("bias", [True, False])
-def test_odd_sizes(make_operands, N, tiles, bias):
-    check(Problem(make_operands, N=N, tiles=tiles, bias=bias))
+def test_odd_sizes(make_operands, N, tiles):
+    check(Problem(make_operands, N=N, tiles=tiles, bias=N != 7))
 
 
 def test_leading_dimensions_and_strides(make_operands):
@@ -132,7 +127,9 @@ def test_the_result_may_be_changed_in_place(make_operands):
         assert inputs[1].grad is not None
 
 
-@pytest.mark.parametrize("samples", [*itertools.product(("none", "norms", "gradient"), repeat=2)])
+@pytest.mark.parametrize(
+    "samples", [("none", "norms"), ("gradient", "none"), ("norms", "gradient")], ids=str
+)
 def test_statistics_are_those_of_two_layers(make_operands, samples):
     problem = Problem(make_operands)
     want, got = problem.probes(), problem.probes()
@@ -163,18 +160,19 @@ def test_statistics_count_a_recomputed_forward_once(make_operands):
 
 
 @pytest.mark.parametrize("recompute", ["none", "activation", "hidden"])
-@pytest.mark.parametrize("wanted", [*((name,) for name in NAMES), ("x", "bias1"), ("values2", "x")])
-def test_only_what_is_asked_for(make_operands, wanted, recompute):
+def test_only_what_is_asked_for(make_operands, recompute):
     problem = Problem(make_operands)
-    everything, inputs = problem.inputs(), problem.inputs()
+    everything = problem.inputs()
     want = gradients(problem, problem.fused(everything), everything)
-    for name, t in zip(NAMES, inputs, strict=True):
-        t.requires_grad_(name in wanted)
-    got = gradients(problem, problem.fused(inputs, recompute=recompute), inputs)
-    for name in NAMES:
-        assert (got[name] is not None) == (name in wanted), name
-        if name in wanted:
-            torch.testing.assert_close(got[name], want[name])
+    for wanted in (*((name,) for name in NAMES), ("x", "bias1"), ("values2", "x")):
+        inputs = problem.inputs()
+        for name, t in zip(NAMES, inputs, strict=True):
+            t.requires_grad_(name in wanted)
+        got = gradients(problem, problem.fused(inputs, recompute=recompute), inputs)
+        for name in NAMES:
+            assert (got[name] is not None) == (name in wanted), (name, wanted)
+            if name in wanted:
+                torch.testing.assert_close(got[name], want[name])
 
 
 def test_what_is_saved(make_operands):
@@ -214,7 +212,7 @@ def arguments(problem, recompute="activation", sample="gradient"):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("recompute", ["none", "activation", "hidden"])
+@pytest.mark.parametrize("recompute", ["none", "hidden"])
 def test_opcheck(make_operands, recompute):
     problem = Problem(make_operands, spare=0)
     torch.library.opcheck(_mlp_ops.mlp_op, arguments(problem, recompute))
@@ -252,7 +250,7 @@ def test_second_derivative_is_refused(make_operands):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("recompute", ["none", "activation", "hidden"])
+@pytest.mark.parametrize("recompute", ["activation", "hidden"])
 def test_compiled_in_one_graph(make_operands, recompute):
     torch._dynamo.reset()
     problem = Problem(make_operands, N=33)

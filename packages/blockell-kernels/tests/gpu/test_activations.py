@@ -66,11 +66,12 @@ def test_nan_and_inf(name, dtype):
     assert torch.equal(dh.isnan(), want.isnan())
 
 
-@pytest.mark.parametrize("keep_pre", [False, True])
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(
+    ("name", "keep_pre"), [("gelu", True), ("silu", False), ("none", True), ("none", False)]
+)
 @pytest.mark.parametrize("tiling", TILINGS.values(), ids=TILINGS)
 def test_in_the_forward_epilogue(make_problem, error, tiling, name, keep_pre):
-    for dtype in (FP32, BF16):
+    for dtype in (FP32, BF16) if CUDA else (BF16 if keep_pre else FP32,):
         p = make_problem(B=32, R=4, C=3, K=2, N=37, G=2, spare=1, dtype=dtype)
         arguments = (p.x, p.values, p.bias, p.pattern, tiling)
         a, pre = _forward.forward_activated(*arguments, name, keep_pre)
@@ -90,8 +91,8 @@ MIDDLES = {
 }
 
 
-@pytest.mark.parametrize("wanted", [(True, True), (True, False), (False, True), (False, False)])
-@pytest.mark.parametrize("options", [{}, {"store_parts": 2}, {"persistent": 1, "store_parts": 2}])
+@pytest.mark.parametrize("wanted", [(True, True), (False, False)])
+@pytest.mark.parametrize("options", [{}, {"persistent": 1, "store_parts": 2}])
 @pytest.mark.parametrize("middle", MIDDLES.values(), ids=MIDDLES)
 def test_in_the_epilogue_of_the_input_gradient(make_problem, error, middle, options, wanted):
     """Empty columns (K = 1 of several) get zero gradients, and a bias gradient of zero."""
