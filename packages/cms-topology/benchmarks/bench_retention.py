@@ -76,8 +76,9 @@ def seconds(run: Callable[[], object], args: argparse.Namespace, repeats: int) -
 
 
 def training_ms(model: nn.Module, control: dict[str, Any] | None, args: argparse.Namespace,
-                memory: Consolidation, x: Tensor) -> tuple[float, float, int]:  # fmt: skip
-    """Milliseconds per step over whole intervals, seconds to build the guard, its bytes."""
+                memory: Consolidation, x: Tensor) -> tuple[float, float, int, float]:  # fmt: skip
+    """Milliseconds per step over whole intervals, seconds to build the guard, its bytes, and the
+    share of directions that it keeps."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=args.device == "cuda")
     guard, built = None, 0.0
     if control is not None:
@@ -97,29 +98,36 @@ def training_ms(model: nn.Module, control: dict[str, Any] | None, args: argparse
 
     ten_steps()
     taken = seconds(ten_steps, args, args.repeats) * 100
-    return taken, built, 0 if guard is None else guard.num_bytes
+    if guard is None:
+        return taken, 0.0, 0, 0.0
+    shapes = [batch.vectors.shape for batch in guard._batches]
+    kept = sum(s[3] for s in shapes) / sum(s[2] for s in shapes)
+    return taken, built, guard.num_bytes, kept
 
 
 def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     model = build(kind, args)
     x = torch.randn(args.tokens, args.width, device=args.device)
-    batches = [torch.randn(2048, args.width, device=args.device) for _ in range(4)]
+    # inputs whose energy falls off as 1/j^2 over their directions, or not at all
+    decay = torch.arange(1, args.width + 1, device=args.device) ** (0.0 if args.flat else -1.0)
+    turn = torch.linalg.qr(torch.randn(args.width, args.width, device=args.device))[0]
+    batches = [torch.randn(2048, args.width, device=args.device) * decay @ turn for _ in range(4)]
     started = time.perf_counter()
     memory = consolidate(model, batches, loss_fn=loss_of, sensitivity_batches=0)
     consolidated_s = time.perf_counter() - started
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = {name: t.clone() for name, t in model.state_dict().items()}
-    plain, _, _ = training_ms(model, None, args, memory, x)
+    plain, *_ = training_ms(model, None, args, memory, x)
     rows = []
     for name, control in CONTROLS.items():
         model.load_state_dict(state)
-        taken, built, held = training_ms(model, control, args, memory, x)
+        taken, built, held, kept = training_ms(model, control, args, memory, x)
         rows.append(
             {
                 "kind": kind, "control": name, "plain_ms": plain, "guarded_ms": taken,
                 "extra_frac": taken / plain - 1, "consolidate_s": consolidated_s,
                 "build_s": built, "weights_mb": weights / 2**20, "guard_mb": held / 2**20,
-                "memory_mb": memory.num_bytes / 2**20,
+                "memory_mb": memory.num_bytes / 2**20, "directions_frac": kept,
             }
         )  # fmt: skip
     return rows
@@ -132,6 +140,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--kinds", nargs="+", default=["16/8", "16/1", "128/1", "dense"])
+    parser.add_argument("--flat", action="store_true", help="consolidate on inputs of full rank")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--json", action="store_true", help="a JSON line per row, as they come")
@@ -146,18 +155,21 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
     ).stdout.strip()
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
+    spectrum = "flat" if args.flat else "decaying"
+    precision = "bf16 autocast" if args.amp else "float32"
     print(
         f"{args.layers} weight matrices {args.width} <-> {4 * args.width}, density 0.5, "
-        f"{args.tokens} tokens, {'bf16 autocast' if args.amp else 'float32'}; {device}, torch "
+        f"{args.tokens} tokens, {spectrum} spectrum, {precision}; {device}, torch "
         f"{torch.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}\n"
     )
     print(
-        "| tile/row group | control | step, ms | extra | build, s | weights, MB | guard, MB | "
-        "memory, MB |\n|---|---|---|---|---|---|---|---|"
+        "| tile/row group | control | step, ms | extra | directions | build, s | weights, MB | "
+        "guard, MB | memory, MB |\n|---|---|---|---|---|---|---|---|---|"
     )
     for r in rows:
         print(
             f"| {r['kind']} | {r['control']} | {r['plain_ms']:.2f} | {r['extra_frac']:+.1%} | "
+            f"{r['directions_frac']:.0%} | "
             f"{r['build_s']:.2f} | {r['weights_mb']:.0f} | {r['guard_mb']:.0f} | "
             f"{r['memory_mb']:.0f} |"
         )

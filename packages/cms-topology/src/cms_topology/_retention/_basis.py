@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-TAIL = 1e-5
+TAIL = 1e-4
 """What replacing the eigenvalues of the tail by its largest may add, as a share of the trace."""
 NOISE = 1e-7
 """Eigenvalues below this share of the largest are rounding of a covariance kept in float32."""
