@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from cms_topology import sample_tokens
 from titanmac_integration._training import Trainer, TrainerCallback
 
 from ._score import RetentionTask
@@ -130,6 +132,24 @@ def task_batches(
         batch = task.batch(sampling.batch_size, sampling.seq_len, sampling.generator)
         batches.append({"input_ids": batch.input_ids.to(device), "labels": batch.labels.to(device)})
     return batches
+
+
+def written_by(model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> Tensor:
+    """Sequences that the model writes itself: int64 [rows, T], T as in ``batch``.
+
+    Drawn token by token from its predictions, after a first token drawn from those that the
+    sequences of the batch begin with. Nothing else of the batch is used.
+    """
+    first = batch["input_ids"][:, 0].unique()
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(first), (rows, 1), generator=generator).to(first.device)
+    training = model.training
+    model.eval()
+    try:
+        length = batch["input_ids"].shape[1]
+        return sample_tokens(model, first[chosen], length, generator=generator)
+    finally:
+        model.train(training)
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -7,10 +7,16 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
-from cms_topology import RetentionGuard, consolidate, grow_for_task, sparse_layers
+from cms_topology import (
+    RetentionGuard,
+    consolidate,
+    grow_for_task,
+    make_probes,
+    sparse_layers,
+)
 from titanmac_integration._training import PhaseReport, Trainer
 
-from ._method import Method, Sampling, device_of, task_batches
+from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._score import RetentionTask
 from ._topological import density_after
 
@@ -29,6 +35,8 @@ class Projection(Method):
     keeps = "covariance"
     batches = 40
     """Training batches that the task is consolidated on."""
+    probes = 32
+    """Sequences the model writes itself, on which the drift is watched."""
     options: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, dial: float | None = None) -> None:
@@ -39,7 +47,12 @@ class Projection(Method):
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         batches = task_batches(task, sampling, self.batches, device_of(model))
         previous = self.kept[-1] if self.kept else None
-        self.kept = [consolidate(model, batches, task=task.name, previous=previous)]
+        written = written_by(model, batches[0], self.probes)
+        try:
+            probes = make_probes(model, written)
+        except ValueError:  # hardly anything was learned: then all answers count
+            probes = make_probes(model, written, confidence=0.0)
+        self.kept = [consolidate(model, batches, task=task.name, previous=previous, probes=probes)]
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)

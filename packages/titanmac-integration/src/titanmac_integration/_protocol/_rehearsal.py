@@ -6,11 +6,10 @@ import math
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from titanmac_integration._training import Trainer
 
-from ._method import Method, Sampling, device_of, task_batches
+from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._score import RetentionTask
 
 REHEARSED_ROWS = 16
@@ -41,8 +40,7 @@ class Rehearsal(Method):
 class SelfRehearsal(Rehearsal):
     """Rehearses sequences that the model itself wrote at the end of the old task; no data is kept.
 
-    They are drawn token by token from the model's predictions, after a first token drawn from those
-    that sequences of the task begin with.
+    See ``written_by``.
     """
 
     name = "self-rehearsal"
@@ -52,17 +50,8 @@ class SelfRehearsal(Rehearsal):
 
     @torch.no_grad()
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
-        device = device_of(model)
-        batch = task_batches(task, sampling, 1, device)[0]["input_ids"]
-        starts = batch[:, 0].unique()
-        generator = torch.Generator(device).manual_seed(sampling.generator.initial_seed() % 2**31)
-        chosen = torch.randint(len(starts), (self.rows,), generator=generator, device=device)
-        tokens = starts[chosen][:, None]
-        model.eval()
-        while tokens.shape[1] < batch.shape[1]:
-            logits = model(tokens)["logits"][:, -1].float()
-            drawn = torch.multinomial(functional.softmax(logits, -1), 1, generator=generator)
-            tokens = torch.cat((tokens, drawn), 1)
+        batch = task_batches(task, sampling, 1, device_of(model))[0]
+        tokens = written_by(model, batch, self.rows)
         self.kept.append((tokens, tokens))
 
 
