@@ -24,6 +24,8 @@ from tune_gpu import median_ms
 
 from blockell_format import create_random_topology, transposed_index
 from blockell_kernels import block_ell_linear
+from blockell_kernels._backends import MAX_LOOKED_THROUGH
+from blockell_kernels._triton import _blocks
 
 FIELDS = ["kind", "what", "N", "in", "out", "B", "row_group", "density", "unit", "ours", "dense"]
 DEVICE = torch.device("cuda")
@@ -151,6 +153,13 @@ def index():
             facts["unit"] = "us"
             yield facts | {"what": "on the device", "ours": median_ms(rebuild, 2, 10)[0] * 1e3}
             yield facts | {"what": "wall, eager", "ours": wall_us(rebuild)}
+            if layer.cols.numel() * layer.C > MAX_LOOKED_THROUGH:
+                continue
+
+            def launched(layer=layer):
+                return _blocks.transposed(layer.cols, layer.C)
+
+            yield facts | {"what": "in one launch", "ours": median_ms(launched, 2, 10)[0] * 1e3}
 
 
 def main() -> None:

@@ -148,6 +148,8 @@ def block_cases(arch, dtype, B):
     yield blocks.scatter_blocks, {"B": B, "LINES": 4, "KB": 1024 // B, "ZEROS": 4096}, tensors
     expanding = {"B": B, "LINES": min(B, 8), "CB": max(1, 512 // B), "KB": 32}
     yield blocks.expand_blocks, expanding, tensors
+    indices = dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr"), "i32")
+    yield blocks.index_column, {"BLOCK": 1024}, indices
     yield blocks.gather_blocks, {"B": B, "KB": max(1, 4096 // B**2)}, tensors
     yield blocks.square_sums, {"B": B, "MB": max(1, 128 // B), "BT": 32}, tensors
     yield blocks.pack_rows, {"B": B, "KB": max(1, 4096 // B**2)}, tensors | {"packed_ptr": dtype}

@@ -34,6 +34,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from blockell_kernels._gpu import gpu_blocks
+
 Direction = Literal["forward", "grad_input", "grad_values"]
 DIRECTIONS: tuple[Direction, ...] = ("forward", "grad_input", "grad_values")
 BACKEND_NAMES = ("auto", "triton", "gathered", "dense", "reference")
@@ -45,6 +47,8 @@ _MODULES = {
     "gathered": "blockell_kernels._cpu",
     "triton": "blockell_kernels._triton",
 }
+MAX_LOOKED_THROUGH = 2**25
+"""Entries times columns up to which one launch indexes the columns faster than sorting does."""
 SPARSE_ON = {"cpu": "gathered", "cuda": "triton"}
 
 
@@ -105,6 +109,10 @@ class Pattern(NamedTuple):
         """(order, col_start): for column c, `order[col_start[c]:col_start[c+1]]` are slot ids."""
         if self.order is not None and self.col_start is not None:
             return self.order, self.col_start
+        few = self.col_indices.numel() * self.C <= MAX_LOOKED_THROUGH
+        if few and (kernels := gpu_blocks(self.col_indices, self.B)):
+            order, col_start = kernels.transposed(self.col_indices, self.C)
+            return order, col_start
         from blockell_format import transposed_index
 
         index = transposed_index(self.col_indices, self.C)

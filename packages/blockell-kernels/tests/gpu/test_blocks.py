@@ -8,6 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blockell_format import transposed_index
 from blockell_kernels import _dense, _reference
 from blockell_kernels._triton import BACKEND, _blocks
 
@@ -77,3 +78,13 @@ def test_block_sums(make_problem, error, shape, dtype):
     problem = make_problem(**shape, dtype=dtype)
     expected = problem.operands64[0].square().sum(0).unflatten(0, (-1, shape["B"])).sum(1)
     assert error(_blocks.block_sums_sq(problem.x, shape["B"]), expected) < 1e-6
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_the_transposed_index_in_one_launch(make_problem, shape):
+    problem = make_problem(**shape)
+    order, col_start = _blocks.transposed(problem.pattern.col_indices, shape["C"])
+    expected = transposed_index(problem.cols, shape["C"])
+    assert torch.equal(order.cpu(), expected.order)
+    assert torch.equal(col_start.cpu(), expected.col_start)
+    assert order.dtype == col_start.dtype == torch.int32

@@ -205,3 +205,33 @@ def square_sums(
         acc += t * t
     sums = tl.sum(tl.sum(acc, axis=0).reshape(MB, B), axis=1)
     tl.store(parts_ptr + part * M + blocks, sums, blocks < M)
+
+
+@triton.jit
+def index_column(
+    cols_ptr,  # [R*slots], -1 in spare slots
+    order_ptr,  # [R*slots]
+    col_start_ptr,  # [C+1]
+    entries,  # R*slots
+    C,
+    BLOCK: tl.constexpr,
+):
+    """One column's slots by ascending row, after those of all columns before it.
+
+    Program C does the spare slots, which come last. Every program looks through all entries, twice:
+    for the sizes of layers that is less than one more launch.
+    """
+    c = tl.program_id(0)
+    start = 0
+    i = tl.arange(0, BLOCK)
+    for e0 in range(0, entries, BLOCK):
+        held = tl.load(cols_ptr + e0 + i, e0 + i < entries, other=-1)
+        start += tl.sum(((held >= 0) & (held < c)).to(tl.int32), axis=0)
+    tl.store(col_start_ptr + c, start)
+    for e0 in range(0, entries, BLOCK):
+        inside = e0 + i < entries
+        held = tl.load(cols_ptr + e0 + i, inside, other=C)
+        mine = inside & ((held == c) | ((held < 0) & (c == C)))
+        place = tl.cumsum(mine.to(tl.int32), axis=0)
+        tl.store(order_ptr + start + place - 1, e0 + i, mine)
+        start += tl.sum(mine.to(tl.int32), axis=0)

@@ -13,6 +13,7 @@ from blockell_kernels._triton._block_kernels import (
     block_norms,
     expand_blocks,
     gather_blocks,
+    index_column,
     pack_rows,
     scatter_blocks,
     square_sums,
@@ -108,6 +109,26 @@ def from_dense(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Te
         num_warps=4 if B < 128 else 8,
     )
     return out
+
+
+@on_its_device
+def transposed(col_indices: Tensor, C: int) -> tuple[Tensor, Tensor]:
+    """`blockell_format.transposed_index` of col_indices [R, slots] in one launch."""
+    entries = col_indices.numel()
+    order = col_indices.new_empty(entries)
+    col_start = col_indices.new_empty(C + 1)
+    launch(
+        index_column,
+        (C + 1,),
+        col_indices.contiguous(),
+        order,
+        col_start,
+        entries,
+        C,
+        BLOCK=1024,
+        num_warps=4,
+    )
+    return order, col_start
 
 
 @on_its_device
