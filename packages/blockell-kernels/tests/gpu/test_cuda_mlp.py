@@ -73,7 +73,7 @@ class MLP(torch.nn.Module):
         h = torch.nn.functional.linear(inputs[0], weights[0], inputs[2])
         y = torch.nn.functional.linear(activate(h, activation), weights[1], inputs[4])
         y.backward(dy.double())
-        return {"y": y} | {name: t.grad for name, t in zip(NAMES, inputs, strict=True)}
+        return {"y": y.detach()} | {name: t.grad for name, t in zip(NAMES, inputs, strict=True)}
 
     def random(self, N):
         g = torch.Generator("cuda").manual_seed(N)
@@ -146,7 +146,7 @@ def test_statistics_and_checkpointing(error, backend):
     values1, bias1, values2, _ = (t.detach().double() for t in mlp.parameters_)
     live1 = mlp.live[0]
     h = x64 @ to_dense(values1[:, :live1], mlp.cols[0][:, :live1], R1, C1, live1, B1).T + bias1
-    h.requires_grad_()
+    h = h.detach().requires_grad_()
     a = activate(h, "gelu")
     a.backward(dy64 @ to_dense(values2, mlp.cols[1], R2, C2, mlp.live[1], B2))
     product = (h.grad.T @ x64).view(R1, B1, C1, B1).square().sum((1, 3))
