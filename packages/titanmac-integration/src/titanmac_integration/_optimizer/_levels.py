@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,23 @@ def only_due_levels(optimizer: torch.optim.Optimizer, step: int) -> Iterator[Non
     finally:
         for parameter, gradient in before:
             parameter.grad = gradient
+
+
+@contextmanager
+def scaled_rates(
+    groups: Sequence[dict[str, Any]], factors: Sequence[float] | None
+) -> Iterator[None]:
+    """Inside, `lr` of the groups includes `lr_scale` and their factors; schedulers never see it."""
+    rates = [group["lr"] for group in groups]
+    try:
+        for index, group in enumerate(groups):
+            factor = group["lr_scale"] * (factors[index] if factors is not None else 1.0)
+            if factor != 1.0:  # else lr stays the same object, to the bit
+                group["lr"] = group["lr"] * factor
+        yield
+    finally:
+        for group, rate in zip(groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def _accumulate(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> None:

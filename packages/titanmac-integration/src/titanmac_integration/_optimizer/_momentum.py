@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._levels import adam_state
+
 Weights = Mapping[str, Tensor]
 
 _CHUNK = 1 << 18
@@ -100,6 +102,12 @@ class DeepMomentumStep:
         """Per group [samples, 2]: what the memory was asked at the group's last update."""
         self.inner_losses: list[Tensor | None] = [None] * len(groups)
         """Per group, the last value of the inner objective, on the group's device."""
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """One step of every parameter that has a gradient."""
+        for index, group in enumerate(optimizer.param_groups):
+            parameters = [p for p in group["params"] if p.grad is not None]
+            self.update(index, group, [adam_state(optimizer, group, p) for p in parameters])
 
     @torch.no_grad()
     def update(self, index: int, group: dict[str, Any], states: Sequence[dict[str, Any]]) -> None:

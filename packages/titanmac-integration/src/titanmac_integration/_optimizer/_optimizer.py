@@ -4,26 +4,25 @@ from __future__ import annotations
 
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
-from cms_topology import Logger, StepReport, TopologyManager
+from cms_topology import Logger, TopologyManager
 
 from .._cms import ContinuumMemorySystem
 from .._loggers import JsonLinesLogger
-from ._classify import discover_block_sparse_layers, groups_of_model, groups_of_parameters
+from ._arguments import make_manager, nested_settings, parameter_groups
 from ._controller import ControllerState, LearningRateController
-from ._levels import adam_state, only_due_levels, restore_sums
+from ._levels import only_due_levels, restore_sums, scaled_rates
 from ._logging import topology_metrics
 from ._meta_learner import MetaLearner, MetaReport, nested_networks
 from ._momentum import DeepMomentum, DeepMomentumStep
 from ._newborns import NewbornSteps
-from ._report import OptimizerReport
-from ._spikes import LossSpike, LossSpikeDetector
+from ._report import OptimizerReport, make_report
+from ._spikes import LossSpikeDetector
 from ._state import check_fits, load_nested_state, nested_state
 from ._unroll import LossFunction
 
@@ -101,29 +100,11 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         meta_lr: float = 1e-2,
     ) -> None:
         self.cms = ContinuumMemorySystem() if cms is None else cms
-        self.model: nn.Module | None = None
-        if isinstance(params_or_model, nn.Module):
-            self.model = params_or_model
-            groups = groups_of_model(params_or_model, self.cms, weight_decay)
-        elif isinstance(params_or_model, Tensor):
-            raise TypeError(
-                f"params_or_model (=Tensor {tuple(params_or_model.shape)}) must be a model or an "
-                "iterable of parameters; put the tensor into a list."
-            )
-        else:
-            groups = groups_of_parameters(params_or_model, self.cms)
-        memory = DeepMomentum() if deep_momentum is True else deep_momentum or None
-        control = LearningRateController() if controller is True else controller or None
-        if memory is not None and (fused or capturable or amsgrad):
-            name = "fused" if fused else "capturable" if capturable else "amsgrad"
-            raise ValueError(
-                f"{name} (=True) must be off with deep_momentum, which has a step of its own."
-            )
-        if control is not None and capturable:
-            raise ValueError(
-                "capturable (=True) must be off with controller, whose factors pass through the "
-                "host; use fused=True for speed."
-            )
+        self.model = params_or_model if isinstance(params_or_model, nn.Module) else None
+        groups = parameter_groups(params_or_model, self.cms, weight_decay)
+        memory, control = nested_settings(
+            deep_momentum, controller, fused=fused, capturable=capturable, amsgrad=amsgrad
+        )
         if not meta_lr > 0:
             raise ValueError(f"meta_lr (={meta_lr}) must be above 0.")
         self._built = False
@@ -158,33 +139,14 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         """What the last step did."""
         self.last_meta: MetaReport | None = None
         """What the last `meta_update` did."""
-        self._newborns: NewbornSteps | None = None
         networks = nested_networks(self.deep_momentum, self.controller)
         self._meta = MetaLearner(networks, meta_lr) if networks else None
-        self._attach_topology(topology)
+        self.topology = make_manager(self, topology)
+        self._newborns = (
+            NewbornSteps(self.topology.layers, self.param_groups) if self.topology else None
+        )
         self._built = True
         self._choose_amp()
-
-    def _attach_topology(self, topology: Mapping[str, Any] | bool) -> None:
-        settings = dict(topology) if isinstance(topology, Mapping) else {}
-        if self.model is None or not discover_block_sparse_layers(self.model):
-            if settings:
-                raise ValueError(
-                    "topology (settings given) needs a model with CMSBlockLinear layers as "
-                    "params_or_model; make some with cms_topology.sparsify(model)."
-                )
-            return
-        if topology is False:
-            return
-        if "periods" in settings and tuple(settings["periods"]) != self.cms.periods:
-            raise ValueError(
-                f"topology['periods'] (={settings['periods']}) must be those of cms "
-                f"(={self.cms.periods}): there is one clock; set them there."
-            )
-        # newborn steps are corrected here, where the age in updates of a slow level is known
-        settings |= {"periods": self.cms.periods, "correct_newborn_steps": False}
-        self.topology = TopologyManager(self.model, self, **settings)
-        self._newborns = NewbornSteps(self.topology.layers, self.param_groups)
 
     def _choose_amp(self) -> None:
         # A fused AdamW takes the scaler's verdict on the device. Our other parts read gradients
@@ -248,8 +210,10 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         if closure is not None and isinstance(loss, (Tensor, float)):
             self.spikes.record(self.global_step, loss)
         topology = self.topology.step() if self.topology is not None else None
-        self.last_report = self._finish(loss, topology)
-        return self.last_report if closure is None else loss
+        self.last_report = report = make_report(self, loss, topology)
+        if self.logger is not None and 2 in report.due_levels:
+            self.logger.log(topology_metrics(self, report), report.step)
+        return report if closure is None else loss
 
     # torch would run the hooks around all of `step`, the change of the topology included
     step.hooked = True  # type: ignore[attr-defined]
@@ -266,54 +230,15 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         with torch.no_grad(), only_due_levels(self, step):
             if self.controller is not None and step % self.controller.config.period == 0:
                 self.controller.update(self.param_groups, self.state)
-            with self._scaled_rates():
+            factors = self.controller.factors if self.controller is not None else None
+            with scaled_rates(self.param_groups, factors):
                 if self.deep_momentum is None:
                     _adamw_step(self)
                 else:
-                    self._deep_step()
+                    self.deep_momentum.step(self)
                 if self._newborns is not None:
                     self._newborns.correct(self, step)
         return loss
-
-    def _deep_step(self) -> None:
-        assert self.deep_momentum is not None
-        for index, group in enumerate(self.param_groups):
-            states = [adam_state(self, group, p) for p in group["params"] if p.grad is not None]
-            self.deep_momentum.update(index, group, states)
-
-    @contextmanager
-    def _scaled_rates(self) -> Iterator[None]:
-        """Inside, `lr` of the groups includes their factors."""
-        rates = [group["lr"] for group in self.param_groups]
-        factors = self.controller.factors if self.controller is not None else [1.0] * len(rates)
-        try:
-            for group, factor in zip(self.param_groups, factors, strict=True):
-                if factor * group["lr_scale"] != 1.0:
-                    group["lr"] = group["lr"] * (factor * group["lr_scale"])
-            yield
-        finally:
-            for group, rate in zip(self.param_groups, rates, strict=True):
-                group["lr"] = rate
-
-    def _finish(self, loss: Any, topology: StepReport | None) -> OptimizerReport:
-        due = self.cms.due(self.global_step)
-        found: tuple[LossSpike, ...] = ()
-        if 1 in due:
-            found = tuple(self.spikes.flush())
-        if topology is not None and topology.swaps:
-            self.spikes.decided(self.global_step)
-        report = OptimizerReport(
-            step=self.global_step,
-            due_levels=due,
-            loss=loss,
-            topology=topology,
-            lr_factors=tuple(self.controller.factors) if self.controller is not None else None,
-            rolling_swap_rate=self.swap_rate if topology is not None and topology.swaps else None,
-            spikes=found,
-        )
-        if self.logger is not None and 2 in due:
-            self.logger.log(topology_metrics(self, report), self.global_step)
-        return report
 
     # -- meta-learning ------------------------------------------------------------------------
 

@@ -72,7 +72,7 @@ class LossSpikeDetector:
 
     def decided(self, step: int) -> None:
         """Note that the topology changed after `step`."""
-        self._decisions.append(step)
+        self._decisions = [*self._decisions, step][-self.history :]
 
     @property
     def running_mean(self) -> float | None:
