@@ -5,6 +5,7 @@ from ._checkpoint import load_checkpoint, save_checkpoint
 from ._cms import ContinuumMemorySystem
 from ._config import TitanMACConfig
 from ._continual import ContinualResult, run_continual
+from ._conversion import to_block_sparse, to_dense
 from ._data_files import load_data
 from ._data_records import QuestionTask
 from ._data_text import TextTask
@@ -15,6 +16,7 @@ from ._loggers import (
     WandbLogger,
     make_logger,
 )
+from ._memory import MemoryState, NeuralMemory
 from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
 from ._mlp import TitanMLP
 from ._model import TitanMAC, create_titanmac_model
@@ -31,6 +33,7 @@ from ._optimizer import (
 )
 from ._prose import ProseTask
 from ._registry import TASK_NAMES, make_task
+from ._state import ModelState
 from ._tasks import Batch, Mixture, Task
 from ._tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, make_tokenizer
 from ._training import NonFiniteLossError, Trainer, TrainingStopped
@@ -56,9 +59,12 @@ __all__ = [
     "LearningRateController",
     "LossSpike",
     "LossSpikeDetector",
+    "MemoryState",
     "MetaReport",
     "Mixture",
+    "ModelState",
     "MultiLogger",
+    "NeuralMemory",
     "NonFiniteLossError",
     "OptimizerReport",
     "PhaseReport",
@@ -90,4 +96,6 @@ __all__ = [
     "run_continual",
     "sample_greedily",
     "save_checkpoint",
+    "to_block_sparse",
+    "to_dense",
 ]

@@ -1,6 +1,7 @@
 """The one place that decides whether a linear layer is dense or block-sparse."""
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
@@ -25,18 +26,22 @@ def make_linear(
         init_linear(linear, generator)
         return linear
     return CMSBlockLinear(
-        in_features,
-        out_features,
-        tile_size=config.block_sparse_tile_size,
-        density=config.density_of(layer),
-        max_density=config.block_sparse_max_density,
-        row_group=config.block_sparse_row_group,
-        scoring=ScoringConfig(
+        in_features, out_features, generator=generator, **sparse_options(config, layer)
+    )
+
+
+def sparse_options(config: TitanMACConfig, layer: int) -> dict[str, Any]:
+    """What the block-sparse parts of ``layer`` are made with."""
+    return {
+        "tile_size": config.block_sparse_tile_size,
+        "density": config.density_of(layer),
+        "max_density": config.block_sparse_max_density,
+        "row_group": config.block_sparse_row_group,
+        "scoring": ScoringConfig(
             candidate_score=config.block_sparse_candidate_score,
             swap_threshold=config.block_sparse_swap_threshold,
         ),
-        generator=generator,
-    )
+    }
 
 
 def init_linear(linear: nn.Linear, generator: torch.Generator | None = None) -> None:
