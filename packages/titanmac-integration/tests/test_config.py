@@ -40,6 +40,19 @@ from titanmac_integration import TitanMACConfig, TrainingConfig
         ({"block_sparse_row_group": 0}, r"block_sparse_row_group \(=0\) must be an integer"),
         ({"block_sparse_row_group": "all"}, r'must be "auto" or a positive integer'),
         ({"block_sparse_swap_threshold": 0.5}, r"swap_threshold \(=0.5\) must be at least 1"),
+        (
+            {"block_sparse_max_density": 0.3},
+            r"max_density \(=0.3\) must be at least block_sparse_d",
+        ),
+        ({"block_sparse_max_density": 2.0}, r"block_sparse_max_density \(=2.0\) must be in"),
+        ({"titans_variant": "mac"}, r"titans_variant \(='mac'\) must be one of MAC, MAG, MAL"),
+        ({"memory_depth": 3}, r"memory_depth \(=3\) must be 1 \(a matrix\) or 2"),
+        ({"memory_depth": True}, r"memory_depth \(=True\) must be 1"),
+        ({"memory_heads": 0}, r"memory_heads \(=0\) must be an integer of at least 1"),
+        ({"memory_layers": 1}, r"memory_layers \(=1\) must be a tuple of layer indices or None"),
+        ({"use_neural_memory": 1}, r"use_neural_memory \(=1\) must be True or False"),
+        ({"activation_checkpointing": "yes"}, r"activation_checkpointing \(='yes'\) must be True"),
+        ({"z_loss_weight": -1.0}, r"z_loss_weight \(=-1.0\) must be 0 \(off\) or more"),
         ({"block_sparse_candidate_score": "best"}, r"must be one of gradient, outer"),
     ],
 )
@@ -65,6 +78,34 @@ def test_a_wrong_block_sparse_model_is_refused(changes: dict[str, Any], message:
     TitanMACConfig(**changes)  # a dense model does not mind
     with pytest.raises(ValueError, match=message):
         TitanMACConfig(use_block_sparse=True, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory_layers": (16,)}, r"memory_layers \(=\(16,\)\) must be below n_layers \(=16\)"),
+        ({"memory_layers": (2, 2)}, r"memory_layers \(=\(2, 2\)\) must not repeat a layer"),
+        ({"memory_layers": ()}, r"memory_layers \(=\(\)\) must name at least one layer"),
+        ({"segment_size": 100}, r"segment_size \(=100\) must be a multiple of memory_chunk_size"),
+        ({"segment_size": 100}, r"nearest: 64 or 128"),
+    ],
+)
+def test_a_wrong_memory_is_refused(changes: dict[str, Any], message: str) -> None:
+    TitanMACConfig(**changes)  # a model without memory does not mind
+    with pytest.raises(ValueError, match=message):
+        TitanMACConfig(use_neural_memory=True, **changes)
+
+
+def test_segments_matter_to_mac_only() -> None:
+    TitanMACConfig(use_neural_memory=True, titans_variant="MAG", segment_size=100)
+
+
+def test_memory_fields_survive_json() -> None:
+    config = TitanMACConfig(use_neural_memory=True, memory_layers=[1, 3], memory_depth=2)
+    assert config.memory_layers == (1, 3)
+    assert [config.has_memory(layer) for layer in range(4)] == [False, True, False, True]
+    assert TitanMACConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    assert not TitanMACConfig(memory_layers=(1,)).has_memory(1)
 
 
 def test_attention_alone_does_not_ask_the_width_of_the_mlp() -> None:

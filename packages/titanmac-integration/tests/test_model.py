@@ -27,6 +27,19 @@ def test_parameter_count_of_titanmac_163m() -> None:
     assert len(sparse.block_sparse_layers) == 10
 
 
+def test_parameter_counts_of_the_other_presets() -> None:
+    """titanmac-237m is 237 million to within 1%; small is a language model of over 10 million."""
+    large = create_titanmac_model(TitanMACConfig.preset("titanmac-237m"), device="meta")
+    assert large.num_parameters == pytest.approx(237e6, rel=0.01)
+    assert large.config.n_layers == 16
+    assert all(size % 128 == 0 for size in (large.config.d_model, large.config.d_ff))
+    small = create_titanmac_model(TitanMACConfig.preset("small"), device="meta")
+    assert small.num_parameters == 14_135_112
+    assert small.config.use_neural_memory
+    demo = create_titanmac_model(TitanMACConfig.preset("demo"), device="meta")
+    assert demo.num_parameters == 174_432
+
+
 @pytest.mark.parametrize("components", [("mlp",), ("attention",), ("mlp", "attention")])
 def test_only_the_chosen_layers_are_sparse(tiny_config: Make, components: tuple[str, ...]) -> None:
     config = tiny_config(
