@@ -1,0 +1,104 @@
+"""Training on a GPU: mixed precision, accumulation, compilation, and continuing a run."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from titanmac_integration import (
+    CheckpointStore,
+    Mixture,
+    PhaseReport,
+    Trainer,
+    TrainingConfig,
+    create_titanmac_model,
+    make_task,
+)
+from titanmac_integration._config import TitanMACConfig
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+STEPS, TAKEN = 40, 20
+SETTINGS = {
+    "batch_size": 16,
+    "seq_len": 64,
+    "lr": 3e-3,
+    "warmup_steps": 10,
+    "level_periods": (1, 5, 10),
+    "log_every": 5,
+    "grad_clip": 1.0,
+}
+
+
+def make(directory: Path | None = None, **changes: object) -> Trainer:
+    torch.manual_seed(0)
+    model = create_titanmac_model(TitanMACConfig.preset("demo", dropout=0.1), seed=0, device="cuda")
+    store = None if directory is None else CheckpointStore(directory)
+    config = TrainingConfig(**{**SETTINGS, **changes})
+    return Trainer(model, config, checkpoints=store, checkpoint_every=TAKEN)
+
+
+def train(trainer: Trainer) -> PhaseReport:
+    # one shape of batches only where every shape has to be compiled
+    names = ["prose"] if trainer.config.compile else ["arithmetic", "prose"]
+    return trainer.fit(Mixture([make_task(name) for name in names]), STEPS)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"precision": "bf16", "accumulation_steps": 2},
+        {"precision": "fp16"},
+        {"precision": "bf16", "compile": True},
+    ],
+    ids=["fp32", "bf16 accumulation", "fp16", "bf16 compile"],
+)
+def test_it_learns_and_goes_on(tmp_path: Path, changes: dict) -> None:
+    whole = make(tmp_path, **changes)
+    report = train(whole)
+    assert report.final_loss < 5.0
+    assert report.peak_memory_bytes > 1_000_000
+    assert len(report.swap_rates) == STEPS // 10
+    second = make(**changes)
+    torch.rand(7, device="cuda")
+    second.load(CheckpointStore(tmp_path).path(TAKEN))
+    again = train(second)
+    # atomic additions in the backward pass are not ordered: equal up to rounding, and what rounding
+    # grows into in a few steps
+    assert again.final_loss == pytest.approx(report.final_loss, rel=0.02)
+    assert again.tokens == report.tokens
+    assert second.manager is not None
+    assert second.manager.global_step == STEPS
+
+
+def test_what_is_loaded_is_what_was_saved(tmp_path: Path) -> None:
+    first = make(tmp_path, precision="bf16")
+    train(first)
+    saved = {name: value.clone() for name, value in first.model.state_dict().items()}
+    noise = torch.rand(5, device="cuda")
+    second = make(precision="bf16")
+    second.load(CheckpointStore(tmp_path).path(STEPS))
+    for name, value in second.model.state_dict().items():
+        assert torch.equal(value, saved[name]), name
+    assert torch.equal(torch.rand(5, device="cuda"), noise), "the device's randomness, too"
+    for left, right in zip(first.model.parameters(), second.model.parameters(), strict=True):
+        for key, value in first.optimizer.state[left].items():
+            assert torch.equal(value, second.optimizer.state[right][key]), key
+
+
+def test_accumulation_and_compilation_change_rounding_only() -> None:
+    losses = []
+    for changes in ({}, {"accumulation_steps": 4}, {"compile": True}):
+        trainer = make(**changes)
+        trainer.model.eval()
+        task = make_task("prose")
+        batch = task.batch(16, 64, torch.Generator().manual_seed(0))
+        losses.append(trainer._runner.backward(batch, trainer.optimizer))
+        norm = torch.nn.utils.get_total_norm(p.grad for p in trainer.model.parameters())
+        losses.append(norm)
+    for index in (2, 4):
+        torch.testing.assert_close(losses[index], losses[0], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(losses[index + 1], losses[1], rtol=1e-3, atol=1e-3)
