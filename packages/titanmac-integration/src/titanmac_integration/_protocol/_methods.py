@@ -4,6 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from ._ablations import (
+    EveryTen,
+    GrownAtRandom,
+    Influence,
+    OpenLoop,
+    Swapping,
+    SwappingUncompensated,
+    SwappingUnpriced,
+)
 from ._anchored import EWC, L2
 from ._kronecker import KroneckerEWC
 from ._method import FineTuning, LowRate, Method
@@ -27,6 +36,13 @@ METHODS: dict[str, type[Method]] = {
         Joint,
         Projection,
         GrowingProjection,
+        OpenLoop,
+        EveryTen,
+        Influence,
+        GrownAtRandom,
+        Swapping,
+        SwappingUncompensated,
+        SwappingUnpriced,
     )
 }
 """Every method of the protocol."""

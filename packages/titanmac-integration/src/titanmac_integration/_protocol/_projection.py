@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cms_topology import (
+    Probes,
     RetentionGuard,
     consolidate,
     grow_for_task,
@@ -25,8 +26,8 @@ class Projection(Method):
     """`cms_topology.RetentionGuard` after every step; without a dial it finds its own strength.
 
     Args:
-        dial: a fixed eps of the projection; None lets the drift budget choose it.
-        options: further arguments of ``RetentionGuard``.
+        dial: a fixed eps of the projection, and nothing else; None lets the drift budget, steered
+            by the probes, choose the strength.
     """
 
     name = "ours"
@@ -36,8 +37,11 @@ class Projection(Method):
     batches = 40
     """Training batches that the task is consolidated on."""
     probes = 32
-    """Sequences the model writes itself, on which the drift is watched."""
+    """Sequences the model writes itself, on which the drift is watched; 0 for an open loop."""
+    consolidation: ClassVar[dict[str, Any]] = {}
+    """Further arguments of ``consolidate``."""
     options: ClassVar[dict[str, Any]] = {}
+    """Further arguments of ``RetentionGuard``."""
 
     def __init__(self, dial: float | None = None) -> None:
         super().__init__(dial)
@@ -47,12 +51,11 @@ class Projection(Method):
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         batches = task_batches(task, sampling, self.batches, device_of(model))
         previous = self.kept[-1] if self.kept else None
-        written = written_by(model, batches[0], self.probes)
-        try:
-            probes = make_probes(model, written)
-        except ValueError:  # hardly anything was learned: then all answers count
-            probes = make_probes(model, written, confidence=0.0)
-        self.kept = [consolidate(model, batches, task=task.name, previous=previous, probes=probes)]
+        probes = self._make_probes(model, batches[0])
+        memory = consolidate(
+            model, batches, task=task.name, previous=previous, probes=probes, **self.consolidation
+        )
+        self.kept = [memory]
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
@@ -63,6 +66,15 @@ class Projection(Method):
         self._guard = RetentionGuard(
             trainer.model, trainer.optimizer, self.kept[-1], **{**how, **self.options}
         )
+
+    def _make_probes(self, model: nn.Module, batch: dict[str, Tensor]) -> Probes | None:
+        if not self.probes:
+            return None
+        written = written_by(model, batch, self.probes)
+        try:
+            return make_probes(model, written)
+        except ValueError:  # hardly anything was learned: then all answers count
+            return make_probes(model, written, confidence=0.0)
 
     def on_fit_end(self, trainer: Trainer, report: PhaseReport) -> None:
         if self._guard is not None:
@@ -82,6 +94,8 @@ class GrowingProjection(Projection):
 
     name = "ours-grown"
     arch = "spare"
+    prefer = "energy"
+    """Where to grow; see ``grow_for_task``."""
 
     def __init__(self, dial: float | None = None) -> None:
         super().__init__(dial)
@@ -96,6 +110,7 @@ class GrowingProjection(Projection):
             trainer.model,
             self.kept[-1],
             density_after(layer, self._task, self._n_tasks),
+            prefer=self.prefer,
             optimizers=[trainer.optimizer],
             generator=torch.Generator().manual_seed(trainer.config.seed),
         )

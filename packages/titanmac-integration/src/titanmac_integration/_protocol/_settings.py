@@ -146,7 +146,7 @@ SETTINGS = {
             tasks=("arithmetic", "prose"),
             steps=(2000, 3000),
             lr=(1e-3, 3e-3),
-            batch_size=(128, 64),
+            batch_size=(64,),
         ),
         _setting(
             "small",
