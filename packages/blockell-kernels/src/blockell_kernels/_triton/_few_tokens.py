@@ -16,7 +16,13 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Pattern, Verdict
-from blockell_kernels._triton._device import dot_precision, num_sms, on_its_device, upcast
+from blockell_kernels._triton._device import (
+    capability,
+    dot_precision,
+    num_sms,
+    on_its_device,
+    upcast,
+)
 from blockell_kernels._triton._few_tokens_kernels import (
     add_parts,
     few_forward,
@@ -64,7 +70,11 @@ def strip_for(case: Case) -> Strip:
         width, results = case.B, case.C * case.B
         depth = ceil_div(case.R * case.K, case.C) * case.B
     strip = _strip(min(width, 64), results, depth, case.N, num_sms(case.device), case.direction)
-    return strip if wide else replace(strip, BK=max(32, strip.BK // 2))
+    if not wide:
+        strip = replace(strip, BK=max(32, strip.BK // 2))
+    if capability(case.device)[0] < 9:  # 48 KiB of shared memory will do
+        strip = replace(strip, BK=min(strip.BK, 64 if wide else 32), stages=min(strip.stages, 3))
+    return strip
 
 
 def _strip(width: int, results: int, depth: int, N: int, sms: int, direction: str) -> Strip:

@@ -1,0 +1,80 @@
+"""What is decided for few tokens: strips that fit every GPU, and a verdict that says why."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blockell_kernels._backends import DIRECTIONS, Case
+
+few = pytest.importorskip("blockell_kernels._triton._few_tokens")
+
+DTYPES = [torch.bfloat16, torch.float32]
+SHAPES = [(640, 2560), (2560, 640), (4096, 14336), (14336, 4096), (128, 128)]
+SHARED_MEMORY_BYTES = {(7, 0): 48 * 1024, (8, 6): 99 * 1024, (9, 0): 227 * 1024}
+
+
+def case(direction, N, shape, B, G, dtype=torch.bfloat16, density=0.5):
+    R, C = shape[1] // B, shape[0] // B
+    sizes = N, R, C, max(1, round(density * C)), B, G
+    return Case(direction, torch.device("cuda"), dtype, *sizes)
+
+
+@pytest.fixture(params=SHARED_MEMORY_BYTES, ids=str)
+def gpu(request, monkeypatch):
+    monkeypatch.setattr(few, "capability", lambda device: request.param)
+    monkeypatch.setattr(few, "num_sms", lambda device: 132)
+    few.strip_for.cache_clear()
+    yield request.param
+    few.strip_for.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("direction", DIRECTIONS[:2])
+@pytest.mark.parametrize(("B", "G"), [(8, 1), (16, 1), (16, 8), (32, 4), (128, 1)])
+def test_strips_divide_their_results_and_fit_the_gpu(gpu, direction, dtype, B, G):
+    for shape in SHAPES:
+        for N in (1, 16, 17, 64):
+            strip = few.strip_for(case(direction, N, shape, B, G, dtype))
+            width = B if direction == "grad_input" else B * G
+            assert width % strip.BN == 0
+            rows = max(16, 1 << (N - 1).bit_length())
+            step = (rows + max(strip.BN, 16)) * strip.BK * dtype.itemsize
+            assert step * strip.stages <= SHARED_MEMORY_BYTES[gpu], (shape, N, strip)
+
+
+def test_a_new_number_of_tokens_needs_no_new_kernel(gpu):
+    strips = {few.strip_for(case("forward", N, (640, 2560), 16, 8)) for N in range(1, 17)}
+    assert len(strips) == 1
+
+
+def test_up_to_64_tokens_are_few():
+    assert [few.takes(case("forward", N, (640, 2560), 16, 8)) for N in (0, 1, 64, 65)] == [
+        False,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_the_verdict_says_that_it_is_a_rule():
+    wins, why = few.verdict(case("forward", 1, (4096, 14336), 128, 1))
+    assert wins
+    assert why.startswith("1 tokens: ")
+    assert "128 outputs sharing columns" in why
+
+
+@pytest.mark.parametrize(
+    ("N", "shape", "B", "density", "wins"),
+    [
+        (64, (640, 2560), 8, 0.5, False),  # x read again for every eight outputs
+        (16, (640, 2560), 8, 0.5, True),
+        (64, (4096, 14336), 8, 0.5, True),  # scattering costs more still
+        (64, (640, 2560), 16, 1.0, False),
+        (64, (640, 2560), 16, 0.75, True),
+    ],
+)
+def test_the_smallest_tiles_with_free_rows_go_densely_where_that_is_faster(
+    N, shape, B, density, wins
+):
+    assert few.verdict(case("forward", N, shape, B, 1, density=density)).wins == wins
