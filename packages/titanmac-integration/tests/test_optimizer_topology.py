@@ -13,7 +13,13 @@ import pytest
 import torch
 from torch import nn
 
-from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
+from cms_topology import (
+    CMSBlockLinear,
+    RetentionGuard,
+    ScoringConfig,
+    TopologyManager,
+    consolidate,
+)
 from titanmac_integration import (
     ContinuumMemorySystem,
     DeepNestedOptimizer,
@@ -195,6 +201,27 @@ def test_hooks_see_the_update_before_the_topology_moves() -> None:
     assert len(seen) == 4
     assert torch.equal(seen[3], before)
     assert not torch.equal(model[0].col_indices, before)
+
+
+def test_a_retention_guard_works_with_it_as_with_adamw_and_a_manager() -> None:
+    """Bit for bit: the guard projects before blocks are replaced, on the same swaps."""
+    nets, drifts = [make_net(), make_net()], []
+    old = [(torch.randn(16, 64, generator=torch.Generator().manual_seed(s)),) for s in range(3)]
+    for model, whole in zip(nets, (True, False), strict=True):
+        memory = consolidate(model, old, task="old", loss_fn=lambda m, b: m(b[0]).square().mean())
+        manager = None
+        if whole:
+            optimizer: Any = DeepNestedOptimizer(
+                model, lr=1e-2, weight_decay=0.0, cms=cms(), topology={"retention": memory}
+            )
+        else:
+            optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.0)
+            manager = TopologyManager(model, optimizer, periods=(1, 2, 4), retention=memory)
+        guard = RetentionGuard(model, optimizer, memory)
+        train(model, optimizer, range(10), manager)
+        drifts.append(guard.drift())
+    assert_same(*nets)
+    assert drifts[0] == drifts[1]
 
 
 def test_a_step_that_the_scaler_skips_does_not_count() -> None:
