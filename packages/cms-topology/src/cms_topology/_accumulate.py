@@ -39,11 +39,15 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
             return None
         scores = [_block_scores_of_step(layer) for layer in active]
         stats = [layer._probe.grad for layer in active]
-        finite = all_finite([*scores, *(s for s in stats if s is not None)])
+        traces = [_fisher_trace(layer) for layer in active]
+        finite = all_finite([t for t in (*scores, *stats, *traces) if t is not None])
         update_gradient_emas([layer.scorer for layer in active], scores, finite)
-        for layer, collected in zip(active, stats, strict=True):
+        for layer, collected, trace in zip(active, stats, traces, strict=True):
             if collected is not None:
-                layer.scorer.accumulate_statistics(collected, finite.to(collected.device))
+                here = finite.to(collected.device)
+                layer.scorer.accumulate_statistics(collected, here)
+                if trace is not None:
+                    _accumulate_loss(layer, collected, trace, here)
                 layer._probe.grad = None
         return finite
 
@@ -64,6 +68,25 @@ def _refuse_shards(layer: CMSBlockLinear) -> None:
 def _block_scores_of_step(layer: CMSBlockLinear) -> Tensor:
     grad = layer.values.grad
     assert grad is not None
-    if layer.scorer.config.keep_score == "taylor":
-        return (layer.values.detach() * grad).sum((2, 3), dtype=torch.float32).abs()
+    if layer.scorer.config.keep_score in ("taylor", "loss"):
+        slope = (layer.values.detach() * grad).sum((2, 3), dtype=torch.float32)
+        return slope.abs() if layer.scorer.config.keep_score == "taylor" else slope
     return compute_gradient_frobenius_norms(grad)
+
+
+def _fisher_trace(layer: CMSBlockLinear) -> Tensor | None:
+    return None if layer._fisher_probe is None else layer._fisher_probe.grad
+
+
+def _accumulate_loss(
+    layer: CMSBlockLinear, collected: Tensor, trace: Tensor, finite: Tensor
+) -> None:
+    assert layer.scorer.loss is not None
+    assert layer._fisher_probe is not None
+    assert layer.values.grad is not None
+    norms_sq = collected[layer.R + layer.C :]
+    live = layer.col_indices[:, : layer.num_live].long()
+    seen = norms_sq.view(layer.R, layer.C).gather(1, live).sum()
+    given = layer.values.grad.float().square().sum()
+    layer.scorer.loss.add(norms_sq, trace, torch.stack((given, seen)), finite)
+    layer._fisher_probe.grad = None

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-CANDIDATE_SCORES = ("gradient", "outer")
-KEEP_SCORES = ("gradient", "magnitude", "taylor")
+CANDIDATE_SCORES = ("gradient", "outer", "loss")
+KEEP_SCORES = ("gradient", "magnitude", "taylor", "loss")
 BIRTHS = ("kaiming", "zeros")
 
 
@@ -20,12 +20,20 @@ class ScoringConfig:
     candidate_score: str = "gradient"
     """Score of absent blocks. "gradient": exact Frobenius norms of the gradient they would get, on
     sampled steps (RigL, Evci et al. 2020, section 3). "outer": error norm times activation norm,
-    nearly free; an upper bound that ranks columns alike in every row."""
+    nearly free; an upper bound that ranks columns alike in every row. "loss": the fall of the loss
+    that the block promises, in nats; only together with keep_score="loss"."""
 
     keep_score: str = "gradient"
     """Score of present blocks. "gradient": moving average of the gradient's Frobenius norm.
     "magnitude": Frobenius norm of the weights. "taylor": moving average of |<W, G>|, the first
-    order change of the loss on removal (Molchanov et al. 2019, section 3.1)."""
+    order change of the loss on removal (Molchanov et al. 2019, section 3.1). "loss": the second
+    order change of the loss on removal, in nats. Then both scores are in one currency,
+    `swap_threshold` means the same at every batch size, and under retention what an old task would
+    lose is added to the cost of removal."""
+
+    damping: float = 0.1
+    """For the "loss" scores: added to every block's curvature, as a share of the layer's mean
+    curvature. > 0."""
 
     ema_decay: float = 0.95
     """Weight of the past in the moving average; 0.95 averages over about 20 steps. In [0, 1)."""
@@ -64,6 +72,14 @@ class ScoringConfig:
                 f"swap_threshold (={self.swap_threshold}) must be at least 1: below it a block "
                 "would be replaced by a worse one."
             )
+        if (self.candidate_score == "loss") != (self.keep_score == "loss"):
+            raise ValueError(
+                f"candidate_score (={self.candidate_score!r}) and keep_score "
+                f"(={self.keep_score!r}) must both be 'loss' or neither: nats compare only with "
+                "nats."
+            )
+        if not self.damping > 0:
+            raise ValueError(f"damping (={self.damping}) must be greater than 0.")
         for name in ("epsilon", "max_swap_frac", "max_row_swap_frac"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:

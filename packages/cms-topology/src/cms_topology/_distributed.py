@@ -38,6 +38,7 @@ def sync_topology_scores(layers: Sequence[CMSBlockLinear]) -> None:
     if world_size() == 1 or not layers:
         return
     parts = [p for layer in layers for p in (layer.scorer.score_ema, layer.scorer._means)]
+    parts += [layer.scorer.loss.means for layer in layers if layer.scorer.loss is not None]
     flat = torch.cat([p.flatten() for p in parts])
     dist.all_reduce(flat)
     flat /= world_size()

@@ -21,6 +21,7 @@ from cms_topology import _distributed as dist_sync
 from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import reset_optimizer_state, write_newborn_values
 from cms_topology._config import ScoringConfig
+from cms_topology._loss_score import FisherTap
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
@@ -216,9 +217,9 @@ class CMSBlockLinear(nn.Module):
             self._refresh_if_stale()
         sample: Literal["none", "norms", "gradient"] = "none"
         if self.collect_candidates and self.training and torch.is_grad_enabled():
-            exact = self.scorer.config.candidate_score == "gradient"
-            sample = "gradient" if exact else "norms"
-        return block_ell_linear(
+            outer = self.scorer.config.candidate_score == "outer"
+            sample = "norms" if outer else "gradient"
+        y = block_ell_linear(
             x,
             self.values,
             self.col_indices,
@@ -230,6 +231,9 @@ class CMSBlockLinear(nn.Module):
             sample=sample,
             backend=self.backend,
         )
+        if sample == "gradient" and self._fisher_probe is not None:
+            y = FisherTap.apply(y, x, self._fisher_probe, self.B)
+        return y
 
     @property
     def density(self) -> float:
@@ -389,7 +393,8 @@ class CMSBlockLinear(nn.Module):
 
     def block_scores(self) -> Tensor:
         """Keep scores of the live blocks, float32 [R, num_live]; NaN where not yet measured."""
-        return self.scorer.present_scores(self.values.detach())[:, : self.num_live]
+        scores = self.scorer.present_scores(self.values.detach(), self.col_indices)
+        return scores[:, : self.num_live]
 
     def get_topology_stats(self) -> TopologyStats:
         """Density, mean score and age, column entropy, number of blocks. Copies to the host."""
@@ -442,6 +447,10 @@ class CMSBlockLinear(nn.Module):
         device = self.col_indices.device
         self._index = fmt.transposed_index(self.col_indices.clamp(min=-1), self.C)
         self._probe = torch.zeros(probe_size(self.R, self.C), device=device, requires_grad=True)
+        self._fisher_probe: Tensor | None = None
+        if self.scorer.config.candidate_score == "loss":
+            size = self.R * self.C + 1
+            self._fisher_probe = torch.zeros(size, device=device, requires_grad=True)
         self._index_version = -1
 
     def _refresh_derived(self) -> None:

@@ -72,7 +72,8 @@ class TopologyManager:
         periods: optimizer steps between two score accumulations (always 1), foldings and decisions.
         seed: of exploration and new weights; the same on every rank.
         sample_steps: how many steps before each decision collect statistics of absent blocks.
-            Default: 1 for exact gradient norms, 10 for the outer product (at most `periods[1]`).
+            Default: 1 for exact gradient norms, 10 for the outer product (at most `periods[1]`), 8
+            for scores in nats.
         freeze_after: no more decisions after this step; None decides for ever.
         correct_newborn_steps: see `NewbornStepCorrection`.
         writer: records a snapshot at every decision (rank 0 only).
@@ -288,6 +289,8 @@ class TopologyManager:
             return self._sample_steps
         if layer.scorer.config.candidate_score == "gradient":
             return 1
+        if layer.scorer.config.candidate_score == "loss":
+            return min(8, self.clock.periods[2])
         return min(10, self.clock.periods[1])
 
     def _blocks(self, name: str) -> int:
@@ -368,7 +371,7 @@ def _swap_rate(swaps: Mapping[str, TopologyDecisionResult]) -> float:
 
 def _snapshot(layer: CMSBlockLinear, result: TopologyDecisionResult | None) -> LayerSnapshot:
     columns = layer.col_indices.cpu().numpy()
-    score = layer.scorer.present_scores(layer.values.detach()).nan_to_num(0.0)
+    score = layer.scorer.present_scores(layer.values.detach(), layer.col_indices).nan_to_num(0.0)
     swapped = torch.zeros(layer.R, layer.K, dtype=torch.bool)
     previous = layer.col_indices.cpu().clone()
     if result is not None:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology._config import ScoringConfig
+from cms_topology._loss_score import LossStatistics
 from cms_topology._selection import Selection, select_top_k
 
 HISTORY_DECISIONS = 64
@@ -87,6 +88,10 @@ class TopologyScorer(nn.Module):
         # error norms [R], activation norms [C], candidate norms [R * C], number of sampled steps
         self._sums = torch.zeros(size, device=device)
         self._means = torch.zeros(size, device=device)
+        self.loss: LossStatistics | None = None
+        """Statistics of the scores in nats; None for others."""
+        if self.config.candidate_score == "loss":
+            self.loss = LossStatistics(R, C, B, device)
 
     # -- collecting ---------------------------------------------------------------------------
 
@@ -96,6 +101,9 @@ class TopologyScorer(nn.Module):
             buffer.zero_()
         self._sums.zero_()
         self._means.zero_()
+        if self.loss is not None:
+            self.loss.sums.zero_()
+            self.loss.means.zero_()
 
     def update_gradient_ema(self, norms: Tensor, finite: Tensor | None = None) -> None:
         """Fold one optimizer step's block scores into the moving average and age the blocks.
@@ -122,6 +130,8 @@ class TopologyScorer(nn.Module):
         means = torch.cat((self._sums[:-1] / count.clamp(min=1), count.view(1)))
         self._means = torch.where(count > 0, means, self._means)
         self._sums.zero_()
+        if self.loss is not None:
+            self.loss.fold()
 
     # -- scores -------------------------------------------------------------------------------
 
@@ -145,8 +155,19 @@ class TopologyScorer(nn.Module):
         """0-d float32: steps behind the means."""
         return self._means[-1]
 
-    def present_scores(self, values: Tensor) -> Tensor:
-        """Keep scores of all slots, float32 [R, K]; not a number where nothing was measured yet."""
+    def present_scores(self, values: Tensor, col_indices: Tensor | None = None) -> Tensor:
+        """Keep scores of all slots, float32 [R, K]; not a number where nothing was measured yet.
+
+        Args:
+            values: [R, K, B, B].
+            col_indices: int32 [R, K]; only the scores in nats need them.
+        """
+        if self.loss is not None:
+            assert col_indices is not None
+            size_sq = compute_gradient_frobenius_norms(values).square()
+            slope = self.score_ema / self.score_weight
+            columns = col_indices.clamp(min=0)
+            return self.loss.cost(slope, size_sq, columns, self.config.damping)
         if self.config.keep_score == "magnitude":
             return compute_gradient_frobenius_norms(values)
         return self.score_ema / self.score_weight
@@ -155,8 +176,11 @@ class TopologyScorer(nn.Module):
         """Scores of all positions before calibration, float32 [R, C].
 
         "outer": error_norm[r] * activation_norm[c], an upper bound of ||G_rc||_F by
-        Cauchy-Schwarz, typically far too large. "gradient": the norms themselves.
+        Cauchy-Schwarz, typically far too large. "gradient": the norms themselves. "loss": gains in
+        nats.
         """
+        if self.loss is not None:
+            return self.loss.gain(self.config.damping)
         if self.config.candidate_score == "outer":
             return torch.outer(self.error_norm, self.activation_norm)
         return self.candidate_norm
@@ -204,8 +228,15 @@ class TopologyScorer(nn.Module):
             cost: float32 [R, k], what dropping a block costs an old task, in nats.
         """
         k = col_indices.shape[1]
-        present = self.present_scores(values)[:, :k]
-        candidates = self.calibrate(self.compute_candidate_scores(), present, col_indices)
+        if self.loss is None:
+            present = self.present_scores(values)[:, :k]
+            candidates = self.calibrate(self.compute_candidate_scores(), present, col_indices)
+        else:
+            slots = torch.nn.functional.pad(col_indices, (0, self.K - k), value=-1)
+            present = self.present_scores(values, slots)[:, :k]
+            candidates = self.loss.gain(self.config.damping)
+            if cost is not None:
+                present = present + cost
         protected = self.block_grace[:, :k] > 0
         selection = select_top_k(
             present,
@@ -229,6 +260,8 @@ class TopologyScorer(nn.Module):
         """
         k = swapped.shape[1]
         scores = newborn_scores.nan_to_num(0.0, 0.0, 0.0)
+        if self.loss is not None:  # the average is one of slopes then, not of scores
+            scores = torch.zeros_like(scores)
         self.block_grace.sub_(1).clamp_(min=0)
         self.block_age[:, :k].masked_fill_(swapped, 0)
         self.block_grace[:, :k].masked_fill_(swapped, self.config.grace_decisions)
@@ -251,18 +284,26 @@ class TopologyScorer(nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """A rank's own statistics as one float64 tensor (float32 values, held exactly)."""
-        return torch.cat((self._sums, self._means)).double().cpu()
+        parts = [self._sums, self._means]
+        if self.loss is not None:
+            parts += [self.loss.sums, self.loss.means]
+        return torch.cat(parts).double().cpu()
 
     def set_extra_state(self, state: Tensor) -> None:
-        expected = 2 * self._sums.numel()
+        sizes = [self._sums.numel()] * 2
+        if self.loss is not None:
+            sizes += [self.loss.sums.numel()] * 2
+        expected = sum(sizes)
         if not isinstance(state, Tensor) or state.numel() != expected:
             found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(
                 f"extra state (={found}) must be a tensor of {expected} elements for a layer with "
                 f"R={self.R}, C={self.C}; the checkpoint belongs to another configuration."
             )
-        sums, means = state.to(self._sums).chunk(2)
-        self._sums, self._means = sums.clone(), means.clone()
+        parts = [part.clone() for part in torch.split(state.to(self._sums), sizes)]
+        self._sums, self._means = parts[:2]
+        if self.loss is not None:
+            self.loss.sums, self.loss.means = parts[2:]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopologyScorer:
         """Follow the module to another device, but keep float32 when it is cast to bf16 or half."""
@@ -278,6 +319,9 @@ class TopologyScorer(nn.Module):
             moved = fn(original)
             keep = moved.dtype == original.dtype
             setattr(self, name, moved if keep else original.to(moved.device))
+        if self.loss is not None:
+            self.loss.sums = self.loss.sums.to(self._sums.device)
+            self.loss.means = self.loss.means.to(self._sums.device)
         return self
 
     def extra_repr(self) -> str:

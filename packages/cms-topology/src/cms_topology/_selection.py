@@ -43,7 +43,8 @@ def select_top_k(
     A pair is swapped when its candidate exceeds `swap_threshold` times the present score, strictly,
     within the caps per row and per layer (largest gains first). With probability `epsilon` the
     newcomer of a swap is a random absent column instead. Rows of a row group decide together: the
-    group's score is the root of the sum of squares of its blocks'. Scores that are not finite take
+    group's score is the root of the sum of squares of its blocks', or their sum if they are nats.
+    Scores that are not finite take
     no part, so ties, zeros, NaN and K = C swap nothing.
 
     Args:
@@ -69,8 +70,10 @@ def select_top_k(
     max_group_swaps = min(max(1, int(config.max_swap_frac * K * groups)), groups * proposals)
 
     columns = col_indices.view(groups, G, K)[:, 0].long()
-    weak, weak_slot = _weakest(present, protected, G, proposals)
-    strong, strong_column = _strongest(candidates, columns, G, proposals)
+    additive = config.candidate_score == "loss"
+    weak, weak_slot = _weakest(_group_scores(present, G, additive), protected, G, proposals)
+    grouped = _group_scores(candidates, G, additive)
+    strong, strong_column = _strongest(grouped, columns, proposals)
 
     # an infinite present score is a protected one, and an infinite candidate never won anything
     accept = (strong > config.swap_threshold * weak) & strong.isfinite() & weak.isfinite()
@@ -87,18 +90,19 @@ def select_top_k(
     )
 
 
-def _group_scores(scores: Tensor, G: int) -> Tensor:
-    """[R, n] -> [R/G, n]: root of the sum of squares over the rows of a group."""
+def _group_scores(scores: Tensor, G: int, additive: bool) -> Tensor:
+    """[R, n] -> [R/G, n]: root of the sum of squares over the rows of a group; nats add up."""
     if G == 1:
         return scores
+    if additive:
+        return scores.view(-1, G, scores.shape[1]).sum(1)
     return scores.view(-1, G, scores.shape[1]).square().sum(1).sqrt()
 
 
 def _weakest(
-    present: Tensor, protected: Tensor | None, G: int, proposals: int
+    scores: Tensor, protected: Tensor | None, G: int, proposals: int
 ) -> tuple[Tensor, Tensor]:
     """Scores and slots of the weakest blocks of every group, weakest first: [R/G, P] each."""
-    scores = _group_scores(present, G)
     blocked = ~scores.isfinite()
     if protected is not None:
         blocked = blocked | protected.view(-1, G, protected.shape[1]).any(1)
@@ -107,11 +111,8 @@ def _weakest(
     return ordered[:, :proposals], slots[:, :proposals]
 
 
-def _strongest(
-    candidates: Tensor, columns: Tensor, G: int, proposals: int
-) -> tuple[Tensor, Tensor]:
+def _strongest(scores: Tensor, columns: Tensor, proposals: int) -> tuple[Tensor, Tensor]:
     """Scores and columns of the strongest absent blocks, strongest first: [R/G, P] each."""
-    scores = _group_scores(candidates, G)
     scores = scores.masked_fill(~scores.isfinite(), -torch.inf).scatter(1, columns, -torch.inf)
     ordered, order = scores.sort(dim=1, descending=True, stable=True)
     return ordered[:, :proposals], order[:, :proposals]
