@@ -18,39 +18,6 @@ SMALL = [
 ]
 
 
-def test_continual_writes_a_run_and_prints_tables(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    assert main(["continual", "--out", str(out), "--steps", "8", "12", *SMALL]) == 0
-    captured = capsys.readouterr()
-    assert captured.err == ""
-    for words in (
-        "block-sparse  arithmetic",
-        "dense         arithmetic",
-        "bits per byte",
-        "relative forgetting",
-        "swap rate min / mean / max",
-        "column entropy",
-        "below 95%: train it longer",
-        "no promise is made",
-        f"blockell-dashboard {out}",
-    ):
-        assert words in captured.out
-    results = json.loads((out / "results.json").read_text())["results"]
-    assert [result["model"] for result in results] == ["block-sparse", "dense"]
-    assert results[0]["tasks"] == ["arithmetic", "prose"]
-    assert [phase["steps"] for phase in results[1]["phases"]] == [8, 12]
-    assert len(results[0]["swap_rates"]) == 5
-    run = open_run(out)
-    assert run.problems == []
-    assert run.steps == [0, 4, 8, 12, 16, 20]
-    assert run.config["command"] == "continual"
-    assert open_run(out / "dense").layers == {}
-    assert load_checkpoint(out).block_sparse_layers
-    assert not load_checkpoint(out / "dense").block_sparse_layers
-
-
 def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     flags = ["--tasks", "arithmetic", "prose", "--steps", "6", *SMALL, "--no-tie-weights"]
@@ -61,18 +28,6 @@ def test_train_then_eval(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert main(["eval", str(out), "--tasks", "prose", "--device", "cpu"]) == 0
     shown = capsys.readouterr().out
     assert f"{measures['eval/prose/bits_per_byte']:.2f}" in shown
-
-
-def test_dense_makes_a_dense_run_without_comparison(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "run"
-    flags = ["--tasks", "prose", "--steps", "2", "--dense", *SMALL]
-    assert main(["continual", "--out", str(out), *flags]) == 0
-    shown = capsys.readouterr().out
-    assert "dashboard" not in shown
-    assert "no promise" not in shown
-    assert not (out / "dense").exists()
 
 
 def test_flags_reach_the_configuration(tmp_path: Path) -> None:
@@ -129,8 +84,12 @@ def test_an_existing_run_is_not_overwritten(
     [
         (["--d-model", "33"], r"d_model (=33) must be a multiple of 2 * n_heads (=8)"),
         (["--lr", "0"], "lr (=0.0) must be a number above 0"),
-        (["--steps", "1", "2", "3"], "must be one positive number per task (2), or one for all"),
-        (["--steps", "0"], "--steps (=0 0) must be one positive number"),
+        (["--steps", "0"], "--steps (=0) must be at least 1"),
+        (["--checkpoint-every", "-1"], "checkpoint_every (=-1) must be 0 (off) or more"),
+        (["--keep-checkpoints", "0"], "keep (=0) must be an integer of at least 1"),
+        (["--accumulation-steps", "9"], "accumulation_steps (=9) must be at most batch_size (=4)"),
+        (["--precision", "int4"], "precision (='int4') must be one of fp32, bf16, fp16"),
+        (["--tokenizer", "x"], "tokenizer (='x') must be \"bytes\" or the path of a tokenizer"),
         (["--device", "abacus"], "--device (=abacus) cannot be used"),
         (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),
         (["--level-periods", "1,2"], "level_periods (=(1, 2)) must be three integers"),
@@ -140,7 +99,7 @@ def test_bad_flags_make_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     out = tmp_path / "run"
-    assert main(["continual", "--out", str(out), *SMALL, *flags]) == 1
+    assert main(["train", "--out", str(out), *SMALL, *flags]) == 1
     assert message in capsys.readouterr().err
     assert not out.exists()
 
@@ -158,7 +117,7 @@ def test_eval_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     assert "must hold a checkpoint" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["continual", "--out", "x", "--tasks", "x"]])
+@pytest.mark.parametrize("arguments", [[], ["train"], ["train", "--out", "x", "--tasks", "x"]])
 def test_usage_errors_exit_with_two(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as stopped:
         main(arguments)
