@@ -1,0 +1,106 @@
+"""The model on a GPU: what a CPU computes, causal to the bit, without synchronisation, compiled."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+Make = Callable[..., TitanMACConfig]
+VARIANTS = ["none", "MAC", "MAG", "MAL"]
+CASES = [(variant, depth) for variant in VARIANTS for depth in (1, 2)][1:]
+
+
+def config(make: Make, variant: str, depth: int, **changes: object) -> TitanMACConfig:
+    memory = {} if variant == "none" else {"use_neural_memory": True, "titans_variant": variant}
+    sizes = {"memory_depth": depth, "memory_heads": 2, "memory_width": 16, "memory_chunk_size": 16}
+    return make(max_seq_len=4096, segment_size=64, **{**memory, **sizes, **changes})
+
+
+@contextmanager
+def no_host_synchronisation() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize(("variant", "depth"), CASES)
+def test_it_computes_what_the_cpu_computes(tiny_config: Make, variant: str, depth: int) -> None:
+    """In double precision but for the rotary angles, which are single."""
+    shape = config(tiny_config, variant, depth)
+    tokens = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(0))
+    results = []
+    for device in ("cpu", "cuda"):
+        model = create_titanmac_model(shape, dtype=torch.float64, device=device)
+        output = model(tokens.to(device), tokens.to(device))
+        output["loss"].backward()
+        results.append((output["logits"], {n: p.grad for n, p in model.named_parameters()}))
+    torch.testing.assert_close(results[1][0].cpu(), results[0][0], rtol=1e-5, atol=1e-6)
+    for name, gradient in results[0][1].items():
+        scale = gradient.abs().max()
+        error = (results[1][1][name].cpu() - gradient).abs().max()
+        assert error < 1e-5 * scale, name
+
+
+@pytest.mark.parametrize("length", [150, 2500])
+@pytest.mark.parametrize(("variant", "depth"), CASES)
+def test_causality_is_exact(tiny_config: Make, variant: str, depth: int, length: int) -> None:
+    """2500 tokens are attended to in blocks, 150 with one mask."""
+    model = create_titanmac_model(config(tiny_config, variant, depth), device="cuda").eval()
+    tokens = torch.randint(256, (2, length), device="cuda")
+    with torch.no_grad(), torch.autocast("cuda", dtype=torch.bfloat16):
+        before = model(tokens)["logits"]
+        for t in (1, 64, 101, length - 1):
+            changed = tokens.clone()
+            changed[:, t:] = (changed[:, t:] + 1) % 256
+            after = model(changed)["logits"]
+            assert torch.equal(before[:, :t], after[:, :t])
+            assert not torch.equal(before[:, t], after[:, t])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_step_waits_for_nothing(tiny_config: Make, variant: str) -> None:
+    model = create_titanmac_model(config(tiny_config, variant, 1), device="cuda")
+    tokens = torch.randint(256, (2, 150), device="cuda")
+    for _ in range(2):
+        model(tokens, tokens)["loss"].backward()
+    with no_host_synchronisation():
+        model(tokens, tokens)["loss"].backward()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_compiled_blocks_compute_the_same(tiny_config: Make, variant: str) -> None:
+    model = create_titanmac_model(config(tiny_config, variant, 1), device="cuda")
+    tokens = torch.randint(256, (2, 70), device="cuda")
+    expected = model(tokens, tokens)
+    expected["loss"].backward()
+    gradients = {n: p.grad.clone() for n, p in model.named_parameters()}
+    model.zero_grad()
+    for block in model.blocks:
+        block.compile(dynamic=False)
+    got = model(tokens, tokens)
+    got["loss"].backward()
+    torch.testing.assert_close(got["logits"], expected["logits"], rtol=1e-3, atol=1e-4)
+    for name, parameter in model.named_parameters():
+        scale = gradients[name].abs().max()
+        assert (parameter.grad - gradients[name]).abs().max() < 1e-2 * scale, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_generation_runs(tiny_config: Make, variant: str) -> None:
+    shape = config(tiny_config, variant, 1)
+    model = create_titanmac_model(shape, device="cuda", dtype=torch.float64)
+    prompt = torch.randint(256, (2, 70), device="cuda")
+    written = model.generate(prompt, 12)
+    with torch.no_grad():
+        expected = model.eval()(written[:, :-1])["logits"][:, 69:].argmax(-1)
+    assert torch.equal(written[:, 70:], expected)
