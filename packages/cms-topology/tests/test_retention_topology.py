@@ -18,10 +18,12 @@ from cms_topology import (
     ScoringConfig,
     TopologyManager,
     absorb,
+    changed_blocks,
     consolidate,
     grow_for_task,
     removal_cost,
     sparse_layers,
+    used_blocks,
 )
 
 IN, OUT, TILE = 48, 32, 8
@@ -302,3 +304,31 @@ def test_managers_without_retention_are_not_changed_by_it() -> None:
     assert sparse_layers(make()[0])["0"].scorer.config.birth == "kaiming"
     with pytest.raises(ValueError, match=r"drop_cost \(=-1\) must be 0 nats or more"):
         TopologyManager(make()[0], drop_cost=-1)
+
+
+# -- masks ------------------------------------------------------------------------------------
+
+
+def test_masks_hold_the_blocks_that_matter() -> None:
+    model, memory = make()
+    layer, known = model[0], memory.layers["0.values"]
+    assert known.usage is not None
+    assert known.live is not None
+    used = used_blocks(known)
+    assert not (used & ~known.live).any()
+    live = known.usage * known.live
+    assert live[used].sum() >= 0.9 * live.sum()
+    assert live[used].sum() - live[used].min() < 0.9 * live.sum()  # none too many
+    before = layer.to_dense().detach()
+    with torch.no_grad():
+        layer.values[1, 2] += 1.0
+    changed = changed_blocks(before, layer.to_dense(), TILE)
+    assert changed.nonzero().tolist() == [[1, int(layer.col_indices[1, 2])]]
+    assert not changed_blocks(before, before, TILE).any()
+    with pytest.raises(ValueError, match=r"share \(=0\) must be in \(0, 1\]"):
+        used_blocks(known, share=0)
+    with pytest.raises(ValueError, match="must be weights of one layer"):
+        changed_blocks(before, before[:8], TILE)
+    blind = consolidate(model, [old_inputs(1)], loss_fn=loss_of, usage="none")
+    with pytest.raises(ValueError, match="must hold the usage of the blocks"):
+        used_blocks(blind.layers["0.values"])

@@ -21,11 +21,13 @@ from cms_topology._retention import (
     Probes,
     RetentionGuard,
     absorb,
+    changed_blocks,
     consolidate,
     grow_for_task,
     make_probes,
     removal_cost,
     sample_tokens,
+    used_blocks,
 )
 from cms_topology._scorer import (
     TopologyScorer,
@@ -64,6 +66,7 @@ __all__ = [
     "absorb",
     "accumulate_scores",
     "block_sparse_mlp",
+    "changed_blocks",
     "compute_column_entropy",
     "compute_gradient_frobenius_norms",
     "consolidate",
@@ -79,4 +82,5 @@ __all__ = [
     "sparse_layers",
     "sparsify",
     "sync_topology_scores",
+    "used_blocks",
 ]

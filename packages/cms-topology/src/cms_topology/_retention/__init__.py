@@ -8,6 +8,7 @@ from cms_topology._retention._controller import DriftController
 from cms_topology._retention._covariance import Covariance
 from cms_topology._retention._grow import grow_for_task
 from cms_topology._retention._guard import RetentionGuard
+from cms_topology._retention._masks import changed_blocks, used_blocks
 from cms_topology._retention._probes import Probes, make_probes, sample_tokens
 from cms_topology._retention._topology import removal_cost
 
@@ -22,9 +23,11 @@ __all__ = [
     "Probes",
     "RetentionGuard",
     "absorb",
+    "changed_blocks",
     "consolidate",
     "grow_for_task",
     "make_probes",
     "removal_cost",
     "sample_tokens",
+    "used_blocks",
 ]
