@@ -18,8 +18,10 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from blockell_kernels._gluon import _grad_input
+from blockell_kernels._gluon import _grad_input, _grad_values
+from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
+from blockell_kernels._gluon._grad_values_kernels import grad_values_in_stretches
 from blockell_kernels._triton._tiling import Tiling
 
 
@@ -51,15 +53,31 @@ def spilled_bytes(cubin):
 
 def grad_input_case(dtype, B, columns, depth):
     tiling = Tiling(path="gluon", BM=128, BN=columns, BK=depth)
-    constants = _grad_input.constants(B, tiling)
+    constants = _grad_input.constants(B, tiling, 0.5)
+    block = box(dtype, (depth // B, B, B), 2 * B)
+    if rearranged(B):
+        block = box(dtype, (depth // B, B * B // 256, 256), 0)
     types = {
         "dy_desc": box(dtype, (64, depth), 128),
-        "w_desc": box(dtype, (depth // B, B, B), 2 * B),
+        "w_desc": block,
         "dx_desc": box(dtype, (64, B), 2 * B),
         "order_ptr": "*i32",
         "col_start_ptr": "*i32",
     }
     return compile_one(grad_input_by_units, constants, types, {"num_warps": 4})
+
+
+def grad_values_case(dtype, B, outputs, K):
+    columns, product = _grad_values.cut(B, outputs, K)
+    types = {
+        "dy_desc": box(dtype, (_grad_values.BT, 64), 128),
+        "x_desc": box(dtype, (_grad_values.BT, min(B, 64)), 2 * min(B, 64)),
+        "cols_ptr": "*i32",
+        "out_ptr": f"*{dtype}",
+        "work_ptr": "*fp32",
+    }
+    constants = _grad_values.constants(B, outputs, columns, product)
+    return compile_one(grad_values_in_stretches, constants, types, {"num_warps": 4})
 
 
 def all_cases():
@@ -69,6 +87,9 @@ def all_cases():
             for columns, depth in ((256, 128), (320, 64)):
                 name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
                 yield name, grad_input_case, (dtype, B, columns, depth)
+    for B, outputs, K in ((16, 128, 20), (32, 128, 16), (64, 64, 5), (64, 64, 16), (128, 128, 2)):
+        name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
+        yield name, grad_values_case, ("bf16", B, outputs, K)
 
 
 def main():

@@ -36,18 +36,29 @@ def takes(dy: Tensor, values: Tensor, dx: Tensor, pattern: Pattern, tiling: Tili
     )
 
 
-def constants(B: int, tiling: Tiling) -> dict[str, int]:
+def constants(B: int, tiling: Tiling, density: float) -> dict[str, int]:
     """The kernel's compile-time parameters: `BN` columns, `BK` outputs to a unit."""
     columns = tiling.BN // B
     outs = 2 * ceil_div(columns, 2) * 64 * B * 2
-    stage = (BM + tiling.BN) * tiling.BK * 2
+    room = SHARED_BYTES - outs
+    block = tiling.BK * B * 2
+    # A stage of dy with as many blocks as its columns hold on average, but room for all of one.
+    stage = BM * tiling.BK * 2
+    held = max(1.0, columns * density)
+    stages = min(6, int(room / (stage + held * block)), (room - columns * block) // stage)
     return {
         "B": B,
         "ROWS": tiling.BK // B,
         "COLUMNS": columns,
-        "STAGES": min(6, (SHARED_BYTES - outs) // stage),
+        "STAGES": stages,
+        "BLOCKS": (room - stages * stage) // block,
         "GROUP_M": tiling.group_m,
     }
+
+
+def density_class(density: float) -> float:
+    """Densities that share a compiled kernel, by the upper end of their range."""
+    return next(d for d in (0.125, 0.25, 0.5, 1.0) if density <= d or d == 1.0)
 
 
 def grad_input(
@@ -60,25 +71,25 @@ def grad_input(
     tiling: Tiling,
 ) -> None:
     """Write dx [N, C*B] from dy [N, R*B] and values [R, slots, B, B]; see `takes`."""
-    from blockell_kernels._gluon._descriptors import descriptor
+    from blockell_kernels._gluon._descriptors import descriptor, weight_descriptor
     from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 
-    B, C, R, slots = pattern.B, pattern.C, pattern.R, pattern.slots
-    compile_time: dict[str, Any] = constants(B, tiling)
+    B, C = pattern.B, pattern.C
+    compile_time: dict[str, Any] = constants(B, tiling, density_class(pattern.num_live / C))
     rows = compile_time["ROWS"]
     tiles = ceil_div(dy.shape[0], BM) * ceil_div(C, compile_time["COLUMNS"])
     launch(
         grad_input_by_units,
         (min(tiles, num_sms(dy.device)),),
         descriptor(dy, [64, tiling.BK]),
-        descriptor(values.view(R, slots * B, B), [rows, B, B]),
+        weight_descriptor(values, rows, B),
         descriptor(dx, [64, B]),
         order,
         col_start,
         dy.shape[0],
-        slots,
+        pattern.slots,
         C,
-        R // rows,
+        pattern.R // rows,
         **compile_time,
         num_warps=4,
     )

@@ -30,7 +30,9 @@ from blockell_kernels._gluon._language import (
 
 # No slot: above every slot id.
 NONE = gl.constexpr(0x7FFFFFFF)
-# In a stage's word of held columns: it is the last stage of its tile.
+# A stage's word: bit j says that column j is held; then the number of them; then whether it is the
+# last stage of its tile.
+COUNT = gl.constexpr(24)
 LAST = gl.constexpr(30)
 
 
@@ -52,6 +54,7 @@ def _load(
     dy_smem,
     w_smem,
     held_smem,
+    slot_smem,
     full,
     empty,
     N,
@@ -62,42 +65,52 @@ def _load(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BLOCKS: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    """The loading warp. Per column it keeps where in the transposed index it stands."""
+    """The loading warp; each lane keeps where one column stands in the transposed index.
+
+    dy has a ring of `STAGES` buffers, the weight one of `BLOCKS`, of which a stage takes as many as
+    it has blocks: `freed` counts the blocks of the stages up to `oldest`, which have been read.
+    """
     DEPTH: gl.constexpr = ROWS * B
     lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    lane = gl.arange(0, 32, lanes)
     token_tiles, column_tiles = gl.cdiv(N, 128), gl.cdiv(C, COLUMNS)
     step = 0
+    oldest = 0
+    taken, freed, buffer = 0, 0, 0
     for pid in range(gl.program_id(0), token_tiles * column_tiles, gl.num_programs(0)):
         pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
-        at, end, slot = (), (), ()
-        for j in gl.static_range(COLUMNS):
-            c = pn * COLUMNS + j
-            at = at + (gl.load(col_start_ptr + gl.minimum(c, C)),)
-            end = end + (gl.load(col_start_ptr + gl.minimum(c + 1, C)),)
-        for j in gl.static_range(COLUMNS):
-            slot = slot + (gl.load(order_ptr + at[j], mask=at[j] < end[j], other=NONE),)
+        c = pn * COLUMNS + lane
+        mine = (lane < COLUMNS) & (c < C)
+        at = gl.load(col_start_ptr + c, mask=mine, other=0)
+        end = gl.load(col_start_ptr + c + 1, mask=mine, other=0)
+        slot = gl.load(order_ptr + at, mask=at < end, other=NONE)
         for unit in range(units):
-            held = 0
-            new_at, new_slot, block = (), (), ()
-            for j in gl.static_range(COLUMNS):
-                k = slot[j] - unit * (ROWS * slots)  # the slot within the unit's first row, if held
-                here = k < ROWS * slots
-                held = held | (here.to(gl.int32) << j)
-                a = at[j] + gl.where(here, ROWS, 0)
-                new_at = new_at + (a,)
-                new_slot = new_slot + (gl.load(order_ptr + a, mask=a < end[j], other=NONE),)
-                block = block + (k,)
-            at, slot = new_at, new_slot
+            k = slot - unit * (ROWS * slots)  # the slot within the unit's first row, if held
+            here = k < ROWS * slots
+            held = gl.sum(here.to(gl.int32) << lane, 0)
+            count = gl.sum(here.to(gl.int32), 0)
+            at += gl.where(here, ROWS, 0)
+            slot = gl.load(order_ptr + at, mask=at < end, other=NONE)
             last = unit == units - 1
             if (held != 0) | last:
+                while (step - oldest >= STAGES) | (taken + count - freed > BLOCKS):
+                    mbarrier.wait(empty.index(oldest % STAGES), (oldest // STAGES) & 1)
+                    word = gl.max(held_smem.index(oldest % STAGES).load(lanes), 0)
+                    freed += (word >> COUNT) & 31
+                    oldest += 1
                 stage = step % STAGES
-                mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
-                word = held | (last.to(gl.int32) << LAST)
+                word = held | (count << COUNT) | (last.to(gl.int32) << LAST)
                 held_smem.index(stage).store(gl.full([32], 0, gl.int32, lanes) + word)
+                slot_smem.store(k)
                 bar = full.index(stage)
                 mbarrier.expect(bar, 128 * DEPTH * 2)
+                # The bytes of `count` blocks, in powers of two: they have to be constants.
+                for bit in gl.static_range(5):
+                    mbarrier.expect(bar, (DEPTH * B * 2) << bit, pred=((count >> bit) & 1) != 0)
+                    mbarrier.arrive(bar, count=1, pred=((count >> bit) & 1) == 0)
                 for half in gl.static_range(2):
                     tma.async_copy_global_to_shared(
                         dy_desc,
@@ -106,18 +119,18 @@ def _load(
                         dy_smem.index(half * STAGES + stage),
                     )
                 for j in gl.static_range(COLUMNS):
-                    here = ((held >> j) & 1) != 0
-                    mbarrier.expect(bar, DEPTH * B * 2, pred=here)
-                    tma.async_copy_global_to_shared(
-                        w_desc,
-                        [unit * ROWS, block[j] * B, 0],
-                        bar,
-                        w_smem.index(stage * COLUMNS + j)._reinterpret(
-                            w_smem.dtype, [ROWS, B, B], w_desc.layout
-                        ),
-                        pred=here,
-                    )
-                    mbarrier.arrive(bar, count=1, pred=((held >> j) & 1) == 0)
+                    if ((held >> j) & 1) != 0:
+                        block = gl.max(slot_smem.slice(j, 1).load(lanes), 0)
+                        tma.async_copy_global_to_shared(
+                            w_desc,
+                            [unit * ROWS, block * w_desc.block_shape[1], 0],
+                            bar,
+                            w_smem.index(buffer)._reinterpret(
+                                w_smem.dtype, w_desc.block_shape, w_desc.layout
+                            ),
+                        )
+                        buffer = gl.where(buffer == BLOCKS - 1, 0, buffer + 1)
+                taken += count
                 step += 1
 
 
@@ -136,6 +149,7 @@ def _multiply(
     B: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BLOCKS: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     """A multiplying warpgroup: 64 tokens, one accumulator [64, B] per column."""
@@ -145,6 +159,7 @@ def _multiply(
     OUTS: gl.constexpr = (COLUMNS + 1) // 2
     token_tiles, column_tiles = gl.cdiv(N, 128), gl.cdiv(C, COLUMNS)
     step = 0
+    block = 0
     for pid in range(gl.program_id(0), token_tiles * column_tiles, gl.num_programs(0)):
         pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
         accs = ()
@@ -160,8 +175,8 @@ def _multiply(
             for j in gl.static_range(COLUMNS):
                 acc = accs[j]
                 if ((held >> j) & 1) != 0:
-                    w = w_smem.index(stage * COLUMNS + j)
-                    acc = warpgroup_mma(dy, w, acc, is_async=True)
+                    acc = warpgroup_mma(dy, w_smem.index(block), acc, is_async=True)
+                    block = gl.where(block == BLOCKS - 1, 0, block + 1)
                 pending = pending + (acc,)
             done = warpgroup_mma_wait(0, deps=pending)
             accs = ()
@@ -191,7 +206,7 @@ def _multiply(
 @gluon.jit(do_not_specialize=["N", "slots", "C", "units"])
 def grad_input_by_units(
     dy_desc,  # [N, R*B] in boxes [64, ROWS*B]
-    w_desc,  # [R, slots*B, B] in boxes [ROWS, B, B]
+    w_desc,  # [R, slots*B, B] in boxes [ROWS, B, B], or swizzled, in rows of 256 elements
     dx_desc,  # [N, C*B] in boxes [64, B]
     order_ptr,  # [R*slots] slot ids, by column then row
     col_start_ptr,  # [C+1]
@@ -203,6 +218,7 @@ def grad_input_by_units(
     ROWS: gl.constexpr,
     COLUMNS: gl.constexpr,
     STAGES: gl.constexpr,
+    BLOCKS: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
     DEPTH: gl.constexpr = ROWS * B
@@ -211,26 +227,28 @@ def grad_input_by_units(
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [0])
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     dy_smem = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, DEPTH], dy_desc.layout)
-    w_smem = gl.allocate_shared_memory(dtype, [STAGES * COLUMNS, DEPTH, B], w_layout)
+    w_smem = gl.allocate_shared_memory(dtype, [BLOCKS, DEPTH, B], w_layout)
     out_smem = ()
     for _j in gl.static_range(2 * ((COLUMNS + 1) // 2)):
         out_smem = out_smem + (gl.allocate_shared_memory(dtype, [64, B], dx_desc.layout),)
     held_smem = gl.allocate_shared_memory(gl.int32, [STAGES, 32], flat)
+    slot_smem = gl.allocate_shared_memory(gl.int32, [32], flat)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=COLUMNS + 1)
+        mbarrier.init(full.index(i), count=6)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
     # fmt: off
     gl.warp_specialize(
         [
             (_multiply, (0, dx_desc, dy_smem, w_smem, held_smem, out_smem, full, empty, N, C,
-                         B, COLUMNS, STAGES, GROUP_M)),
+                         B, COLUMNS, STAGES, BLOCKS, GROUP_M)),
             (_multiply, (1, dx_desc, dy_smem, w_smem, held_smem, out_smem, full, empty, N, C,
-                         B, COLUMNS, STAGES, GROUP_M)),
-            (_load, (dy_desc, w_desc, order_ptr, col_start_ptr, dy_smem, w_smem, held_smem, full,
-                     empty, N, slots, C, units, B, ROWS, COLUMNS, STAGES, GROUP_M)),
+                         B, COLUMNS, STAGES, BLOCKS, GROUP_M)),
+            (_load, (dy_desc, w_desc, order_ptr, col_start_ptr, dy_smem, w_smem, held_smem,
+                     slot_smem, full, empty, N, slots, C, units,
+                     B, ROWS, COLUMNS, STAGES, BLOCKS, GROUP_M)),
         ],
         [4, 1],
         [208, 88],

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Pattern
+from blockell_kernels._gluon import _forward as _by_pieces
 from blockell_kernels._triton._blocks import pack
 from blockell_kernels._triton._device import (
     describable,
@@ -48,6 +49,10 @@ def forward_activated(
     pre = torch.empty_like(y) if keep_pre and activation != "none" else None
     if y.numel() == 0:
         return y, y if keep_pre else None
+    if activation == "none" and _by_pieces.takes(x, values, y, pattern, tiling):
+        _by_pieces.forward(x, values, bias, y, pattern, tiling)
+        return y, y if keep_pre else None
+    tiling = tiling.otherwise or tiling
     BN = min(tiling.BN, power_of_two_divisor(pattern.row_group * pattern.B))
     by_descriptors = (
         tiling.path == "descriptors"

@@ -40,6 +40,10 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, tiling: Tiling) -> 
     if dx.numel() == 0:
         return dx
     order, col_start = pattern.transposed()
+    if _by_units.takes(dy, values, dx, pattern, tiling):
+        _by_units.grad_input(dy, values, order, col_start, dx, pattern, tiling)
+        return dx
+    tiling = tiling.otherwise or tiling
     # A step of descriptors covers whole blocks of one row group, or a part of one block.
     by_descriptors = (
         tiling.path == "descriptors"
@@ -49,10 +53,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, tiling: Tiling) -> 
         and describable(values)
         and describable(dx)
     )
-    if _by_units.takes(dy, values, dx, pattern, tiling):
-        run = _by_units.grad_input
-    else:
-        run = _by_descriptors if by_descriptors else _by_pointers
+    run = _by_descriptors if by_descriptors else _by_pointers
     run(dy, values, order, col_start, dx, pattern, tiling)
     return dx
 

@@ -24,7 +24,8 @@ class Tiling:
 
     path: Path = "pointers"
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
-    Hopper): x through pointers, a packed copy of the weight through descriptors."""
+    Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
+    kernels of `_gluon` (Hopper)."""
     BM: int
     BN: int
     BK: int
@@ -38,6 +39,8 @@ class Tiling:
     """Pieces in which the forward epilogue is stored."""
     waves: int = 1
     """grad_values: programs per multiprocessor that the tokens are split for."""
+    otherwise: Tiling | None = None
+    """Taken where the operands do not allow the path "gluon"."""
 
 
 # Triton's own versions of these go through its compiler's wrappers: 4 us a call.

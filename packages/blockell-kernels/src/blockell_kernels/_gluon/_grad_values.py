@@ -1,0 +1,126 @@
+"""Launches the weight gradient.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from blockell_kernels._backends import Pattern
+from blockell_kernels._gluon._support import runs_on
+from blockell_kernels._triton._device import describable, num_sms
+from blockell_kernels._triton._launch import launch
+from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
+
+BT = 64
+"""Tokens of a step."""
+SHARED_BYTES = 226 * 1024
+LINES = 8
+"""Outputs that one program adds the parts of."""
+
+
+def outputs_of(B: int, row_group: int) -> int:
+    """Outputs of a unit: 128 or 64 that share their columns, or 0 if fewer do."""
+    width = min(128, power_of_two_divisor(row_group * B))
+    return width if width >= 64 else 0
+
+
+@lru_cache(maxsize=1024)
+def cut(B: int, outputs: int, K: int) -> tuple[int, int]:
+    """(columns of a tile, columns of one product): least work, padding included.
+
+    Products 64 wide take a fifth longer than wider ones (measured); dy counts as 64 columns.
+    """
+    wide = [(256, 256), (320, 64), (192, 64), (128, 128)]
+    if outputs == 64:
+        wide = [(512, 256), (640, 64), (384, 64), (256, 128)]
+
+    def cost(option: tuple[int, int]) -> float:
+        columns, product = option
+        return ceil_div(K * B, columns) * (columns + 64) * (1.2 if product == 64 else 1.0)
+
+    return min((o for o in wide if o[0] % B == 0 and o[1] >= min(B, 64)), key=cost)
+
+
+def takes(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
+    """Whether the kernel can run a product by this tiling."""
+    return (
+        tiling.path == "gluon"
+        and runs_on(dy)
+        and pattern.B >= 16
+        and outputs_of(pattern.B, pattern.row_group) > 0
+        and describable(dy)
+        and describable(x)
+    )
+
+
+def constants(B: int, outputs: int, columns: int, product: int) -> dict[str, int]:
+    """The kernel's compile-time parameters."""
+    panel = min(B, 64)
+    return {
+        "B": B,
+        "OUTPUTS": outputs,
+        "PANEL": panel,
+        "PANELS": columns // panel,
+        "BT": BT,
+        "WIDTH": product,
+        "STAGES": min(6, SHARED_BYTES // ((outputs + columns) * BT * 2)),
+    }
+
+
+def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern) -> None:
+    """Write the live slots of out [R, slots, B, B] from dy [N, R*B] and x [N, C*B]; see `takes`."""
+    from blockell_kernels._gluon._descriptors import descriptor
+    from blockell_kernels._gluon._grad_values_kernels import add_parts, grad_values_in_stretches
+
+    B, K, slots = pattern.B, pattern.num_live, pattern.slots
+    outputs = outputs_of(B, pattern.row_group)
+    columns, product = cut(B, outputs, K)
+    units, chunks = pattern.R * B // outputs, ceil_div(K * B, columns)
+    steps = ceil_div(x.shape[0], BT)
+    tiles = units * chunks
+    programs = min(num_sms(x.device), tiles * steps)
+    work = torch.empty(
+        programs if tiles % programs else 0, 2, outputs, columns,
+        dtype=torch.float32, device=x.device,
+    )  # fmt: skip
+    launch(
+        grad_values_in_stretches,
+        (programs,),
+        descriptor(dy, [BT, 64]),
+        descriptor(x, [BT, min(B, 64)]),
+        pattern.col_indices,
+        out,
+        work,
+        slots,
+        K,
+        pattern.C,
+        units,
+        steps,
+        tiles * steps,
+        **constants(B, outputs, columns, product),
+        num_warps=4,
+    )
+    if tiles % programs:
+        launch(
+            add_parts,
+            (tiles, outputs // LINES),
+            work,
+            out,
+            slots,
+            K,
+            units,
+            steps,
+            tiles * steps,
+            programs,
+            B=B,
+            OUTPUTS=outputs,
+            WIDTH=columns,
+            COLUMNS=1 << (columns - 1).bit_length(),
+            LINES=LINES,
+            num_warps=4,
+        )

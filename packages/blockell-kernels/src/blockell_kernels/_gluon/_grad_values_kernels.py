@@ -1,0 +1,252 @@
+# mypy: ignore-errors
+# ruff: noqa: RUF005  (Gluon concatenates tuples, but does not unpack them)
+"""The weight gradient, the present blocks of dy^T x, for Hopper.
+
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens; a unit: block
+rows that share their columns, 64 or 128 outputs; a tile: a unit and `BLOCKS` of its blocks.
+
+The work is one long line, tile after tile, each `steps` steps of `BT` tokens; every program takes
+an equal stretch of it, wherever that begins and ends. So all multiprocessors finish together,
+however many tiles there are. A tile within one stretch is written at once; of a tile that is cut,
+every program writes its part in float32, and `add_parts` adds the parts in the order of the
+programs: deterministic, no atomics. Two warpgroups multiply, one warp loads.
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+from blockell_kernels._gluon._language import (
+    accumulator,
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+@gluon.jit
+def _load(
+    dy_desc,
+    x_desc,
+    cols_ptr,
+    dy_smem,
+    x_smem,
+    full,
+    empty,
+    slots,
+    num_live,
+    C,
+    units,
+    steps,
+    begin,
+    end,
+    B: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    PANEL: gl.constexpr,
+    PANELS: gl.constexpr,
+    BT: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """The loading warp: `OUTPUTS` columns of dy, and `PANELS` panels of x, `PANEL` wide."""
+    PER_BLOCK: gl.constexpr = B // PANEL
+    HALVES: gl.constexpr = OUTPUTS // 64
+    step = 0
+    while begin < end:
+        tile = begin // steps
+        t0 = (begin - tile * steps).to(gl.int32)
+        t1 = gl.minimum(end - tile * steps, steps).to(gl.int32)
+        unit, chunk = (tile % units).to(gl.int32), (tile // units).to(gl.int32)
+        row_cols = cols_ptr + unit * (OUTPUTS // B if OUTPUTS >= B else 1) * slots
+        cols = ()
+        for s in gl.static_range(PANELS):
+            k = chunk * (PANELS // PER_BLOCK) + s // PER_BLOCK
+            # Behind the last column: reads zeros.
+            c = gl.load(row_cols + k, mask=k < num_live, other=C)
+            cols = cols + (c * B + (s % PER_BLOCK) * PANEL,)
+        for t in range(t0, t1):
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, BT * (OUTPUTS + PANELS * PANEL) * 2)
+            for half in gl.static_range(HALVES):
+                tma.async_copy_global_to_shared(
+                    dy_desc,
+                    [t * BT, unit * OUTPUTS + half * 64],
+                    bar,
+                    dy_smem.index(stage * HALVES + half),
+                )
+            for s in gl.static_range(PANELS):
+                tma.async_copy_global_to_shared(
+                    x_desc, [t * BT, cols[s]], bar, x_smem.index(stage * PANELS + s)
+                )
+            step += 1
+        begin += (t1 - t0).to(gl.int64)
+
+
+@gluon.jit
+def _multiply(
+    group: gl.constexpr,
+    out_ptr,
+    work_ptr,
+    dy_smem,
+    x_smem,
+    full,
+    empty,
+    slots,
+    num_live,
+    units,
+    steps,
+    begin,
+    end,
+    B: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    PANEL: gl.constexpr,
+    PANELS: gl.constexpr,
+    BT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """A multiplying warpgroup: half of 128 outputs, or all of 64 outputs and half the columns."""
+    HALVES: gl.constexpr = OUTPUTS // 64
+    COLUMNS: gl.constexpr = PANELS * PANEL * HALVES // 2
+    ACCS: gl.constexpr = COLUMNS // WIDTH
+    FIRST: gl.constexpr = group * (PANELS // 2) if HALVES == 1 else 0
+    mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 2, 16, 2)
+    half: gl.constexpr = group if HALVES == 2 else 0
+    m = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
+    pid = gl.program_id(0)
+    step = 0
+    while begin < end:
+        tile = begin // steps
+        t0 = (begin - tile * steps).to(gl.int32)
+        t1 = gl.minimum(end - tile * steps, steps).to(gl.int32)
+        unit, chunk = (tile % units).to(gl.int32), (tile // units).to(gl.int32)
+        accs = ()
+        for _j in gl.static_range(ACCS):
+            accs = accs + (accumulator(gl.zeros([64, WIDTH], gl.float32, mma)),)
+        for _t in range(t0, t1):
+            stage = step % STAGES
+            mbarrier.wait(full.index(stage), (step // STAGES) & 1)
+            dy = dy_smem.index(stage * HALVES + half).permute((1, 0)).load(operand)
+            pending = ()
+            for j in gl.static_range(ACCS):
+                x = x_smem.index(stage * PANELS + FIRST + j * (WIDTH // PANEL))
+                x = x._reinterpret(x_smem.dtype, [BT, WIDTH], x_layout)
+                pending = pending + (warpgroup_mma(dy, x, accs[j], is_async=True),)
+            done = warpgroup_mma_wait(0, deps=pending)
+            accs = ()
+            for j in gl.static_range(ACCS):
+                accs = accs + (accumulator(done if ACCS == 1 else done[j]),)
+            mbarrier.arrive(empty.index(stage), count=1)
+            step += 1
+        whole = t1 - t0 == steps
+        # A stretch has at most two parts: one that begins within a tile, one that ends in another.
+        part = work_ptr + (pid * 2 + (t0 == 0).to(gl.int32)) * (OUTPUTS * PANELS * PANEL)
+        row = unit * OUTPUTS + m
+        row = (row // B).to(gl.int64) * slots * (B * B) + row % B * B
+        for j in gl.static_range(ACCS):
+            acc = warpgroup_mma_wait(0, deps=(accs[j],))
+            n = FIRST * PANEL + j * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, mma))
+            if whole:
+                k = chunk * (PANELS * PANEL // B) + n // B
+                present = (m >= 0)[:, None] & (k < num_live)[None, :]
+                to = row[:, None] + (k * (B * B) + n % B)[None, :]
+                gl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=present)
+            else:
+                gl.store(part + m[:, None] * (PANELS * PANEL) + n[None, :], acc)
+        begin += (t1 - t0).to(gl.int64)
+
+
+@gluon.jit(do_not_specialize=["slots", "num_live", "C", "units", "steps", "total"])
+def grad_values_in_stretches(
+    dy_desc,  # [N, R*B] in boxes [BT, 64]
+    x_desc,  # [N, C*B] in boxes [BT, PANEL]
+    cols_ptr,  # [R, slots]
+    out_ptr,  # [R, slots, B, B]
+    work_ptr,  # float32 [programs, 2, OUTPUTS, PANELS*PANEL]
+    slots,
+    num_live,
+    C,
+    units,
+    steps,  # to a tile
+    total,  # steps of all tiles
+    B: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    PANEL: gl.constexpr,
+    PANELS: gl.constexpr,
+    BT: gl.constexpr,
+    WIDTH: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    dtype: gl.constexpr = x_desc.dtype
+    bars: gl.constexpr = mbarrier.MBarrierLayout()
+    dy_smem = gl.allocate_shared_memory(dtype, [STAGES * OUTPUTS // 64, BT, 64], dy_desc.layout)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BT, PANEL], x_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    fence_async_shared()
+    pid = gl.program_id(0).to(gl.int64)
+    begin = (pid * total) // gl.num_programs(0)
+    end = ((pid + 1) * total) // gl.num_programs(0)
+    # fmt: off
+    gl.warp_specialize(
+        [
+            (_multiply, (0, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
+                         units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+            (_multiply, (1, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
+                         units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+            (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
+                     units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, STAGES)),
+        ],
+        [4, 1],
+        [208, 88],
+    )
+    # fmt: on
+
+
+@triton.jit(do_not_specialize=["slots", "num_live", "units", "steps", "total", "programs"])
+def add_parts(
+    work_ptr,  # float32 [programs, 2, OUTPUTS, WIDTH]
+    out_ptr,  # [R, slots, B, B]
+    slots,
+    num_live,
+    units,
+    steps,
+    total,
+    programs,
+    B: tl.constexpr,
+    OUTPUTS: tl.constexpr,
+    WIDTH: tl.constexpr,  # columns of a tile
+    COLUMNS: tl.constexpr,  # WIDTH rounded up to a power of two
+    LINES: tl.constexpr,  # outputs of a program
+):
+    """Add the parts of the tiles that were cut."""
+    tile = tl.program_id(0).to(tl.int64)
+    first = tile * steps
+    last = first + steps - 1
+    # The program that has step s: the last one whose stretch begins at s or before.
+    p0 = ((first + 1) * programs - 1) // total
+    p1 = ((last + 1) * programs - 1) // total
+    if p0 != p1:
+        m = tl.program_id(1) * LINES + tl.arange(0, LINES)
+        n = tl.arange(0, COLUMNS)
+        inside = (m >= 0)[:, None] & (n < WIDTH)[None, :]
+        at = m[:, None] * WIDTH + n[None, :]
+        acc = tl.zeros((LINES, COLUMNS), tl.float32)
+        for p in range(p0, p1 + 1):
+            begins_before = (p * total) // programs <= first
+            part = work_ptr + (p * 2 + begins_before.to(tl.int64)) * (OUTPUTS * WIDTH)
+            acc += tl.load(part + at, inside, other=0.0)
+        unit, k = tile % units, (tile // units) * (WIDTH // B) + n // B
+        row = unit * OUTPUTS + m
+        to = ((row // B) * slots * (B * B) + row % B * B)[:, None] + (k * (B * B) + n % B)[None, :]
+        inside &= (k < num_live)[None, :]
+        tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), inside)
