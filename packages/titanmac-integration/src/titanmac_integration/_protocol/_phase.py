@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from titanmac_integration._model import TitanMAC
 from titanmac_integration._training import PhaseReport, Trainer, TrainerCallback
 
+from ._graphed import GraphedTrainer
 from ._method import Method
 from ._recording import Recording
 from ._score import RetentionTask, Score
@@ -98,7 +99,7 @@ def train_phase(
     watch = Watch(tasks[:number], setting.steps[number])
     config = setting.training_config(number, seed, method.learning_rate if number else None)
     method.plan(number, len(tasks))
-    trainer = Trainer(
+    trainer = GraphedTrainer(
         model,
         config,
         writer=None if recording is None else recording.writer,

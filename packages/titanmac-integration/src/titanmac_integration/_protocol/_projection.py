@@ -17,6 +17,7 @@ from cms_topology import (
 )
 from titanmac_integration._training import PhaseReport, Trainer
 
+from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._score import RetentionTask
 from ._topological import density_after
@@ -46,6 +47,7 @@ class Projection(Method):
     def __init__(self, dial: float | None = None) -> None:
         super().__init__(dial)
         self._guard: RetentionGuard | None = None
+        self._by_hand = False
         self._last: dict[str, float] = {}
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
@@ -63,9 +65,18 @@ class Projection(Method):
             return
         self._grow(trainer)
         how: dict[str, Any] = {} if self.dial is None else {"drift": None, "eps": self.dial}
+        # the hook of an optimizer whose steps are captured in a graph would not be called
+        self._by_hand = isinstance(trainer, GraphedTrainer) and trainer.graphed
         self._guard = RetentionGuard(
-            trainer.model, trainer.optimizer, self.kept[-1], **{**how, **self.options}
+            trainer.model,
+            None if self._by_hand else trainer.optimizer,
+            self.kept[-1],
+            **{**how, **self.options},
         )
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        if self._guard is not None and self._by_hand:
+            self._guard.step()
 
     def _make_probes(self, model: nn.Module, batch: dict[str, Tensor]) -> Probes | None:
         if not self.probes:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from titanmac_integration._training import Trainer
 
+from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._score import RetentionTask
 
@@ -26,6 +27,8 @@ class Rehearsal(Method):
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
         self._generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+        if isinstance(trainer, GraphedTrainer) and trainer.graphed:
+            trainer.generators.append(self._generator)
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
         assert self.dial is not None
@@ -86,9 +89,22 @@ class Joint(Method):
         """All training data, as bytes of text."""
         return sum(task.train_tokens_total for task, _ in self.kept)
 
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        super().on_fit_start(trainer, task, steps)
+        self._now = [self._draw(kept[0], kept[1], trainer.device) for kept in self.kept]
+
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
         assert self.dial is not None
-        for task, sampling in self.kept:
-            half = sampling._replace(batch_size=max(1, sampling.batch_size // 2))
-            old = trainer.model(**task_batches(task, half, 1, trainer.device)[0])["loss"]
-            (self.dial * old).backward()
+        for batch in self._now:
+            (self.dial * trainer.model(**batch)["loss"]).backward()
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        # in place, because a captured step reads from where it read first
+        for batch, kept in zip(self._now, self.kept, strict=True):
+            for name, tensor in self._draw(kept[0], kept[1], trainer.device).items():
+                batch[name].copy_(tensor)
+
+    @staticmethod
+    def _draw(task: RetentionTask, sampling: Sampling, device: torch.device) -> dict[str, Tensor]:
+        half = sampling._replace(batch_size=max(1, sampling.batch_size // 2))
+        return task_batches(task, half, 1, device)[0]
