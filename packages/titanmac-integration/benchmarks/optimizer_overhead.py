@@ -60,15 +60,17 @@ class Variant:
         self.manager: TopologyManager | None = None
         fused = {"fused": True} if args.device == "cuda" else {}
         if name.startswith("torch"):
+            # the same groups as below: more groups are more launches, but not the clock's
+            groups = DeepNestedOptimizer(self.model, topology=False).param_groups
             self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
-                self.model.parameters(), lr=1e-3, **fused
+                [{k: g[k] for k in ("params", "weight_decay")} for g in groups], lr=1e-3, **fused
             )
             if name.endswith("TopologyManager"):
                 self.manager = TopologyManager(self.model, self.optimizer)
             return
         levels = deep_mlps(self.config.n_layers) if "levels" in name else None
         self.optimizer = DeepNestedOptimizer(
-            self.model if "topology" in name or levels else self.model.parameters(),
+            self.model,
             lr=1e-3,
             cms=ContinuumMemorySystem(levels=levels),
             topology="topology" in name,

@@ -13,6 +13,7 @@ curve. `docs/images/stability.py` draws it.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import tempfile
@@ -36,6 +37,8 @@ def build(args: argparse.Namespace, seed: int) -> tuple[Any, DeepNestedOptimizer
     model = create_titanmac_model(
         TitanMACConfig.preset(args.preset, **args.fields), seed=seed, device=args.device
     ).train()
+    for layer in model.block_sparse_layers.values():
+        layer.scorer.config = dataclasses.replace(layer.scorer.config, **args.scoring)
     optimizer = DeepNestedOptimizer(
         model,
         lr=args.lr,
@@ -52,6 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", default="demo")
     parser.add_argument("--fields", type=json.loads, default={}, help="fields to replace, JSON")
+    parser.add_argument("--scoring", type=json.loads, default={}, help="fields of ScoringConfig")
     parser.add_argument("--task", default="prose")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--pieces", type=int, default=5)
@@ -61,6 +65,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--bf16", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--state", type=Path, help="continue from this file, and write it")
@@ -73,7 +78,7 @@ def main() -> None:
     data = torch.Generator().manual_seed(args.seed)
     model, optimizer = build(args, args.seed)
     state_file = args.state or Path(tempfile.mkdtemp()) / "state.pt"
-    half = torch.autocast("cuda", torch.bfloat16, enabled=args.device == "cuda")
+    half = torch.autocast("cuda", torch.bfloat16, enabled=args.bf16)
     losses: list[torch.Tensor] = []
     record: dict[str, Any] = {"loss": [], "swap_rates": [], "resumed_at": [], "seconds": 0.0}
     begin = 0
@@ -146,6 +151,7 @@ def write(
     result = {
         "preset": args.preset,
         "fields": args.fields,
+        "scoring": args.scoring,
         "task": args.task,
         "lr": args.lr,
         "steps": optimizer.global_step,
