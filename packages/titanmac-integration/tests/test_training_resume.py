@@ -36,7 +36,8 @@ def state_of(trainer: Trainer) -> dict[str, torch.Tensor]:
     state = {name: value.clone() for name, value in trainer.model.state_dict().items()}
     names = {p: name for name, p in trainer.model.named_parameters()}
     for parameter, entry in trainer.optimizer.state.items():
-        state |= {f"{names[parameter]}.{key}": value.clone() for key, value in entry.items()}
+        tensors = {key: value for key, value in entry.items() if isinstance(value, torch.Tensor)}
+        state |= {f"{names[parameter]}.{key}": value.clone() for key, value in tensors.items()}
     return state
 
 
@@ -69,6 +70,16 @@ CASES = {
         (),
     ),
     "fp16": ({"use_block_sparse": True}, {"precision": "fp16"}, ()),
+    "nested optimizer": (
+        {"use_block_sparse": True},
+        {
+            "optimizer": "nested",
+            "cms_levels": {"blocks.1.mlp.*": 1, "persistent": 2},
+            "deep_momentum": True,
+            "lr_controller": True,
+        },
+        (),
+    ),
     "global randomness": ({}, {}, (Noise(),)),
 }
 

@@ -22,6 +22,7 @@ from ._training_callback import TrainerCallback
 from ._training_checkpoint import CheckpointStore, read_training_checkpoint
 from ._training_config import TrainingConfig
 from ._training_log import write_first_snapshot
+from ._training_optimizer import make_optimizer
 from ._training_phase import Phase
 from ._training_processes import rank, sum_over_processes
 from ._training_report import PhaseReport, peak_memory_bytes
@@ -56,9 +57,9 @@ class Trainer:
         progress: whether a progress bar is shown on standard error.
         label: what the progress bar calls the model.
         optimizer: a ready optimizer of the model's parameters. Its groups' learning rates are the
-            peaks of the schedule; ``config.lr``, betas and weight decay are not used. One that
-            drives the topology itself (``DeepNestedOptimizer``) goes on doing so. Default: AdamW
-            with the settings of ``config``.
+            peaks of the schedule; what ``config`` says of the optimizer is not used. One that
+            drives the topology itself (``DeepNestedOptimizer``) goes on doing so. Default: the one
+            that ``config`` describes.
         callbacks: called at the events of :class:`TrainerCallback`, in this order; an object needs
             only the methods that it uses. One with ``state_dict`` and ``load_state_dict`` is part
             of the checkpoints.
@@ -99,12 +100,7 @@ class Trainer:
         self.info: dict[str, Any] = {}
         """What JSON can hold; part of every checkpoint."""
         self._logger = MultiLogger([writer, *loggers] if writer is not None else loggers)
-        self.optimizer: torch.optim.Optimizer = optimizer or torch.optim.AdamW(
-            model.parameters(),
-            lr=config.lr,
-            betas=(config.beta1, config.beta2),
-            weight_decay=config.weight_decay,
-        )
+        self.optimizer = optimizer if optimizer is not None else make_optimizer(model, config)
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
         self._optimizer_drives = getattr(self.optimizer, "topology", None) is not None

@@ -1,6 +1,7 @@
 """Settings of a training run."""
 
 import dataclasses
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -8,6 +9,7 @@ from typing import Any
 
 from ._config import TitanMACConfig
 
+OPTIMIZERS = ("adamw", "nested")
 PRECISIONS = ("fp32", "bf16", "fp16")
 FREE_FIELDS = (
     "accumulation_steps",
@@ -28,6 +30,14 @@ class TrainingConfig:
     """Sequences per optimizer step."""
     seq_len: int = 128
     """Longest training sequence in tokens; the model's max_seq_len must be at least this."""
+    optimizer: str = "adamw"
+    """"adamw", or "nested": DeepNestedOptimizer, which the next three fields belong to."""
+    cms_levels: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """Patterns of parameter names and the slow level (1 or 2) that those change at."""
+    deep_momentum: bool = False
+    """Whether a network takes the place of AdamW's moving average."""
+    lr_controller: bool = False
+    """Whether a learned factor scales the learning rate of every group."""
     lr: float = 1e-3
     """Largest learning rate: reached after the warmup, then lowered along a cosine."""
     min_lr_frac: float = 0.05
@@ -92,14 +102,34 @@ class TrainingConfig:
             raise ValueError(
                 f"precision (={self.precision!r}) must be one of {', '.join(PRECISIONS)}."
             )
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile (={self.compile!r}) must be True or False.")
+        for name in ("compile", "deep_momentum", "lr_controller"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} (={getattr(self, name)!r}) must be True or False.")
+        self._check_optimizer()
         if self.accumulation_steps > self.batch_size:
             raise ValueError(
                 f"accumulation_steps (={self.accumulation_steps}) must be at most batch_size "
                 f"(={self.batch_size}): every part needs a sequence."
             )
         self._check_periods()
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer (={self.optimizer!r}) must be one of {', '.join(OPTIMIZERS)}."
+            )
+        if not isinstance(self.cms_levels, Mapping):
+            raise ValueError(
+                f"cms_levels (={self.cms_levels!r}) must map patterns to levels, for example "
+                '{"blocks.*.mlp.*": 1}.'
+            )
+        object.__setattr__(self, "cms_levels", dict(self.cms_levels))
+        for name in ("cms_levels", "deep_momentum", "lr_controller"):
+            if getattr(self, name) and self.optimizer != "nested":
+                raise ValueError(
+                    f"{name} (={getattr(self, name)!r}) needs optimizer='nested', but it is "
+                    f"{self.optimizer!r}."
+                )
 
     def _check_periods(self) -> None:
         periods = self.level_periods
@@ -133,6 +163,9 @@ class TrainingConfig:
     def to_dict(self) -> dict[str, Any]:
         """A dict that ``json.dumps`` takes."""
         return {**dataclasses.asdict(self), "level_periods": list(self.level_periods)}
+
+    def __hash__(self) -> int:
+        return hash(json.dumps(self.to_dict(), sort_keys=True))
 
     def check_fits(self, model: TitanMACConfig) -> None:
         """Raise ``ValueError`` if ``model`` cannot be trained with these settings."""

@@ -131,6 +131,11 @@ def _density(text: str) -> float | dict[int, float]:
     return {int(layer): float(density) for layer, density in pairs}
 
 
+def _levels(text: str) -> dict[str, int]:
+    pairs = (part.rsplit(":", 1) for part in text.split(","))
+    return {pattern: int(level) for pattern, level in pairs}
+
+
 def _row_group(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
@@ -139,9 +144,11 @@ def _row_group(text: str) -> int | str:
 _ints.__name__ = "comma-separated integers"
 _layers.__name__ = "layers (all, or 0,1,...)"
 _density.__name__ = "density (0.5, or 0:0.5,1:0.25)"
+_levels.__name__ = "levels (PATTERN:LEVEL,...)"
 _row_group.__name__ = "row group (auto, or an integer)"
 
 _PARSERS: dict[str, tuple[Callable[[str], Any], str | None]] = {
+    "cms_levels": (_levels, "PATTERN:LEVEL,..."),
     "level_periods": (_ints, "1,10,100"),
     "block_sparse_layers": (_layers, "all|0,1,..."),
     "block_sparse_components": (_components, "mlp,attention"),

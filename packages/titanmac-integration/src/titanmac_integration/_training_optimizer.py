@@ -1,0 +1,37 @@
+"""The optimizer that the settings ask for."""
+
+import torch
+from torch import nn
+
+from ._cms import ContinuumMemorySystem
+from ._optimizer import DeepNestedOptimizer
+from ._training_config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or :class:`DeepNestedOptimizer` with the parts that are switched on.
+
+    Both in the fused form where parameters are on a CPU or CUDA device: one pass over all of them.
+    """
+    device = next(model.parameters()).device.type
+    fused = device in ("cpu", "cuda") and not config.deep_momentum
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=betas,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    return DeepNestedOptimizer(
+        model,
+        lr=config.lr,
+        betas=betas,
+        weight_decay=config.weight_decay,
+        fused=fused or None,
+        cms=ContinuumMemorySystem(config.level_periods, config.cms_levels or None),
+        deep_momentum=config.deep_momentum,
+        controller=config.lr_controller,
+        topology={"seed": config.seed} if getattr(model, "block_sparse_layers", None) else True,
+    )
