@@ -18,8 +18,9 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from blockell_kernels._gluon import _grad_input, _grad_values
+from blockell_kernels._gluon import _forward, _grad_input, _grad_values
 from blockell_kernels._gluon._descriptors import rearranged
+from blockell_kernels._gluon._forward_kernels import forward_by_pieces
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_in_stretches
 from blockell_kernels._triton._tiling import Tiling
@@ -51,15 +52,32 @@ def spilled_bytes(cubin):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
+def block_box(dtype, rows, B):
+    """The type of a descriptor of whole blocks."""
+    if rearranged(B):
+        return box(dtype, (rows, B * B // 256, 256), 0)
+    return box(dtype, (rows, B, min(B, 64)), 2 * min(B, 64))
+
+
+def forward_case(dtype, B, tokens):
+    tiling = Tiling(path="gluon", BM=tokens, BN=128, BK=64)
+    types = {
+        "x_desc": box(dtype, (64, min(B, 64)), 2 * min(B, 64)),
+        "w_desc": block_box(dtype, 128 // B, B),
+        "y_desc": box(dtype, (64, 128), 128),
+        "cols_ptr": "*i32",
+        "bias_ptr": f"*{dtype}",
+    }
+    constants = _forward.constants(B, tiling, True)
+    return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
+
+
 def grad_input_case(dtype, B, columns, depth):
     tiling = Tiling(path="gluon", BM=128, BN=columns, BK=depth)
     constants = _grad_input.constants(B, tiling, 0.5)
-    block = box(dtype, (depth // B, B, B), 2 * B)
-    if rearranged(B):
-        block = box(dtype, (depth // B, B * B // 256, 256), 0)
     types = {
         "dy_desc": box(dtype, (64, depth), 128),
-        "w_desc": block,
+        "w_desc": block_box(dtype, depth // B, B),
         "dx_desc": box(dtype, (64, B), 2 * B),
         "order_ptr": "*i32",
         "col_start_ptr": "*i32",
@@ -82,12 +100,16 @@ def grad_values_case(dtype, B, outputs, K):
 
 def all_cases():
     """(name, function that compiles, arguments) of every kernel."""
-    for dtype in ("bf16", "fp16"):
-        for B in (16, 64) if dtype == "bf16" else (32,):
-            for columns, depth in ((256, 128), (320, 64)):
-                name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
-                yield name, grad_input_case, (dtype, B, columns, depth)
-    for B, outputs, K in ((16, 128, 20), (32, 128, 16), (64, 64, 5), (64, 64, 16), (128, 128, 2)):
+    for dtype, B, columns, depth in (
+        ("bf16", 16, 256, 128),
+        ("fp16", 32, 256, 128),
+        ("bf16", 64, 320, 64),
+    ):
+        name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
+        yield name, grad_input_case, (dtype, B, columns, depth)
+    for B, tokens in ((16, 320), (128, 256)):
+        yield f"forward tile {B}, {tokens} tokens", forward_case, ("bf16", B, tokens)
+    for B, outputs, K in ((16, 128, 20), (64, 64, 5), (128, 128, 2)):
         name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
         yield name, grad_values_case, ("bf16", B, outputs, K)
 

@@ -8,10 +8,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from blockell_kernels._gluon import _forward as by_pieces
 from blockell_kernels._gluon import _grad_input as by_units
 from blockell_kernels._gluon import _grad_values as in_stretches
 from blockell_kernels._gluon._support import runs_on
-from blockell_kernels._triton import _grad_input, _grad_values
+from blockell_kernels._triton import _forward, _grad_input, _grad_values
 from blockell_kernels._triton._tiling import Tiling
 
 pytestmark = pytest.mark.skipif(
@@ -82,6 +83,23 @@ def test_grad_values(make_problem, error, shape, dtype):
     assert not actual[:, p.K :].any()
     again = _grad_values.grad_values(p.dy, p.x, p.pattern, tiling)
     assert torch.equal(actual, again)
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("tokens", [256, 320])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *WIDE.values()], ids=[*SHAPES, *WIDE])
+def test_forward(make_problem, error, shape, tokens, dtype):
+    problem = make_problem(**shape, dtype=dtype)
+    p, tiling = problem, Tiling(path="gluon", BM=tokens, BN=128, BK=64)
+    y = torch.empty(p.N, p.R * p.B, dtype=dtype, device=p.device)
+    if not by_pieces.takes(p.x, p.values, y, p.pattern, tiling):
+        pytest.skip("too few rows share their columns")
+    actual = _forward.forward(p.x, p.values, p.bias, p.pattern, tiling)
+    expected, by_dense = p.expected()["y"], p.by_dense()["y"]
+    assert error(actual, expected) <= 1.1 * error(by_dense, expected)
+    without = _forward.forward(p.x, p.values, None, p.pattern, tiling)
+    assert error(without, expected - p.bias.cpu().double()) < 5e-3
+    assert torch.equal(actual, _forward.forward(p.x, p.values, p.bias, p.pattern, tiling))
 
 
 def test_grad_input_of_not_finite_tokens(make_problem):
