@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
 import statistics
 import subprocess
@@ -24,8 +25,8 @@ from torch import Tensor, nn
 from cms_topology import CMSBlockLinear, Consolidation, RetentionGuard, consolidate
 
 CONTROLS: dict[str, dict[str, Any]] = {
-    "drift, every step": {"drift": 1e-3, "every": 1},
-    "drift, every 10": {"drift": 1e-3, "every": 10},
+    "drift, every step": {"drift": 1e-3, "eps": math.inf, "every": 1},
+    "drift, every 10": {"drift": 1e-3, "eps": math.inf, "every": 10},
     "drift + eps, every step": {"drift": 1e-3, "eps": 0.1, "every": 1},
     "drift + eps, every 10": {"drift": 1e-3, "eps": 0.1, "every": 10},
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -77,7 +78,7 @@ def same(a: nn.Module, b: nn.Module) -> None:
 @pytest.mark.parametrize(
     "controls",
     [
-        {"drift": 1e-3},
+        {"drift": 1e-3, "eps": math.inf},
         {"drift": None, "eps": 0.05},
         {"drift": 1e-3, "eps": 0.1, "every": 10, "ramp": 9},
     ],

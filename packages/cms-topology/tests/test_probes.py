@@ -206,8 +206,20 @@ def test_the_controller_finds_the_budget_of_a_quadratic_world() -> None:
     assert float(controller.budget) == pytest.approx(0.0015, rel=1e-3)
 
 
+def test_the_controller_does_not_stop_all_learning() -> None:
+    controller = DriftController(0.003, smallest=1e-6)
+    for _ in range(100):
+        controller.update(torch.tensor(1.0))
+    assert float(controller.budget) == 1e-6
+
+
 def test_what_is_wrong_is_said() -> None:
     model = learned()
+    with pytest.raises(ValueError, match="must not be combined with probes"):
+        consolidate(
+            model, [batch(*OLD, seed=0)], influence=True, probes=make_probes(model, own_samples),
+            outputs_fn=lambda m, b: m(b["x"])["logits"],
+        )  # fmt: skip
     memory = consolidate(model, [batch(*OLD, seed=0)])
     with pytest.raises(ValueError, match=r"confidence \(=1.5\) must be in \[0, 1\]"):
         make_probes(model, own_samples, confidence=1.5)
@@ -219,7 +231,7 @@ def test_what_is_wrong_is_said() -> None:
         RetentionGuard(model, None, memory, drift=DriftController(0.1))
     for kwargs, message in (
         ({"target": 0}, r"target \(=0\) must be greater than 0 nats"),
-        ({"target": 1, "start": 2}, r"start \(=2\) must be in"),
+        ({"target": 1, "start": 2}, r"start \(=2\) must be in \[smallest, 1.0\]"),
         ({"target": 1, "widen": 1}, r"widen \(=1\) must be greater than 1"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -223,7 +224,7 @@ def test_the_guard_follows_a_swap_and_its_drift_is_the_true_one() -> None:
     x = old_inputs(1)
     before = model(x).detach()
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    guard = RetentionGuard(model, optimizer, memory, drift=100.0)  # out of the way
+    guard = RetentionGuard(model, optimizer, memory, drift=100.0, eps=math.inf)
     manager = TopologyManager(
         model, optimizer, periods=(1, 1, 4), retention=memory, drop_cost=1e9,
         correct_newborn_steps=False,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology._retention._consolidation import Consolidation
-from cms_topology._retention._controller import DriftController
+from cms_topology._retention._controller import SMALLEST, START, DriftController
 from cms_topology._retention._probes import LogitsFn, Probes, measure_divergence
 
 WATCHED_NATS = 0.003
@@ -128,10 +128,13 @@ def make_budget(
             raise ValueError(
                 f"drift (={drift!r}) must be 'auto', a number, a DriftController or None."
             )
-        if probes:
-            controller = DriftController(tolerance or WATCHED_NATS, device=device)
-            return WatchedBudget(controller, probes, measure_every, logits_fn)
         forecast = memory.drift_at(tolerance or FORECAST_NATS)
+        if probes:
+            smallest = SMALLEST if forecast is None else min(START, 1e-3 * forecast)
+            controller = DriftController(
+                tolerance or WATCHED_NATS, smallest=smallest, device=device
+            )
+            return WatchedBudget(controller, probes, measure_every, logits_fn)
         if forecast is None:
             raise ValueError(
                 "drift (='auto') needs probes, or a sensitivity measured at consolidation: pass "

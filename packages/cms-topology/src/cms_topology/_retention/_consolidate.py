@@ -85,6 +85,12 @@ def consolidate(
         raise ValueError(f"weight (={weight}) must be greater than 0.")
     if rank is not None and rank < 1:
         raise ValueError(f"rank (={rank}) must be at least 1, or None to keep everything.")
+    if influence and outputs_fn is not None and probes is not None:
+        raise ValueError(
+            "influence (=True) with an outputs_fn of your own must not be combined with probes: "
+            "they may watch answers that the weighting ignores, and no drift budget would help "
+            "those. Leave out influence, outputs_fn or probes."
+        )
     model = unwrap(model)
     loss_of = loss_fn if loss_fn is not None else default_loss
     outputs_of = outputs_fn if outputs_fn is not None else _default_logits

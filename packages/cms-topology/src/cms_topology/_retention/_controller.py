@@ -28,6 +28,8 @@ class DriftController:
         start: first budget.
         widen: largest growth of the budget per measurement.
         narrow: largest shrinkage per measurement.
+        smallest: the budget never falls below: where the answers do not respond to the budget, for
+            lack of statistics on them, shrinking on would only stop all learning.
         device: of the measurements.
 
     Raises:
@@ -41,17 +43,22 @@ class DriftController:
         start: float = START,
         widen: float = 1.1,
         narrow: float = 0.3,
+        smallest: float = SMALLEST,
         device: torch.device | str | None = None,
     ) -> None:
         if not target > 0:
             raise ValueError(f"target (={target}) must be greater than 0 nats.")
-        if not SMALLEST <= start <= LARGEST:
-            raise ValueError(f"start (={start}) must be in [{SMALLEST}, {LARGEST}].")
+        if not 0 < smallest <= start <= LARGEST:
+            raise ValueError(
+                f"start (={start}) must be in [smallest, {LARGEST}] and smallest (={smallest}) "
+                "greater than 0."
+            )
         if not (widen > 1 and 0 < narrow < 1):
             raise ValueError(
                 f"widen (={widen}) must be greater than 1 and narrow (={narrow}) in (0, 1)."
             )
         self.target, self.widen, self.narrow = target, widen, narrow
+        self.smallest = smallest
         self.budget = torch.tensor(start, dtype=torch.float64, device=device)
         """0-d float64: the relative drift allowed now."""
         self.measured = torch.tensor(0.0, dtype=torch.float64, device=device)
@@ -62,7 +69,9 @@ class DriftController:
         """Take note of a divergence (0-d) and return the new budget; not a number narrows."""
         self.measured = measured.to(self.budget).nan_to_num(nan=torch.inf)
         factor = (self.target / self.measured.clamp(min=1e-30)).sqrt()
-        self.budget = (self.budget * factor.clamp(self.narrow, self.widen)).clamp(SMALLEST, LARGEST)
+        self.budget = (self.budget * factor.clamp(self.narrow, self.widen)).clamp(
+            self.smallest, LARGEST
+        )
         return self.budget
 
     def state_dict(self) -> dict[str, Tensor]:

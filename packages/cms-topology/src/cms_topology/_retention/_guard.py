@@ -52,8 +52,9 @@ class RetentionGuard:
             rise by `tolerance`. A number > 0, a `DriftController` of your own, or None: no such
             control.
         eps: strength of the control of updates, as a fraction of the inputs' mean energy: 0 allows
-            only what changes no output on the consolidated inputs, infinity everything. None: no
-            such control, unless `drift` is None too; then 0.01.
+            only what changes no output on the consolidated inputs, infinity everything and costs
+            nothing. None: 0.1 beside a drift budget (it damps the start of a new task, whose
+            gradients are coherent), 0.01 without.
         ramp: optimizer steps over which a fixed budget widens from nothing, as the square. The
             first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
@@ -93,11 +94,13 @@ class RetentionGuard:
             measure_every=measure_every,
             logits_fn=logits_fn,
         )
-        self.eps = 0.01 if eps is None and self._budget is None else eps
+        if eps is None:
+            eps = 0.01 if self._budget is None else 0.1
+        self.eps: float | None = eps
         """Strength of the control of updates; None without it."""
         if every < 1:
             raise ValueError(f"every (={every}) must be at least 1.")
-        if self.eps is not None and not self.eps >= 0:
+        if not eps >= 0:
             raise ValueError(f"eps (={eps}) must be 0 or more.")
         if self.eps == math.inf:
             self.eps = None
