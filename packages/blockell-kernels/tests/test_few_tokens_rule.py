@@ -34,11 +34,11 @@ def gpu(request, monkeypatch):
 @pytest.mark.parametrize(("B", "G"), [(8, 1), (16, 1), (16, 8), (32, 4), (128, 1)])
 def test_strips_divide_their_results_and_fit_the_gpu(gpu, direction, dtype, B, G):
     for shape in SHAPES:
-        for N in (1, 16, 17, 64):
+        for N in (1, 16, 17, 64, 100):
             strip = few.strip_for(case(direction, N, shape, B, G, dtype))
             width = B if direction == "grad_input" else B * G
             assert width % strip.BN == 0
-            rows = max(16, 1 << (N - 1).bit_length())
+            rows = few._token_tile(N)
             step = (rows + max(strip.BN, 16)) * strip.BK * dtype.itemsize
             assert step * strip.stages <= SHARED_MEMORY_BYTES[gpu], (shape, N, strip)
 
@@ -48,8 +48,8 @@ def test_a_new_number_of_tokens_needs_no_new_kernel(gpu):
     assert len(strips) == 1
 
 
-def test_up_to_64_tokens_are_few():
-    assert [few.takes(case("forward", N, (640, 2560), 16, 8)) for N in (0, 1, 64, 65)] == [
+def test_up_to_128_tokens_are_few():
+    assert [few.takes(case("forward", N, (640, 2560), 16, 8)) for N in (0, 1, 128, 129)] == [
         False,
         True,
         True,

@@ -28,12 +28,11 @@ from blockell_kernels._dense import DenseBackend
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
-KEPT_DENSITY = 0.75
-"""Up to this density a dense copy of the weight is kept from the forward to the backward pass: a
-step then still takes less memory than a dense layer's, whose gradient and optimizer state are
-larger by more than the copy."""
-KEPT_SHARE = 4
-"""Above that density it is kept where the layer's input and output are this many times larger."""
+KEPT_DENSITY = 2 / 3
+"""Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
+the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
+PROMISED_DENSITY = 0.9
+"""From this density on nothing is said of memory, and the copy is kept."""
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -218,11 +217,10 @@ def _make(
     R, C, B, row_group, num_live = sizes
     case = Case("forward", device, dtype, N, R, C, num_live, B, row_group)
     choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
-    copy, activations = R * C * B * B, N * (R + C) * B
     keeps = (
         choices[0].backend == choices[1].backend == "dense"
         and device.type == "cuda"
-        and (case.density <= KEPT_DENSITY or KEPT_SHARE * copy <= activations)
+        and not KEPT_DENSITY < case.density < PROMISED_DENSITY
     )
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)

@@ -23,6 +23,7 @@ SHAPES = {
     "tile 32 grouped, spare": {"B": 32, "R": 4, "C": 3, "K": 2, "N": 40, "G": 4, "spare": 1},
     "tile 64, empty columns": {"B": 64, "R": 1, "C": 5, "K": 2, "N": 64},
     "tile 128": {"B": 128, "R": 1, "C": 3, "K": 2, "N": 3},
+    "tile 16, two tiles of tokens": {"B": 16, "R": 2, "C": 3, "K": 2, "N": 70},
 }
 if CUDA:
     SHAPES |= {

@@ -36,8 +36,9 @@ from blockell_kernels._triton._tiling import (
     round_up_to_power_of_two,
 )
 
-MAX_TOKENS = 64
-"""What one program holds."""
+MAX_TOKENS = 128
+TOKEN_TILE = 64
+"""Tokens that one program holds, at most."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +63,9 @@ def strip_for(case: Case) -> Strip:
     wide = 2 // case.dtype.itemsize  # float32: half as many terms a step
     if case.direction == "grad_values":
         BR = min(64, power_of_two_divisor(case.row_group * case.B))
-        return Strip(BN=BR, BK=max(case.B, 128 if BR == 64 else 256), stages=1)
+        return Strip(
+            BN=BR, BK=max(case.B, 128 if BR == 64 else 256), stages=1 + (case.N > TOKEN_TILE)
+        )
     if case.direction == "forward":
         width, results = power_of_two_divisor(case.row_group * case.B), case.R * case.B
         depth = case.K * case.B
@@ -111,6 +114,10 @@ def verdict(case: Case) -> Verdict:
     )
 
 
+def _token_tile(N: int) -> int:
+    return min(TOKEN_TILE, round_up_to_power_of_two(max(16, N)))
+
+
 @on_its_device
 def forward(
     x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, strip: Strip
@@ -125,7 +132,7 @@ def forward(
     target = y if parts == 1 else x.new_empty(parts, N, out_features, dtype=torch.float32)
     launch(
         few_forward,
-        (out_features // BN, parts),
+        (out_features // BN * ceil_div(N, TOKEN_TILE), parts),
         x,
         values,
         pattern.col_indices,
@@ -139,7 +146,7 @@ def forward(
         x.stride(1),
         steps,
         B=B,
-        BM=round_up_to_power_of_two(max(16, N)),
+        BM=_token_tile(N),
         BN=max(BN, 16),
         BN_LIVE=BN,
         BK=strip.BK,
@@ -165,7 +172,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, strip: Strip) -> Te
     target = dx if parts == 1 else dy.new_empty(parts, N, in_features, dtype=torch.float32)
     launch(
         few_grad_input,
-        (in_features // BN, parts),
+        (in_features // BN * ceil_div(N, TOKEN_TILE), parts),
         dy,
         values,
         order,
@@ -178,7 +185,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, strip: Strip) -> Te
         dy.stride(1),
         parts,
         B=B,
-        BM=round_up_to_power_of_two(max(16, N)),
+        BM=_token_tile(N),
         BN=max(BN, 16),
         BN_LIVE=BN,
         BK=strip.BK,
@@ -218,10 +225,11 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, strip: Strip) -> Tensor
         BR=max(BR, 16),
         BR_LIVE=BR,
         KB=KB,
-        BM=round_up_to_power_of_two(max(16, x.shape[0])),
+        BM=_token_tile(x.shape[0]),
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
         num_warps=strip.warps,
+        num_stages=strip.stages,
     )
     return out
 

@@ -1,9 +1,10 @@
 # mypy: ignore-errors
 """Triton kernels for few tokens, where a product is the time it takes to read the weight.
 
-Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens, at most BM;
-every program sees all tokens, so every live block is read once. Programs own a strip of the result
-and a part of the sum; parts are added up by `add_parts`, in order: deterministic.
+Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens, a few times BM
+at most. Programs own a strip of the result for BM tokens and a part of the sum; parts are added up
+by `add_parts`, in order: deterministic. Those that read the same blocks follow one another, so that
+memory is read once.
 
 The column (slot) of the next step is loaded one step ahead and carried, as in the other kernels.
 """
@@ -37,8 +38,10 @@ def few_forward(
     UPCAST: tl.constexpr,
 ):
     RUN: tl.constexpr = B if B < BK else BK
-    pn, part = tl.program_id(0), tl.program_id(1)
-    m, n, kk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    token_tiles = tl.cdiv(N, BM)
+    pn, part = tl.program_id(0) // token_tiles, tl.program_id(1)
+    m = (tl.program_id(0) % token_tiles) * BM + tl.arange(0, BM)
+    n, kk = tl.arange(0, BN), tl.arange(0, BK)
     # Masked, not repeated: sixteen copies of one line cost more than sixteen lines.
     inside = (m < N)[:, None]
     x_rows = x_ptr + m.to(tl.int64)[:, None] * stride_xn
@@ -94,8 +97,10 @@ def few_grad_input(
     UPCAST: tl.constexpr,
 ):
     RUN: tl.constexpr = B if B < BK else BK
-    pn, part = tl.program_id(0), tl.program_id(1)
-    m, n, kk = tl.arange(0, BM), tl.arange(0, BN), tl.arange(0, BK)
+    token_tiles = tl.cdiv(N, BM)
+    pn, part = tl.program_id(0) // token_tiles, tl.program_id(1)
+    m = (tl.program_id(0) % token_tiles) * BM + tl.arange(0, BM)
+    n, kk = tl.arange(0, BN), tl.arange(0, BK)
     inside = (m < N)[:, None]
     dy_rows = dy_ptr + m.to(tl.int64)[:, None] * stride_dn
     c, offset = (pn * BN_LIVE) // B, (pn * BN_LIVE) % B
@@ -155,13 +160,15 @@ def few_grad_values(
     row_cols = cols_ptr + ((pr * BR_LIVE) // B).to(tl.int64) * slots
     c = tl.load(row_cols + k, live, other=0)
     x_cols = tl.max_contiguous(tl.multiple_of(c * B + q % B, B), B)
-    tokens = m.to(tl.int64)[:, None]
-    inside = (m < N)[:, None]
-    dy = tl.load(dy_ptr + tokens * stride_dn + row[None, :] * stride_dk, inside, other=0.0)
-    x = tl.load(x_ptr + tokens * stride_xn + x_cols[None, :] * stride_xk, inside, other=0.0)
-    if UPCAST:
-        dy, x = dy.to(tl.float32), x.to(tl.float32)
-    acc = tl.dot(tl.trans(dy), x, input_precision=PRECISION)
+    acc = tl.zeros((BR, KB * B), tl.float32)
+    for t0 in range(0, N, BM):
+        inside = (t0 + m < N)[:, None]
+        tokens = (t0 + m).to(tl.int64)[:, None]
+        dy = tl.load(dy_ptr + tokens * stride_dn + row[None, :] * stride_dk, inside, other=0.0)
+        x = tl.load(x_ptr + tokens * stride_xn + x_cols[None, :] * stride_xk, inside, other=0.0)
+        if UPCAST:
+            dy, x = dy.to(tl.float32), x.to(tl.float32)
+        acc = tl.dot(tl.trans(dy), x, acc, input_precision=PRECISION)
     acc = tl.where(live[None, :], acc, 0.0)
     rows = ((row // B).to(tl.int64) * slots * B + row % B)[:, None] * B
     target = out_ptr + rows + (k * (B * B) + q % B)[None, :]
