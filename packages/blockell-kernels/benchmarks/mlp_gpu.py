@@ -27,7 +27,7 @@ from blockell_format import (
     transposed_index,
 )
 from blockell_kernels import block_ell_linear, block_ell_mlp
-from blockell_kernels._activation import activate, gradient_and_activation
+from blockell_kernels._activation import activate, gradient_and_activation, sum_over_tokens
 from blockell_kernels._backends import Pattern, get_backend
 from blockell_kernels._triton import _mlp
 from blockell_kernels._triton._tiling import Tiling
@@ -163,8 +163,14 @@ def parts(p: Problem, rep_ms: int) -> None:
             "forward 1 gelu, kept": forward("gelu", True),
             "forward 1 relu, kept": forward("relu", True),
             "gelu alone": lambda: activate(h, "gelu"),
-            "gradient and gelu alone": lambda: gradient_and_activation(da, h, "gelu"),
-            "sum of dh alone": lambda: h.sum(0),
+            "gradient, gelu and bias alone": lambda: gradient_and_activation(
+                da, h, "gelu", recompute=True, need_sum=True
+            ),
+            "gradient alone": lambda: gradient_and_activation(
+                da, h, "gelu", recompute=False, need_sum=False
+            ),
+            "sum of dh alone": lambda: sum_over_tokens(h),
+            "sum of dh by torch": lambda: h.sum(0),
             "grad_input 2": lambda: triton_backend.grad_input(p.dy, values2, second),
             "middle": lambda: _mlp.middle(
                 p.dy, values2, second, h, "gelu", keep_a=True, need_bias=True

@@ -32,8 +32,8 @@ from blockell_kernels._triton._grad_values_kernels import (
 from blockell_kernels._triton._mlp_kernels import grad_input_activated
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-NO_ACTIVATION = {"ACTIVATION": "none", "KEEP_PRE": False}
-WITH_ACTIVATION = {"ACTIVATION": "gelu", "KEEP_PRE": True}
+NO_ACTIVATION = {"ACTIVATION": "none", "KEEP_PRE": False, "ARITHMETIC": "exact"}
+WITH_ACTIVATION = {"ACTIVATION": "gelu", "KEEP_PRE": True, "ARITHMETIC": "ptx"}
 
 
 def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, stages=3):
@@ -118,7 +118,7 @@ def grad_input_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, 
 def middle_case(arch, dtype, B, BM, BN, BK, *, parts=1, **options):
     constants = {"B": B, "BM": BM, "BN": BN, "BK": BK, "GROUP_M": 8, "COLUMNS": 32, "PROGRAMS": 0}
     constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False, "STORE_PARTS": parts}
-    constants |= {"ACTIVATION": "gelu"}
+    constants |= {"ACTIVATION": "gelu", "ARITHMETIC": "ptx"}
     pointers = {"order_ptr": "i32", "col_start_ptr": "i32", "sums_ptr": "fp32"}
     rows, tile = max(1, BK // B), (dtype, (BM, BN // parts))
     boxes = {"dy_desc": (dtype, (BM, BK)), "w_desc": (dtype, (rows, 1, BK // rows, BN))}

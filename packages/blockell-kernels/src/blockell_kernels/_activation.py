@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockell_kernels._stats import wide
+
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "gelu", "gelu_tanh", "relu", "silu")
 
@@ -28,9 +30,9 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation (={activation!r}) must be one of {', '.join(ACTIVATIONS)}.")
 
 
-def _kernels(t: Tensor) -> ModuleType | None:
+def _kernels(t: Tensor, contiguous: bool = True) -> ModuleType | None:
     """The Triton kernels for `t`, or None: not on a GPU, no Triton, a dtype they do not take."""
-    if not t.is_cuda or t.dtype not in _DTYPES or not t.is_contiguous():
+    if not t.is_cuda or t.dtype not in _DTYPES or (contiguous and not t.is_contiguous()):
         return None
     try:
         from blockell_kernels._triton import _activate
@@ -56,8 +58,8 @@ def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
     if activation == "none":
         return da
     if (kernels := _kernels(h)) and da.is_contiguous():
-        result: Tensor = kernels.gradient(da, h, activation, recompute=False)[0]
-        return result
+        dh: Tensor = kernels.gradient(da, h, activation, recompute=False)[0]
+        return dh
     aten = torch.ops.aten
     if activation in ("gelu", "gelu_tanh"):
         kind = "tanh" if activation == "gelu_tanh" else "none"
@@ -68,12 +70,23 @@ def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def gradient_and_activation(
-    da: Tensor, h: Tensor, activation: str, recompute: bool = True
-) -> tuple[Tensor, Tensor]:
-    """(dh, a) from the gradient of a and from h, on the GPU in one pass; without a: (dh, h)."""
-    if not recompute:
-        return activation_gradient(da, h, activation), h
+    da: Tensor, h: Tensor, activation: str, *, recompute: bool, need_sum: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(dh, a, sum of dh over the tokens) from the gradient of a and h [N, width].
+
+    On the GPU in one pass. None for what is not asked for.
+    """
     if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
-        dh, a = kernels.gradient(da, h, activation, recompute=True)
-        return dh, a
-    return activation_gradient(da, h, activation), activate(h, activation)
+        dh, a, total = kernels.gradient(da, h, activation, recompute=recompute, need_sum=need_sum)
+        return dh, a, None if total is None else total.to(h.dtype)
+    dh = activation_gradient(da, h, activation)
+    a = activate(h, activation) if recompute else None
+    return dh, a, sum_over_tokens(dh) if need_sum else None
+
+
+def sum_over_tokens(t: Tensor) -> Tensor:
+    """[width]: the sum of t [N, width] over its rows, added up in float32 at least."""
+    if t.stride(-1) == 1 and (kernels := _kernels(t, contiguous=False)):
+        total: Tensor = kernels.sum_over_tokens(t)
+        return total.to(t.dtype)
+    return wide(t).sum(0).to(t.dtype)

@@ -16,10 +16,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from blockell_kernels._activation import activate, gradient_and_activation
+from blockell_kernels._activation import activate, gradient_and_activation, sum_over_tokens
 from blockell_kernels._backends import Pattern
 from blockell_kernels._plan import Plan
-from blockell_kernels._stats import wide
 
 Recompute = Literal["none", "activation", "hidden"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "hidden")
@@ -110,10 +109,9 @@ def backward(
         assert h is not None
         a = activate(h, activation)
     h = None
-    only = (False, needs.values2, needs.bias2)
-    _, dvalues2, dbias2, dprobe2 = second.plan.backward(
-        dy, a, None, second.pattern, only, samples[1]
-    )
+    dbias2 = sum_over_tokens(dy) if needs.bias2 else None
+    only = (False, needs.values2, False)
+    _, dvalues2, _, dprobe2 = second.plan.backward(dy, a, None, second.pattern, only, samples[1])
     a = None
     dx = dvalues1 = dprobe1 = None
     if dh is not None and (needs.x or needs.values1 or samples[0] != "none"):
@@ -145,11 +143,7 @@ def _middle(
             return fused.dh, fused.a, dbias
     da = plan.backward(dy, None, values, pattern, (True, False, False), "none", weight)[0]
     assert da is not None
-    dh, a = gradient_and_activation(da, h, activation, recompute=keep_a)
-    dbias = None
-    if need_bias:
-        dbias = dh.sum(0) if dh.is_cuda else wide(dh).sum(0).to(dh.dtype)
-    return dh, a if keep_a else None, dbias
+    return gradient_and_activation(da, h, activation, recompute=keep_a, need_sum=need_bias)
 
 
 def flat(t: Tensor) -> Tensor:

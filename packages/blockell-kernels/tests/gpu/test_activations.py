@@ -42,15 +42,31 @@ def test_values_and_slopes(error, name, dtype):
     h64, da64 = h.cpu().double(), da.cpu().double()
     a = _activate.activate(h, name)
     assert error(a, activate(h64, name)) < TOLERANCE[dtype]
-    dh, again = _activate.gradient(da, h, name, recompute=True)
+    dh, again, total = _activate.gradient(da, h, name, recompute=True, need_sum=True)
     assert error(dh, activation_gradient(da64, h64, name)) < TOLERANCE[dtype]
     assert torch.equal(again, a)
+    assert torch.equal(total, dh.float())
     assert torch.equal(_activate.gradient(da, h, name, recompute=False)[0], dh)
     # near zero and in the tails, where a norm sees nothing
     worst = (a.cpu().double() - activate(h64, name)).abs().max()
     assert worst < 9 * 2 * TOLERANCE[dtype]
     small = h.abs() < 1e-2
     assert error(a[small], activate(h64[small.cpu()], name)) < 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("N", [0, 1, 33, 1000])
+@pytest.mark.parametrize("width", [8, 200])
+def test_sums_over_tokens(error, N, width):
+    for dtype in (FP32, BF16):
+        t = torch.randn(N, width).to(dtype)
+        t = t.cuda() if CUDA else t
+        want = t.cpu().double().sum(0)
+        assert error(_activate.sum_over_tokens(t), want) < 1e-6
+        strided = torch.cat([t, t], 1)[:, :width]
+        assert error(_activate.sum_over_tokens(strided), want) < 1e-6
+        dh, a, total = _activate.gradient(t, t, "relu", recompute=False, need_sum=True)
+        assert a is None
+        assert error(total, dh.cpu().double().sum(0)) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])

@@ -3,18 +3,21 @@
 
 Legend: h pre-activation, a = f(h), da and dh the gradients of a loss in a and h.
 
-Everything is computed in float32 from h as it is stored. Constants stand on the right: on the left
-the interpreter takes the product for a constant. FAST, for 16-bit results, replaces the
-error function by a polynomial: libdevice's takes as long, over a tile of 128 outputs, as a product
-300 deep.
+Everything is computed in float32 from h as it is stored. ARITHMETIC says how: "exact" for float32
+results; "short" for 16-bit ones, with a polynomial for the error function; "ptx", the same with two
+instructions of NVIDIA's that Triton does not emit itself. It matters: a tile of 128 x 128 outputs
+takes a hundred cycles for every instruction per element, and a product 320 deep 2600.
+
+Constants stand on the right: on the left the interpreter takes the product for a constant.
 """
 
 import triton
 import triton.language as tl
 
-# Phi(t) - 1/2 = t*P(t^2) for |t| <= 4.25: minimax (Lawson's algorithm), Phi off by at most 3.3e-5
-# and h*Phi(h) by 4.5e-5, a tenth of float16's spacing at 1. Beyond, Phi is 0 or 1.
-BOUND = tl.constexpr(4.25)
+# Phi(h) - 1/2 = h*P(h^2) for |h| <= 4.25: minimax (Lawson's algorithm), Phi off by at most 3.3e-5
+# and h*Phi(h) by 4.5e-5, a tenth of float16's spacing at 1. Beyond, the argument of P stays and the
+# line h*P leaves [-1/2, 1/2], so that clamping makes Phi 0 or 1 exactly.
+BOUND_SQUARED = tl.constexpr(4.25 * 4.25)
 P0 = tl.constexpr(0.39881922)
 P1 = tl.constexpr(-0.0661902823)
 P2 = tl.constexpr(0.00971877971)
@@ -28,16 +31,17 @@ P8 = tl.constexpr(4.54708405e-11)
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 LOG2_E = tl.constexpr(1.4426950408889634)
 SQRT_2_OVER_PI = tl.constexpr(0.7978845608028654)
-ONE_OVER_SQRT_2_PI = tl.constexpr(0.3989422804014327)
+LOG2_OF_DENSITY_AT_0 = tl.constexpr(-1.3257480647361595)  # of 1 / sqrt(2 pi)
 CUBIC = tl.constexpr(0.044715)
 
 
 @triton.jit
-def normal_cdf(h, FAST: tl.constexpr):
+def normal_cdf(h, ARITHMETIC: tl.constexpr):
     """Phi(h), the distribution function of the standard normal distribution."""
-    if FAST:
-        t = tl.minimum(tl.maximum(h, -BOUND), BOUND)
-        u = t * t
+    if ARITHMETIC == "exact":
+        return 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
+    else:
+        u = tl.minimum(h * h, BOUND_SQUARED)
         p = u * P8 + P7
         p = p * u + P6
         p = p * u + P5
@@ -46,49 +50,77 @@ def normal_cdf(h, FAST: tl.constexpr):
         p = p * u + P2
         p = p * u + P1
         p = p * u + P0
-        phi = t * p + 0.5
-        phi = tl.where(h > BOUND, 1.0, phi)
-        return tl.where(h < -BOUND, 0.0, phi)
+        if ARITHMETIC == "ptx":
+            return tl.inline_asm_elementwise(
+                "fma.rn.sat.f32 $0, $1, $2, 0f3F000000;",
+                "=f,f,f",
+                [h, p],
+                dtype=tl.float32,
+                is_pure=True,
+                pack=1,
+            )
+        else:
+            return tl.minimum(tl.maximum(h * p + 0.5, 0.0), 1.0)
+
+
+@triton.jit
+def exp2(x, ARITHMETIC: tl.constexpr):
+    """2^x. The short form takes what is too small for a normal number as 0."""
+    if ARITHMETIC == "ptx":
+        return tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
     else:
-        return 0.5 + 0.5 * tl.erf(h * SQRT_HALF)
+        return tl.exp2(x)
 
 
 @triton.jit
-def logistic(z):
+def logistic(z, ARITHMETIC: tl.constexpr):
     """1 / (1 + exp(-z)); tl.sigmoid cannot be called from here in the interpreter."""
-    return 1.0 / (1.0 + tl.exp2(z * -LOG2_E))
+    denominator = exp2(z * -LOG2_E, ARITHMETIC) + 1.0
+    if ARITHMETIC == "ptx":
+        return tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;",
+            "=f,f",
+            [denominator],
+            dtype=tl.float32,
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return 1.0 / denominator
 
 
 @triton.jit
-def activated(h, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def activated(h, ACTIVATION: tl.constexpr, ARITHMETIC: tl.constexpr):
     """f(h), float32. A NaN stays one."""
     if ACTIVATION == "gelu":
-        return h * normal_cdf(h, FAST)
+        return h * normal_cdf(h, ARITHMETIC)
     elif ACTIVATION == "gelu_tanh":
-        return h * logistic((h + h * h * h * CUBIC) * (2.0 * SQRT_2_OVER_PI))
+        return h * logistic((h + h * h * h * CUBIC) * (2.0 * SQRT_2_OVER_PI), ARITHMETIC)
     elif ACTIVATION == "relu":
         return tl.where(h <= 0.0, 0.0, h)
     elif ACTIVATION == "silu":
-        return h * logistic(h)
+        return h * logistic(h, ARITHMETIC)
     else:
         return h
 
 
 @triton.jit
-def activated_and_slope(h, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
+def activated_and_slope(h, ACTIVATION: tl.constexpr, ARITHMETIC: tl.constexpr):
     """(f(h), f'(h)), float32."""
     if ACTIVATION == "gelu":
-        phi = normal_cdf(h, FAST)
-        density = tl.exp2(h * h * (-0.5 * LOG2_E)) * ONE_OVER_SQRT_2_PI
+        phi = normal_cdf(h, ARITHMETIC)
+        density = exp2(h * h * (-0.5 * LOG2_E) + LOG2_OF_DENSITY_AT_0, ARITHMETIC)
         return h * phi, phi + h * density
     elif ACTIVATION == "gelu_tanh":
-        s = logistic((h + h * h * h * CUBIC) * (2.0 * SQRT_2_OVER_PI))
+        s = logistic((h + h * h * h * CUBIC) * (2.0 * SQRT_2_OVER_PI), ARITHMETIC)
         inner = (h * h * (3.0 * CUBIC) + 1.0) * (2.0 * SQRT_2_OVER_PI)
         return h * s, s + h * s * (1.0 - s) * inner
     elif ACTIVATION == "relu":
         return tl.where(h <= 0.0, 0.0, h), tl.where(h <= 0.0, 0.0, 1.0)
     elif ACTIVATION == "silu":
-        s = logistic(h)
+        s = logistic(h, ARITHMETIC)
         return h * s, s + h * s * (1.0 - s)
     else:
         return h, h * 0.0 + 1.0
@@ -96,32 +128,73 @@ def activated_and_slope(h, ACTIVATION: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def activate_elements(
-    h_ptr, a_ptr, elements, ACTIVATION: tl.constexpr, FAST: tl.constexpr, BLOCK: tl.constexpr
+    h_ptr, a_ptr, elements, ACTIVATION: tl.constexpr, ARITHMETIC: tl.constexpr, BLOCK: tl.constexpr
 ):
     """a = f(h) over contiguous tensors."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(h_ptr + i, i < elements, other=0.0).to(tl.float32)
-    a = activated(h, ACTIVATION, FAST)
+    a = activated(h, ACTIVATION, ARITHMETIC)
     tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), i < elements)
 
 
-@triton.jit
-def gradient_elements(
-    da_ptr,
-    h_ptr,
-    dh_ptr,
-    a_ptr,  # or unused
-    elements,
+@triton.jit(do_not_specialize=["N", "tokens_per_part"])
+def gradient_columns(
+    da_ptr,  # [N, width]
+    h_ptr,  # [N, width]
+    dh_ptr,  # [N, width]
+    a_ptr,  # [N, width] or None
+    sums_ptr,  # float32 [parts, width] or None
+    N,
+    width,
+    tokens_per_part,
     ACTIVATION: tl.constexpr,
-    FAST: tl.constexpr,
-    RECOMPUTE: tl.constexpr,  # write a = f(h), too
-    BLOCK: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
 ):
-    """dh = da f'(h) over contiguous tensors."""
-    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    h = tl.load(h_ptr + i, i < elements, other=0.0).to(tl.float32)
-    da = tl.load(da_ptr + i, i < elements, other=0.0).to(tl.float32)
-    a, slope = activated_and_slope(h, ACTIVATION, FAST)
-    tl.store(dh_ptr + i, (da * slope).to(dh_ptr.dtype.element_ty), i < elements)
-    if RECOMPUTE:
-        tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), i < elements)
+    """dh = da f'(h), and if asked a = f(h) and sums of dh over a part of the tokens."""
+    part = tl.program_id(1)
+    cols = tl.program_id(0) * BW + tl.arange(0, BW)
+    total = tl.zeros((BT, BW), tl.float32)
+    end = tl.minimum((part + 1) * tokens_per_part, N)
+    for t0 in range(part * tokens_per_part, end, BT):
+        tokens = t0 + tl.arange(0, BT)
+        inside = (tokens < end)[:, None] & (cols < width)[None, :]
+        offsets = tokens.to(tl.int64)[:, None] * width + cols[None, :]
+        h = tl.load(h_ptr + offsets, inside, other=0.0).to(tl.float32)
+        da = tl.load(da_ptr + offsets, inside, other=0.0).to(tl.float32)
+        a, slope = activated_and_slope(h, ACTIVATION, ARITHMETIC)
+        dh = (da * slope).to(dh_ptr.dtype.element_ty)
+        tl.store(dh_ptr + offsets, dh, inside)
+        if a_ptr is not None:
+            tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), inside)
+        if sums_ptr is not None:
+            total += dh.to(tl.float32)
+    if sums_ptr is not None:
+        row = sums_ptr + part.to(tl.int64) * width
+        tl.store(row + cols, tl.sum(total, axis=0), cols < width)
+
+
+@triton.jit(do_not_specialize=["N", "tokens_per_part"])
+def sum_columns(
+    t_ptr,  # [N, width], rows of any stride
+    sums_ptr,  # float32 [parts, width]
+    N,
+    width,
+    stride_n,
+    tokens_per_part,
+    BT: tl.constexpr,
+    BW: tl.constexpr,
+):
+    """Sums over a part of the tokens."""
+    part = tl.program_id(1)
+    cols = tl.program_id(0) * BW + tl.arange(0, BW)
+    total = tl.zeros((BT, BW), tl.float32)
+    end = tl.minimum((part + 1) * tokens_per_part, N)
+    for t0 in range(part * tokens_per_part, end, BT):
+        tokens = t0 + tl.arange(0, BT)
+        inside = (tokens < end)[:, None] & (cols < width)[None, :]
+        offsets = tokens.to(tl.int64)[:, None] * stride_n + cols[None, :]
+        total += tl.load(t_ptr + offsets, inside, other=0.0).to(tl.float32)
+    row = sums_ptr + part.to(tl.int64) * width
+    tl.store(row + cols, tl.sum(total, axis=0), cols < width)

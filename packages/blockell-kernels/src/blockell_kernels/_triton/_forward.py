@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._gluon import _forward as _by_pieces
+from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._blocks import pack
 from blockell_kernels._triton._device import (
     describable,
@@ -108,6 +109,7 @@ def _by_pointers(
         GROUP_M=tiling.group_m,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        ARITHMETIC=arithmetic(y),
         KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
@@ -156,6 +158,7 @@ def _by_descriptors(
         PROGRAMS=programs,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        ARITHMETIC=arithmetic(y),
         KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
@@ -204,6 +207,7 @@ def _by_packing(
         STORE_PARTS=parts,
         HAS_BIAS=bias is not None,
         ACTIVATION=activation,
+        ARITHMETIC=arithmetic(y),
         KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),

@@ -44,14 +44,20 @@ def store_in_parts(
 
 @triton.jit
 def store_activated_part(
-    desc, pre_desc, row, col, part, ACTIVATION: tl.constexpr, KEEP_PRE: tl.constexpr
+    desc,
+    pre_desc,
+    row,
+    col,
+    part,
+    ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    KEEP_PRE: tl.constexpr,
 ):
     """Store f(part) and, if asked, the part itself."""
     h = part.to(desc.dtype)
     if KEEP_PRE:
         pre_desc.store([row, col], h)
-    FAST: tl.constexpr = desc.dtype.primitive_bitwidth == 16
-    desc.store([row, col], activated(h.to(tl.float32), ACTIVATION, FAST).to(desc.dtype))
+    desc.store([row, col], activated(h.to(tl.float32), ACTIVATION, ARITHMETIC).to(desc.dtype))
 
 
 @triton.jit
@@ -65,17 +71,19 @@ def store_activated(
     BN: tl.constexpr,
     STORE_PARTS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
     KEEP_PRE: tl.constexpr,
 ):
     """As `store_in_parts`, through the activation; the pre-activation, too, if it is to be kept."""
     if ACTIVATION == "none":
         store_in_parts(desc, row, col, acc, BM, BN, STORE_PARTS)
     elif STORE_PARTS == 1:
-        store_activated_part(desc, pre_desc, row, col, acc, ACTIVATION, KEEP_PRE)
+        store_activated_part(desc, pre_desc, row, col, acc, ACTIVATION, ARITHMETIC, KEEP_PRE)
     else:
         left, right = acc.reshape(BM, 2, BN // 2).permute(0, 2, 1).split()
-        store_activated_part(desc, pre_desc, row, col, left, ACTIVATION, KEEP_PRE)
-        store_activated_part(desc, pre_desc, row, col + BN // 2, right, ACTIVATION, KEEP_PRE)
+        store_activated_part(desc, pre_desc, row, col, left, ACTIVATION, ARITHMETIC, KEEP_PRE)
+        col += BN // 2
+        store_activated_part(desc, pre_desc, row, col, right, ACTIVATION, ARITHMETIC, KEEP_PRE)
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -101,6 +109,7 @@ def forward_pointers(
     GROUP_M: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,  # of the activation
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -156,8 +165,7 @@ def forward_pointers(
     if KEEP_PRE:
         tl.store(pre_ptr + offsets, h, inside)
     if ACTIVATION != "none":
-        FAST: tl.constexpr = y_ptr.dtype.element_ty.primitive_bitwidth == 16
-        h = activated(h.to(tl.float32), ACTIVATION, FAST).to(y_ptr.dtype.element_ty)
+        h = activated(h.to(tl.float32), ACTIVATION, ARITHMETIC).to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + offsets, h, inside)
 
 
@@ -184,6 +192,7 @@ def forward_packed(
     STORE_PARTS: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,  # of the activation
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -211,7 +220,9 @@ def forward_packed(
     if HAS_BIAS:
         acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
     row, col = pm * BM, pn * BN
-    store_activated(y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, KEEP_PRE)
+    store_activated(
+        y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, ARITHMETIC, KEEP_PRE
+    )
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -235,6 +246,7 @@ def forward_descriptors(
     PROGRAMS: tl.constexpr,  # 0: one tile per program; else a persistent grid of that size
     HAS_BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,  # of the activation
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
@@ -262,4 +274,6 @@ def forward_descriptors(
         if HAS_BIAS:
             acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
         row, col = pm * BM, pn * BN
-        store_activated(y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, KEEP_PRE)
+        store_activated(
+            y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, ARITHMETIC, KEEP_PRE
+        )

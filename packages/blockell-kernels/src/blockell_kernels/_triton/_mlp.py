@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Direction, Pattern
+from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._device import (
     capability,
     describable,
@@ -155,6 +156,7 @@ def grad_input_activated(
         STORE_PARTS=parts,
         PROGRAMS=programs,
         ACTIVATION=activation,
+        ARITHMETIC=arithmetic(dh),
         PRECISION=dot_precision(dy.dtype, dy.device),
         UPCAST=upcast(dy),
         num_warps=tiling.warps,

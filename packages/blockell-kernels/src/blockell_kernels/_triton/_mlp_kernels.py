@@ -19,12 +19,20 @@ from blockell_kernels._triton._grad_input_kernels import column_of_rank
 
 @triton.jit
 def finish_part(
-    dh_desc, pre_desc, a_desc, sums_row, row, col, da, WIDTH: tl.constexpr, ACTIVATION: tl.constexpr
+    dh_desc,
+    pre_desc,
+    a_desc,
+    sums_row,
+    row,
+    col,
+    da,
+    WIDTH: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
 ):
     """From a tile of da: dh, a (unless a_desc is None), sums of dh (unless sums_row is None)."""
-    FAST: tl.constexpr = dh_desc.dtype.primitive_bitwidth == 16
     h = pre_desc.load([row, col]).to(tl.float32)
-    a, slope = activated_and_slope(h, ACTIVATION, FAST)
+    a, slope = activated_and_slope(h, ACTIVATION, ARITHMETIC)
     if a_desc is not None:
         a_desc.store([row, col], a.to(a_desc.dtype))
     dh = (da * slope).to(dh_desc.dtype)
@@ -56,6 +64,7 @@ def grad_input_activated(
     STORE_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,  # 0: one tile per program; else a persistent grid of that size
     ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,  # of the activation
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
@@ -87,10 +96,16 @@ def grad_input_activated(
         if sums_ptr is not None:
             sums_row = sums_ptr + pm.to(tl.int64) * in_features
         if STORE_PARTS == 1:
-            finish_part(dh_desc, pre_desc, a_desc, sums_row, row, col, acc, BN, ACTIVATION)
+            finish_part(
+                dh_desc, pre_desc, a_desc, sums_row, row, col, acc, BN, ACTIVATION, ARITHMETIC
+            )
         else:
             HALF: tl.constexpr = BN // 2
             left, right = acc.reshape(BM, 2, HALF).permute(0, 2, 1).split()
-            finish_part(dh_desc, pre_desc, a_desc, sums_row, row, col, left, HALF, ACTIVATION)
+            finish_part(
+                dh_desc, pre_desc, a_desc, sums_row, row, col, left, HALF, ACTIVATION, ARITHMETIC
+            )
             col += HALF
-            finish_part(dh_desc, pre_desc, a_desc, sums_row, row, col, right, HALF, ACTIVATION)
+            finish_part(
+                dh_desc, pre_desc, a_desc, sums_row, row, col, right, HALF, ACTIVATION, ARITHMETIC
+            )
