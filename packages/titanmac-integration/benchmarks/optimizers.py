@@ -194,11 +194,10 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Mean and standard deviation over the evaluation seeds, as Markdown."""
     best = best_rates(rows)
     lines = [
-        "| task | method | lr | held-out loss, nats | measure | time of a step, AdamW = 1 |",
-        "|---|---|---|---|---|---|",
+        "| task | method | lr | held-out loss, nats | measure |",
+        "|---|---|---|---|---|",
     ]
     for name in TASKS:
-        plain = 0.0
         for method in METHODS:
             found = [
                 r
@@ -209,16 +208,12 @@ def table(rows: list[dict[str, Any]]) -> str:
             ]
             if not found:
                 continue
-            seconds = statistics.median(r["seconds"] for r in found)
-            plain = plain or seconds
             cells = [
                 f"{statistics.fmean(v):.4f} ± {statistics.pstdev(v):.4f}"
                 for v in ([r[k] for r in found] for k in ("held_out_loss", "measure"))
             ]
             lr = best[method, name]
-            lines.append(
-                f"| {name} | {method} | {lr:g} | {' | '.join(cells)} | {seconds / plain:.2f} |"
-            )
+            lines.append(f"| {name} | {method} | {lr:g} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
