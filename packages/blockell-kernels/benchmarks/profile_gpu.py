@@ -19,8 +19,8 @@ from blockell_kernels._backends import DIRECTIONS, get_backend
 from blockell_kernels._triton import _mlp
 
 METRICS = {
-    "gpu__time_duration.sum": "us",
-    "sm__inst_executed_pipe_tensor_op_hmma.avg.pct_of_peak_sustained_active": "tensor %",
+    "gpu__time_duration.sum": "ns",
+    "sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed": "tensor %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "SM %",
     "lts__throughput.avg.pct_of_peak_sustained_elapsed": "L2 %",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "DRAM %",
