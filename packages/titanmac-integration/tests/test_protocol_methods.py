@@ -221,6 +221,22 @@ def test_frozen_blocks_stay_and_others_grow(
         assert layer.values.detach()[:, before.shape[1] :].abs().sum() > 0
 
 
+def test_fine_tuning_uses_capacity_that_was_left_free(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    densities: list[float] = []
+    ended = METHODS["fine-tuning"].on_fit_end
+
+    def spy(self: Any, trainer: Any, report: Any) -> None:
+        densities.extend(layer.density for layer in sparse_layers(trainer.model).values())
+        ended(self, trainer, report)
+
+    monkeypatch.setattr(METHODS["fine-tuning"], "on_fit_end", spy)
+    cell(setting, "fine-tuning", "spare")
+    assert densities
+    assert set(densities) == {0.5}
+
+
 def test_a_strict_guard_keeps_what_plain_training_loses(setting: Setting) -> None:
     longer = setting.changed(steps=(4, 12))
     plain = cell(longer, "fine-tuning", "sparse")["nats"]

@@ -27,7 +27,7 @@ class Sampling(NamedTuple):
 
 
 class Method(TrainerCallback):
-    """Plain fine-tuning; base of all methods.
+    """Base of all methods: does nothing.
 
     Between two tasks :meth:`remember` is called, the only moment at which the old task's data may
     be seen (methods that break this rule say so). While the next task is trained, the trainer's
@@ -38,8 +38,8 @@ class Method(TrainerCallback):
         dial: strength of the method; None takes ``default_dial``.
     """
 
-    name = "fine-tuning"
-    dial_name = "lr"
+    name = ""
+    dial_name = ""
     """What the dial is."""
     default_dial: float | None = None
     dials: tuple[float, ...] = ()
@@ -103,24 +103,6 @@ class FirstTask(Method):
     def __init__(self, *, swaps: bool) -> None:
         super().__init__()
         self.swaps = swaps
-
-
-class FineTuning(Method):
-    """Nothing is done; the dial is the learning rate."""
-
-    dials: tuple[float, ...] = (1e-3, 2e-3, 3e-3, 5e-3)
-
-    @property
-    def learning_rate(self) -> float | None:
-        return self.dial
-
-
-class LowRate(FineTuning):
-    """Fine-tuning at learning rates so low that little is forgotten, and little learned."""
-
-    name = "low-rate"
-    dials = (1e-6, 3e-6, 1e-5, 3e-5, 1e-4, 3e-4)
-    default_dial = 3e-5
 
 
 def task_batches(

@@ -15,7 +15,8 @@ from ._ablations import (
 )
 from ._anchored import EWC, L2
 from ._kronecker import KroneckerEWC
-from ._method import FineTuning, LowRate, Method
+from ._method import Method
+from ._plain import FineTuning, LowRate
 from ._projection import DenseProjection, GrowingProjection, Projection
 from ._rehearsal import Joint, RealRehearsal, SelfRehearsal
 from ._topological import FreezeAndGrow, RigL

@@ -19,8 +19,8 @@ from titanmac_integration._training import PhaseReport, Trainer
 
 from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
+from ._plain import density_after
 from ._score import RetentionTask
-from ._topological import density_after
 
 
 class Projection(Method):

@@ -7,10 +7,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from cms_topology import CMSBlockLinear, ScoringConfig, sparse_layers
+from cms_topology import ScoringConfig, sparse_layers
 from titanmac_integration._training import Trainer
 
 from ._method import Method, Sampling
+from ._plain import grow_at_random
 from ._score import RetentionTask
 
 
@@ -39,11 +40,10 @@ class FreezeAndGrow(Method):
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
         self._frozen = []
-        generator = torch.Generator().manual_seed(trainer.config.seed)
         for layer in sparse_layers(trainer.model).values():
             old = layer.values.detach()[:, : layer.num_live].clone()
             self._frozen.append((layer.values, old))
-            layer.grow(density_after(layer, self._task, self._n_tasks), generator)
+        grow_at_random(trainer, self._task, self._n_tasks)
 
     @torch.no_grad()
     def on_step(self, trainer: Trainer, step: int) -> None:
@@ -76,12 +76,3 @@ class RigL(Method):
                 max_row_swap_frac=1.0,
                 birth="zeros",
             )
-
-
-def density_after(layer: CMSBlockLinear, task: int, n_tasks: int) -> float:
-    """Density that a layer grows to for task number ``task`` (from 1), all spare used by the last.
-
-    Spare capacity is shared out evenly over the tasks that are still to come.
-    """
-    spare = layer.K - layer.num_live
-    return (layer.num_live + round(spare / max(1, n_tasks - task))) / layer.C
