@@ -53,7 +53,9 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def remember(model: nn.Module) -> Consolidation:
-    return consolidate(model, [tokens(s, old=True) for s in range(4)], "a", loss_fn=loss_of)
+    return consolidate(
+        model, [tokens(s, old=True) for s in range(4)], "a", loss_fn=loss_of, sensitivity_batches=1
+    )
 
 
 def adam(model: nn.Module) -> torch.optim.Optimizer:
