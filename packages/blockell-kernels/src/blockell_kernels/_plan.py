@@ -9,6 +9,7 @@ methods are the operator's forward and backward over checked operands.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,10 +25,12 @@ from blockell_kernels._backends import (
     select,
     warn_refused,
 )
-from blockell_kernels._dense import DenseBackend
+from blockell_kernels._dense import WHOLE_GRADIENT_BYTES, DenseBackend
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
+MIN_FORKED, MAX_FORKED = 2**20, 2**24
+"""Elements of input and output between which both gradients fit on a GPU at a time, and gain."""
 KEPT_DENSITY = 2 / 3
 """Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
@@ -71,6 +74,8 @@ class Plan:
     grad_values_backend: Backend
     keeps: bool
     """Whether forward and grad_input share one dense copy of the weight."""
+    forks: bool
+    """Whether both gradients are computed at a time where a CUDA graph is captured."""
     requested: str
     refused: tuple[Choice, ...]
     """Choices that are not what was asked for."""
@@ -133,49 +138,95 @@ class Plan:
                 any more when the gradient of the values is computed.
         """
         need_input, need_values, need_bias = needs
-        shape, given, dtype = dy.shape, dy.dtype, self.dtype
         dy2d = dy if dy.ndim == 2 else dy.reshape(self.N, self.R * self.B)
-        if given is not dtype:
-            dy2d = dy2d.to(dtype)
+        if dy.dtype is not self.dtype:
+            dy2d = dy2d.to(self.dtype)
         if not dy2d.is_contiguous():
             dy2d = dy2d.contiguous()
-        dx = dvalues = dbias = dprobe = None
-        if need_input:
-            assert values is not None
-            backend = self.grad_input_backend
-            if weight is not None and weight[0] is not None:
-                assert isinstance(backend, DenseBackend)
-                dx = backend.grad_input_by(weight[0], dy2d)
-                weight[0] = None
-            else:
-                dx = backend.grad_input(
-                    dy2d, values if values.dtype is dtype else values.to(dtype), pattern
-                )
-            if given is not dtype:
-                dx = dx.to(given)
-            if len(shape) != 2:
-                dx = dx.view(*shape[:-1], self.C * self.B)
-        if need_values or sample != "none":
-            assert x is not None
-            x2d = x if x.ndim == 2 else x.reshape(self.N, self.C * self.B)
-            if x2d.dtype is not dtype:
-                x2d = x2d.to(dtype)
-            backend, norms_sq = self.grad_values_backend, None
-            if sample == "gradient" and need_values:
-                dvalues, norms_sq = backend.grad_values_and_norms(dy2d, x2d, pattern)
-            elif sample == "gradient":
-                norms_sq = backend.block_grad_norms(dy2d, x2d, self.B)
-            elif need_values:
-                dvalues = backend.grad_values(dy2d, x2d, pattern)
-            if dvalues is not None and given is not dtype:
-                dvalues = dvalues.to(given)
-            if sample != "none":
-                dprobe = probe_gradient(dy2d, x2d, self.C, self.B, norms_sq)
-        if need_bias:
-            dbias = dy2d.sum(0)
-            if given is not dtype:
-                dbias = dbias.to(given)
+        if self.forks and need_input and need_values and torch.cuda.is_current_stream_capturing():
+            return self._backward_forked(dy, dy2d, x, values, pattern, needs, sample, weight)
+        dx = self._grad_input(dy, dy2d, values, pattern, weight) if need_input else None
+        dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, need_values, sample)
+        dbias = dy2d.sum(0).to(dy.dtype) if need_bias else None
         return dx, dvalues, dbias, dprobe
+
+    def _backward_forked(
+        self,
+        dy: Tensor,
+        dy2d: Tensor,
+        x: Tensor | None,
+        values: Tensor | None,
+        pattern: Pattern,
+        needs: tuple[bool, bool, bool],
+        sample: str,
+        weight: list[Tensor | None] | None,
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+        """`backward` as two branches of a CUDA graph: neither gradient alone fills the GPU."""
+        here, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, True, sample)
+        dx = self._grad_input(dy, dy2d, values, pattern, weight)
+        dbias = dy2d.sum(0).to(dy.dtype) if needs[2] else None
+        here.wait_stream(side)
+        return dx, dvalues, dbias, dprobe
+
+    def _grad_input(
+        self,
+        dy: Tensor,
+        dy2d: Tensor,
+        values: Tensor | None,
+        pattern: Pattern,
+        weight: list[Tensor | None] | None,
+    ) -> Tensor:
+        """dx, of the shape and dtype that dy's say."""
+        assert values is not None
+        backend = self.grad_input_backend
+        if weight is not None and weight[0] is not None:
+            assert isinstance(backend, DenseBackend)
+            dx = backend.grad_input_by(weight[0], dy2d)
+            weight[0] = None
+        else:
+            if values.dtype is not self.dtype:
+                values = values.to(self.dtype)
+            dx = backend.grad_input(dy2d, values, pattern)
+        if dy.dtype is not self.dtype:
+            dx = dx.to(dy.dtype)
+        return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], self.C * self.B)
+
+    def _grad_values(
+        self,
+        dy: Tensor,
+        dy2d: Tensor,
+        x: Tensor | None,
+        pattern: Pattern,
+        need_values: bool,
+        sample: str,
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """(dvalues, dprobe); None where not needed."""
+        if not need_values and sample == "none":
+            return None, None
+        assert x is not None
+        x2d = x if x.ndim == 2 else x.reshape(self.N, self.C * self.B)
+        if x2d.dtype is not self.dtype:
+            x2d = x2d.to(self.dtype)
+        backend, dvalues, norms_sq = self.grad_values_backend, None, None
+        if sample == "gradient" and need_values:
+            dvalues, norms_sq = backend.grad_values_and_norms(dy2d, x2d, pattern)
+        elif sample == "gradient":
+            norms_sq = backend.block_grad_norms(dy2d, x2d, self.B)
+        elif need_values:
+            dvalues = backend.grad_values(dy2d, x2d, pattern)
+        if dvalues is not None and dy.dtype is not self.dtype:
+            dvalues = dvalues.to(dy.dtype)
+        if sample == "none":
+            return dvalues, None
+        return dvalues, probe_gradient(dy2d, x2d, self.C, self.B, norms_sq)
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    return torch.cuda.Stream(device)
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}
@@ -222,9 +273,11 @@ def _make(
         and device.type == "cuda"
         and not KEPT_DENSITY < case.density < PROMISED_DENSITY
     )
+    small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES  # two dense ones may be in memory
+    forks = device.type == "cuda" and small and MIN_FORKED <= N * (R + C) * B <= MAX_FORKED
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
     return Plan(
-        N, R, C, B, row_group, num_live, dtype, forward, grad_input, grad_values, keeps,
+        N, R, C, B, row_group, num_live, dtype, forward, grad_input, grad_values, keeps, forks,
         requested, refused,
     )  # fmt: skip

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from blockell_kernels import _dense, _plan, block_ell_linear, explain
+from blockell_kernels import _dense, _plan, block_ell_linear, explain, probe_size
 
 FREE = {"B": 16, "R": 8, "C": 6, "K": 3, "N": 70}
 
@@ -220,3 +220,42 @@ def test_explain_says_where_an_answer_comes_from(make_problem):
     problem = make_problem(B=64, R=8, C=8, K=4, N=2048)
     said = explain(problem.x, problem.values, problem.pattern.col_indices)
     assert "measured on" in said.forward.why
+
+
+@pytest.mark.parametrize("backend", ["dense", "triton"])
+@pytest.mark.parametrize("sample", ["none", "gradient"])
+def test_a_captured_step_computes_both_gradients_at_a_time(
+    make_problem, monkeypatch, backend, sample
+):
+    """Two branches of the graph, the same bits, replayed on new data."""
+    monkeypatch.setattr(_plan, "MIN_FORKED", 0)
+    monkeypatch.setattr(_plan, "_plans", {})
+    problem = make_problem(B=16, R=8, C=6, K=3, N=200, dtype=torch.bfloat16)
+    x, values, bias = leaves(problem)
+    probe = torch.zeros(probe_size(8, 6), device="cuda", requires_grad=True)
+    forked = []
+    original = _plan.Plan._backward_forked
+    monkeypatch.setattr(_plan.Plan, "_backward_forked", lambda *a: forked.append(1) or original(*a))
+
+    def step():
+        y = call(problem, x, values, bias, backend=backend, probe=probe, sample=sample)
+        inputs = [x, values, bias] + ([probe] if sample != "none" else [])
+        return torch.autograd.grad(y, inputs, problem.dy)
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        assert not forked
+        with torch.cuda.graph(graph, stream=side):
+            got = step()
+    assert forked
+    for seed in (1, 2):
+        other = make_problem(B=16, R=8, C=6, K=3, N=200, dtype=torch.bfloat16, seed=seed)
+        with torch.no_grad():
+            x.copy_(other.x)
+            problem.dy.copy_(other.dy)
+        graph.replay()
+        torch.cuda.synchronize()
+        for a, b in zip(got, step(), strict=True):
+            assert torch.equal(a, b)
