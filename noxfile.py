@@ -205,7 +205,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session(default=False)
 def demo(session: nox.Session) -> None:
-    """The main job: arithmetic, then prose, with a topology that changes. About 4 minutes."""
+    """The main job: arithmetic, then prose, remembering it or not. A few minutes."""
     install(session, "titanmac-integration", "blockell-dashboard")
     out = free_name(Path("runs/demo"))
     session.run("titanmac", "continual", "--preset", "demo", "--out", str(out), *session.posargs)

@@ -29,7 +29,7 @@ from titanmac_integration._training_config import TrainingConfig
 from .flags import _add_fields, resolve_device
 from .session import show_progress
 
-DEFAULT_METHODS = ("ours-grown", "fine-tuning")
+DEFAULT_METHODS = ("ours-grown", "fine-tuning@spare")
 
 
 def add_parser(commands: Any) -> None:

@@ -150,14 +150,14 @@ SETTINGS = {
         ),
         _setting(
             "small",
-            {"d_model": 512, "n_heads": 8, "n_layers": 6, "d_ff": 2048},
+            {"d_model": 512, "n_heads": 8, "n_layers": 7, "d_ff": 2048},
             {"d_model": 368, "n_heads": 8, "d_ff": 1472},
             {},
             tasks=("arithmetic", "prose"),
-            steps=(2000, 4000),
+            steps=(2000, 3000),
             lr=(1e-3, 2e-3),
-            batch_size=(128, 64),
+            batch_size=(64,),
         ),
     )
 }
-"""The sizes by name: for a CPU in minutes, the larger pilot (a GPU), and 19 million weights."""
+"""The sizes by name: for a CPU in minutes, the larger pilot (a GPU), and 11 million weights."""
