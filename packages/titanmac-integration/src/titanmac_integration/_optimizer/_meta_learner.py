@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from ._controller import ControllerState
@@ -77,15 +78,29 @@ class MetaLearner:
         slopes = torch.autograd.grad(loss, self._weights, allow_unused=True)
         for weight, slope in zip(self._weights, slopes, strict=True):
             weight.grad = torch.zeros_like(weight) if slope is None else slope
+        self._average_over_ranks()
         norms = {
             name: float(torch.stack([w.grad.norm() for w in net if w.grad is not None]).norm())
             for name, net in self.networks.items()
         }
-        # an unrolled step may overflow; the networks shall not suffer for it
-        if bool(torch.isfinite(loss)) and all(norm < float("inf") for norm in norms.values()):
+        # an unrolled step may overflow; the networks shall not suffer for it, on any rank
+        if all(norm < float("inf") for norm in norms.values()):
             self._adam.step()
         self._adam.zero_grad()
         return MetaReport(float(loss.detach()), len(train_batches), norms)
+
+    def _average_over_ranks(self) -> None:
+        """Each process has its own batches; the networks have to stay the same on all."""
+        if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+            return
+        gradients = [weight.grad for weight in self._weights if weight.grad is not None]
+        together = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(together)
+        together /= dist.get_world_size()
+        for gradient, part in zip(
+            gradients, together.split([g.numel() for g in gradients]), strict=True
+        ):
+            gradient.copy_(part.view_as(gradient))
 
     def state_dict(self) -> list[dict[str, Tensor]]:
         """Adam's state, weight by weight; empty mappings before the first update."""

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.parallel import DistributedDataParallel
 
 from cms_topology import CMSBlockLinear
 
@@ -82,6 +83,8 @@ def unrolled_loss(
     """
     model = optimizer.model
     assert model is not None
+    if isinstance(model, DistributedDataParallel):
+        model = model.module  # its reducer would wait for gradients that never come
     wrapped = _Loss(model, loss_fn or default_loss)
     buffers = {name: buffer.clone() for name, buffer in wrapped.named_buffers()}
     particles = _particles(optimizer, wrapped)
