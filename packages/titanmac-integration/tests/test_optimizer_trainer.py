@@ -36,7 +36,9 @@ OPTIONS: dict[str, Callable[[], dict[str, Any]]] = {
 }
 
 
-def make(config: TitanMACConfig, option: str | None, **arguments: Any) -> Trainer:
+def make(
+    config: TitanMACConfig, option: str | None, fused: bool | None = None, **arguments: Any
+) -> Trainer:
     settings = TrainingConfig(
         batch_size=6, seq_len=32, lr=1e-2, warmup_steps=5, level_periods=PERIODS, seed=3
     )
@@ -48,6 +50,7 @@ def make(config: TitanMACConfig, option: str | None, **arguments: Any) -> Traine
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
+            fused=fused,
             **({} if option == "parameters" else {**OPTIONS[option](), "topology": {"seed": 3}}),
         )
     return Trainer(model, settings, optimizer=optimizer, **arguments)
@@ -57,7 +60,8 @@ def make(config: TitanMACConfig, option: str | None, **arguments: Any) -> Traine
 def test_the_trainer_does_the_same_with_it_as_with_adamw(tiny_config: Make, option: str) -> None:
     """Bit for bit, whether the optimizer drives the topology or the trainer does."""
     config = tiny_config(use_block_sparse=True)
-    trainers = [make(config, None), make(config, option)]
+    plain = make(config, None)
+    trainers = [plain, make(config, option, fused=plain.optimizer.defaults["fused"])]
     reports = [trainer.fit(ProseTask(TEXT), 22) for trainer in trainers]
     assert reports[0].swap_rates == reports[1].swap_rates
     assert len(reports[0].swap_rates) == 2
