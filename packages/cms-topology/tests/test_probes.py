@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -169,9 +170,13 @@ def test_divergence_is_the_textbook_one_and_never_larger_when_cut() -> None:
         log_target=True, reduction="batchmean",
     )  # fmt: skip
     whole = make_probes(Answers(), then, confidence=0.0)
-    torch.testing.assert_close(whole.divergence(now), expected, rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(whole.divergence(now, math.inf), expected, rtol=1e-5, atol=1e-8)
     cut = make_probes(Answers(), then, confidence=0.0, classes=3)
-    assert 0 < cut.divergence(now) < expected
+    assert 0 < cut.divergence(now, math.inf) < expected
+    assert 0 < whole.divergence(now) < math.log(2) < expected
+    lost = torch.where(now == now.amax(-1, keepdim=True), -50.0, now)
+    assert whole.divergence(lost, math.inf) > 5
+    assert float(whole.divergence(lost)) <= math.log(2) * (1 + 1e-9)
     few = make_probes(Answers(), then, confidence=0.0, max_answers=4)
     assert len(few.positions) == 4
     sure = make_probes(Answers(), then, confidence=0.4)

@@ -5,6 +5,7 @@ Legend: P probes, T positions of a probe, V classes, N answers kept, k classes k
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
 from cms_topology._retention._capture import undisturbed
+
+LOST_NATS = math.log(2)
 
 LogitsFn = Callable[[nn.Module, Tensor], Tensor]
 Sampler = Callable[[nn.Module, torch.Generator], Tensor]
@@ -47,21 +50,24 @@ class Probes:
         return Probes(**{name: tensor.to(device) for name, tensor in self.tensors().items()})
 
     @torch.no_grad()
-    def divergence(self, logits: Tensor) -> Tensor:
-        """Mean KL(then || now) in nats over the kept answers, float64 0-d.
+    def divergence(self, logits: Tensor, limit: float = LOST_NATS) -> Tensor:
+        """Mean over the kept answers of min(KL(then || now), limit) in nats, float64 0-d.
 
         Classes that were not kept count together as one, which bounds the divergence from below
         (data processing inequality).
 
         Args:
             logits: [..., V] of all `inputs`, now.
+            limit: what a lost answer counts. A certain answer whose probability has fallen to one
+                half has a divergence of log 2; without a limit a handful of answers, each lost by
+                many nats, would speak for all.
         """
         now = logits.flatten(0, -2)[self.positions].double().log_softmax(-1)
         now = now.gather(1, self.classes)
         then = self.log_probs.double()
         inside = (then.exp() * (then - now)).sum(1)
         p, q = ((1 - t.exp().sum(1)).clamp(min=1e-12) for t in (then, now))
-        return (inside + p * (p / q).log()).mean()
+        return (inside + p * (p / q).log()).clamp(max=limit).mean()
 
 
 def default_logits(model: nn.Module, inputs: Tensor) -> Tensor:
