@@ -13,6 +13,7 @@ from titanmac_integration._protocol import _anchored, _kronecker
 from titanmac_integration._protocol._cell import learn_first, run_cell
 from titanmac_integration._protocol._method import Sampling
 from titanmac_integration._protocol._methods import METHODS, Asked
+from titanmac_integration._protocol._overlap import block_overlap, usage_of, weights_of
 from titanmac_integration._protocol._problems import additions, reversals
 from titanmac_integration._protocol._settings import SETTINGS, Setting
 
@@ -269,3 +270,30 @@ def test_settings_are_checked() -> None:
             sizes[arch] = model.num_parameters
         assert sizes["sparse"] == sizes["spare"] < sizes["dense"]
         assert sizes["narrow"] == pytest.approx(sizes["sparse"], rel=0.06), setting.name
+
+
+def test_overlap_of_blocks() -> None:
+    config = SETTINGS["demo"].changed(changes={"n_layers": 1}).config("sparse")
+    model = create_titanmac_model(config, seed=0)
+    layers = sparse_layers(model)
+    generator = torch.Generator().manual_seed(0)
+    usage = {n: torch.rand(x.R, x.C, generator=generator) for n, x in layers.items()}
+    before = weights_of(model)
+    same = block_overlap(model, usage, usage, before)
+    assert same["used"] == 1.0
+    assert same["used_shuffled"] < 0.6
+    assert same["chance"] == pytest.approx(1 / 3)
+    opposite = {name: -value for name, value in usage.items()}
+    assert block_overlap(model, usage, opposite, before)["used"] == 0.0
+    with torch.no_grad():  # change the blocks that are used most
+        for name, layer in layers.items():
+            used = usage[name].gather(1, layer.col_indices[:, : layer.num_live].long())
+            layer.values[:, : layer.num_live] += used[:, :, None, None]
+    assert block_overlap(model, usage, opposite, before)["changed"] == 1.0
+
+
+def test_usage_is_measured_per_block(model: TitanMAC) -> None:
+    usage = usage_of(model, additions(seq_len=40), sampling())
+    for name, layer in sparse_layers(model).items():
+        assert usage[name].shape == (layer.R, layer.C)
+        assert (usage[name] > 0).any()

@@ -18,6 +18,7 @@ from titanmac_integration._training import NonFiniteLossError
 
 from ._method import FirstTask, Method, Sampling
 from ._methods import METHODS, Asked
+from ._overlap import block_overlap, usage_of, weights_of
 from ._phase import Phase, Scores, score_all, train_phase
 from ._recording import Recording
 from ._records import record_id
@@ -95,6 +96,7 @@ def run_cell(
     moments = [start.untrained, start.learned]
     phases: list[Phase] = []
     failed = None
+    watch = _Overlap(setting, tasks, model, start)
     try:
         for number in range(1, len(tasks)):
             _remember(method, model, setting, tasks, number - 1, start)
@@ -133,8 +135,33 @@ def run_cell(
         "first_task_seconds": start.seconds,
         "parameters": model.num_parameters,
         "method_metrics": method.metrics(),
+        "overlap": None if failed else watch.measure(model),
         **_where(device),
     }
+
+
+class _Overlap:
+    """Remembers what the first task uses, to compare with the second."""
+
+    def __init__(
+        self, setting: Setting, tasks: list[RetentionTask], model: TitanMAC, start: Start
+    ) -> None:
+        self._task = tasks[1]
+        self._sampling = Sampling(
+            setting.batch_size[1], setting.seq_len, stream(start.seed, "overlap")
+        )
+        self._before = weights_of(model)
+        if self._before and "usage" not in start.kept:
+            first = self._sampling._replace(batch_size=setting.batch_size[0])
+            start.kept["usage"] = [usage_of(model, tasks[0], first)]
+        self._first = start.kept.get("usage", [None])[0]
+
+    def measure(self, model: TitanMAC) -> dict[str, Any] | None:
+        """None for a dense model."""
+        if not self._before:
+            return None
+        second = usage_of(model, self._task, self._sampling)
+        return block_overlap(model, self._first, second, self._before)
 
 
 def _remember(
