@@ -304,6 +304,17 @@ def test_step_hooks_run_once_around_the_update() -> None:
     assert torch.equal(calls[1], model[0].weight)
 
 
+def test_two_optimizers_made_with_one_cms_count_apart() -> None:
+    shared, nets = cms(), [make_net(), make_net()]
+    optimizers = [DeepNestedOptimizer(model, lr=0.02, cms=shared) for model in nets]
+    for step in range(6):
+        for model, optimizer in zip(nets, optimizers, strict=True):
+            train(model, optimizer, range(step, step + 1))
+    assert_same(*nets)
+    assert [optimizer.global_step for optimizer in optimizers] == [6, 6]
+    assert shared.global_step == 0
+
+
 def test_groups_may_name_their_level() -> None:
     model = make_net()
     groups = [{"params": model[0].parameters()}, {"params": model[2].parameters(), "level": 1}]

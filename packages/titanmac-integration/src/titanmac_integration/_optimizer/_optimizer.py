@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -99,7 +100,8 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         spikes: LossSpikeDetector | None = None,
         meta_lr: float = 1e-2,
     ) -> None:
-        self.cms = ContinuumMemorySystem() if cms is None else cms
+        self.cms = ContinuumMemorySystem() if cms is None else copy.copy(cms)
+        """Clock and levels: a copy of what was given, so that two optimizers count apart."""
         self.model = params_or_model if isinstance(params_or_model, nn.Module) else None
         groups = parameter_groups(params_or_model, self.cms, weight_decay)
         memory, control = nested_settings(
