@@ -205,6 +205,14 @@ def test_parts_of_the_loss(tiny_config: Make) -> None:
     assert output["memory_loss"] > 0
 
 
+@pytest.mark.parametrize(("variant", "depth"), CASES)
+def test_no_sequence_at_all(tiny_config: Make, variant: str, depth: int) -> None:
+    model = create_titanmac_model(memory_config(tiny_config, variant, depth, max_seq_len=300))
+    for length in (LONG, 300):
+        nothing = torch.zeros(0, length, dtype=torch.long)
+        assert model(nothing)["logits"].shape == (0, length, 256)
+
+
 def test_memory_in_some_layers_only(tiny_config: Make) -> None:
     model: TitanMAC = create_titanmac_model(memory_config(tiny_config, "MAC", memory_layers=(1,)))
     assert not hasattr(model.blocks[0], "memory")

@@ -140,7 +140,7 @@ def segment_attention(
     keys, values = (
         torch.cat(
             (
-                _repeat(x[:, :, :P], rows.shape[0]),
+                _repeat(x[:, :, :P], _count(tokens, size)),
                 _blocks(recalled, size),
                 _blocks(x[:, :, P:], size),
             ),
@@ -158,32 +158,35 @@ def segment_attention(
     return torch.cat((first, rest), dim=2)
 
 
+def _count(tokens: int, size: int) -> int:
+    return -(-tokens // size)
+
+
 def _blocks(x: Tensor, size: int) -> Tensor:
     """[S, H, T, D] -> [S n, H, size, D], the last block filled with zeros.
 
     Zeros stand behind the last token, where no token looks; their own rows are cut off again.
     """
-    padded = functional.pad(x, (0, 0, 0, -x.shape[2] % size))
-    return padded.unflatten(2, (-1, size)).transpose(1, 2).flatten(0, 1)
+    count = _count(x.shape[2], size)
+    padded = functional.pad(x, (0, 0, 0, count * size - x.shape[2]))
+    return padded.unflatten(2, (count, size)).transpose(1, 2).flatten(0, 1)
 
 
 def _unblock(x: Tensor, batch: int, tokens: int) -> Tensor:
     """The inverse of :func:`_blocks`."""
-    return x.unflatten(0, (batch, -1)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
+    count = _count(tokens, x.shape[2])
+    return x.unflatten(0, (batch, count)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
 
 
 def _with_block_before(x: Tensor, n_persistent: int, block: int) -> Tensor:
     """Keys of all blocks but the first: [S, H, P + T, D] -> [S (n - 1), H, P + 2 block, D]."""
     tokens = x[:, :, n_persistent:]
+    count = _count(tokens.shape[2] - block, block)
     own = _blocks(tokens[:, :, block:], block)
-    before = tokens[:, :, : own.shape[0] // x.shape[0] * block if x.shape[0] else 0]
-    return torch.cat(
-        (_repeat(x[:, :, :n_persistent], own.shape[0]), _blocks(before, block), own), dim=2
-    )
+    before = _blocks(tokens[:, :, : count * block], block)
+    return torch.cat((_repeat(x[:, :, :n_persistent], count), before, own), dim=2)
 
 
-def _repeat(x: Tensor, n: int) -> Tensor:
-    """[S, H, P, D] -> [n, H, P, D]: each sequence's persistent tokens for each of its blocks."""
-    batch = x.shape[0]
-    each = n // batch if batch else 1
-    return x[:, None].expand(batch, each, *x.shape[1:]).flatten(0, 1)
+def _repeat(x: Tensor, count: int) -> Tensor:
+    """[S, H, P, D] -> [S n, H, P, D]: each sequence's persistent tokens for each of its blocks."""
+    return x[:, None].expand(-1, count, -1, -1, -1).flatten(0, 1)

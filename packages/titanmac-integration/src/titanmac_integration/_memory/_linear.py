@@ -79,10 +79,13 @@ def _chunks(
     transition = _decay(kernel.keep, kernel.carry, kernel.decay, width) - writing @ bound
 
     starts = []
-    for factor, summand in zip(transition.unbind(2), gain.unbind(2), strict=True):
+    shape, state = state.shape, state.flatten(0, 1)
+    factors, summands = transition.flatten(0, 1).unbind(1), gain.flatten(0, 1).unbind(1)
+    for factor, summand in zip(factors, summands, strict=True):
         starts.append(state)
-        state = factor @ state + summand
-    at_start = torch.stack(starts, dim=2)
+        state = torch.baddbmm(summand, factor, state)
+    state = state.unflatten(0, shape[:2])
+    at_start = torch.stack(starts, dim=1).unflatten(0, shape[:2])
 
     errors = free - bound @ at_start
     answers = _both(query, kernel.keep, kernel.carry) @ at_start

@@ -137,9 +137,9 @@ class NeuralMemory(nn.Module):
         for i in range(TAPS - 1):
             mixed = torch.addcmul(mixed, flat[:, i : i + tokens], taps[:, i])
         heads = _at_least_single(functional.silu(mixed)).unflatten(-1, (3, self.heads, self.width))
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        query, key = functional.normalize(query, dim=-1), functional.normalize(key, dim=-1)
-        return query, key, value, flat[:, -(TAPS - 1) :]
+        both, value = heads.permute(2, 0, 3, 1, 4).split((2, 1))
+        query, key = functional.normalize(both, dim=-1).unbind(0)
+        return query, key, value[0], flat[:, -(TAPS - 1) :]
 
     def _learn(
         self,
