@@ -50,6 +50,8 @@ class ProjectionBatch:
         self.debt = torch.stack([state.debt for state in states])
         self.multiplier = torch.stack([state.multiplier for state in states])
         self.last_drift = torch.zeros_like(self.scale)
+        self._complete = self.vectors.shape[3] >= self.vectors.shape[2]
+        """No direction is outside of U."""
 
     def states(self) -> list[WeightState]:
         """What is known of each weight matrix now; views, not copies."""
@@ -105,27 +107,29 @@ class ProjectionBatch:
             update = now - self.reference
             # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-            kept = kept - self._coefficients(update) * _per_row(removed[:, :, :-1], C)
-            if self.vectors.shape[3] < self.vectors.shape[2]:  # there are directions outside of U
+            kept = C - self._coefficients(update) * _per_row(removed[:, :, :-1], C)
+            if not self._complete:
                 taken = update * _per_row(removed[:, :, -1:], C)
                 moved = moved - taken
                 C = self._coefficients(moved)
-        energy = _energy(kept, C, moved)
-        if budget is not None:
+        energy = self._energy(kept, C, moved)
+        if budget is None:
+            difference = kept - C
+        else:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
             allowed = budget * self.scale
             left = torch.maximum(allowed - self.debt, 0.01 * allowed)
             factor, self.multiplier = shrink(self.spectrum, energy, left, self.multiplier)
             energy = energy * factor.square()
-            outside = _per_row(factor[:, :, -1:], C)
-            kept = kept * _per_row(factor[:, :, :-1], C)
-            correction = self._back(kept - C * outside) + moved * (outside - 1)
-        else:
-            correction = self._back(kept - C)
-        if taken is not None:
-            correction = correction - taken
+            inside, outside = factor[:, :, :-1], factor[:, :, -1:]
+            if eps is None:
+                difference = C * _per_row(inside - outside, C)
+            else:
+                difference = kept * _per_row(inside, C) - C * _per_row(outside, C)
+            if not self._complete:
+                now = now + moved * _per_row(outside - 1, C)
         self.last_drift = (self.debt + drift(self.spectrum, energy)) / self.scale
-        self._write(now + correction)
+        self._write(self._plus_back(now if taken is None else now - taken, difference))
         if eps is not None:
             self.reference = self.read()
 
@@ -134,7 +138,7 @@ class ProjectionBatch:
         """Relative drift of the weights as they are, float64 [L]."""
         moved = self.read() - self.anchor
         C = self._coefficients(moved)
-        return (self.debt + drift(self.spectrum, _energy(C, C, moved))) / self.scale
+        return (self.debt + drift(self.spectrum, self._energy(C, C, moved))) / self.scale
 
     def _write(self, result: Tensor) -> None:
         for weight, units, anchor in zip(self.weights, result, self.anchor, strict=True):
@@ -146,25 +150,28 @@ class ProjectionBatch:
         """Along the leading directions: [L, G, m, n] -> [L, G, m, r]."""
         return torch.matmul(moved, self.vectors)
 
-    def _back(self, coefficients: Tensor) -> Tensor:
-        return torch.matmul(coefficients, self.vectors.mT)
+    def _plus_back(self, weights: Tensor, coefficients: Tensor) -> Tensor:
+        """The weights plus what has these coefficients along the leading directions."""
+        flat = (t.flatten(0, 1) for t in (weights, coefficients, self.vectors.mT))
+        return torch.baddbmm(*flat).view(weights.shape)
 
+    def _energy(self, kept: Tensor, C: Tensor, moved: Tensor) -> Tensor:
+        """Sum over the rows of the squares along each direction, and of all others together.
 
-def _energy(kept: Tensor, C: Tensor, moved: Tensor) -> Tensor:
-    """Sum over the rows of the squares along each direction, and of all others together.
+        Args:
+            kept: coefficients along the leading directions, [L, G, m, r].
+            C: what those of `moved` are, which tells how much of it is outside.
+            moved: [L, G, m, n].
 
-    Args:
-        kept: coefficients along the leading directions, [L, G, m, r].
-        C: what those of `moved` are, which tells how much of it is outside.
-        moved: [L, G, m, n].
-
-    Returns:
-        float64 [L, G, r + 1].
-    """
-    inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
-    outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
-    along = torch.linalg.vector_norm(kept, dim=2).double().square()
-    return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
+        Returns:
+            float64 [L, G, r + 1].
+        """
+        along = torch.linalg.vector_norm(kept, dim=2).double().square()
+        if self._complete:
+            return torch.cat((along, torch.zeros_like(along[:, :, :1])), 2)
+        inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
+        outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
+        return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
 
 
 def _per_row(factor: Tensor, like: Tensor) -> Tensor:
