@@ -185,8 +185,9 @@ def test_accumulation_computes_the_same_gradient(tiny_config: Make) -> None:
 def test_another_configuration_is_named(tiny_config: Make, tmp_path: Path) -> None:
     store = CheckpointStore(tmp_path)
     make = lambda **c: create_titanmac_model(tiny_config(**c))  # noqa: E731
-    Trainer(make(), training(), checkpoints=store).fit(ProseTask(TEXT), 2)
-    path = store.path()
+    options = {"checkpoints": store, "checkpoint_every": 2}
+    Trainer(make(), training(), **options).fit(ProseTask(TEXT), 4)
+    path = store.path(2)
     for trainer, message in (
         (Trainer(make(d_ff=128), training()), r"d_ff is 64 in the checkpoint and 128 here"),
         (Trainer(make(), training(lr=0.5)), r"lr is 0.01 in the checkpoint and 0.5 here"),
@@ -209,6 +210,9 @@ def test_another_configuration_is_named(tiny_config: Make, tmp_path: Path) -> No
         free.fit(ProseTask(TEXT), 1)
     free.load(path)
     assert free.fit(ProseTask(TEXT), 3).steps == 3
+    free.load(store.path(4))  # a task that is finished: the next may begin
+    assert free.fit(ArithmeticTask(), 2).task == "arithmetic"
+    assert free.step == 6
     sgd = Trainer(make(), training(), optimizer=torch.optim.SGD(make().parameters()))
     with pytest.raises(ValueError, match=r"parameter group 0 of the optimizer differs"):
         sgd.load(path)

@@ -4,12 +4,10 @@ import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from blockell_format.snapshots import SnapshotWriter
 from cms_topology import Logger, StepReport, TopologyManager
@@ -21,8 +19,13 @@ from ._tasks import Mixture, Task
 from ._training_callback import TrainerCallback
 from ._training_checkpoint import CheckpointStore, read_training_checkpoint
 from ._training_config import TrainingConfig
-from ._training_log import write_first_snapshot
-from ._training_optimizer import make_optimizer
+from ._training_log import (
+    evaluate_in_between,
+    log_progress,
+    progress_bar,
+    write_first_snapshot,
+)
+from ._training_optimizer import make_manager, make_optimizer
 from ._training_phase import Phase
 from ._training_processes import rank, sum_over_processes
 from ._training_report import PhaseReport, peak_memory_bytes
@@ -104,7 +107,8 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
         self._optimizer_drives = getattr(self.optimizer, "topology", None) is not None
-        self.manager: TopologyManager | None = self._make_manager()
+        self.manager: TopologyManager | None = make_manager(model, config, self.optimizer)
+        self._tell_manager()
         self.step = 0
         """Optimizer steps so far."""
         self._runner = StepRunner(model, config, self.device)
@@ -114,30 +118,13 @@ class Trainer:
         self._phase: Phase | None = None
         self._resumed: Mapping[str, Any] | None = None
 
-    def _make_manager(self) -> TopologyManager | None:
-        # without anybody to tell, a decision computes no metrics
-        logger = self._logger if self._logger.loggers else None
-        if self._optimizer_drives:
-            manager: TopologyManager = self.optimizer.topology  # type: ignore[attr-defined]
-            manager.writer, manager.logger = self.writer, logger
-            return manager
-        if not self.model.block_sparse_layers:
-            return None
-        return TopologyManager(
-            self.model,
-            self.optimizer,
-            periods=self.config.level_periods,
-            seed=self.config.seed,
-            writer=self.writer,
-            logger=logger,
-        )
-
     # -- training ------------------------------------------------------------------------------
 
     def fit(self, task: Task | Mixture, steps: int) -> PhaseReport:
         """Train for ``steps`` optimizer steps on batches of ``task``.
 
-        After :meth:`load` the first call continues where the checkpoint was taken.
+        After :meth:`load` the first call continues where the checkpoint was taken, or begins with
+        another task where the checkpoint had finished its own.
 
         Raises:
             NonFiniteLossError: ``max_nonfinite`` batches in a row had no finite loss.
@@ -147,11 +134,7 @@ class Trainer:
         """
         if steps < 1:
             raise ValueError(f"steps (={steps}) must be at least 1.")
-        window = self.config.log_every
-        if self._resumed is not None:
-            phase = Phase.resumed(self._resumed, task, steps, window)
-        else:
-            phase = Phase(task, steps, window)
+        phase = self._begin(task, steps)
         self._phase, self._resumed = phase, None
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -159,7 +142,7 @@ class Trainer:
         if self.step == 0:
             write_first_snapshot(self.manager, self.writer, self.device)
         self._call("on_fit_start", task, steps)
-        with self._bar(phase) as bar:
+        with progress_bar(self, phase) as bar:
             while phase.done < steps:
                 loss, tokens = self._one_step(task, phase.done, steps)
                 phase.count(loss, tokens)
@@ -176,14 +159,23 @@ class Trainer:
         self._call("on_fit_end", report)
         return report
 
+    def _begin(self, task: Task | Mixture, steps: int) -> Phase:
+        resumed, window = self._resumed, self.config.log_every
+        if resumed is None:
+            return Phase(task, steps, window)
+        finished = resumed["done"] == resumed["report"]["steps"]
+        if finished and resumed["report"]["task"] != task.name:
+            return Phase(task, steps, window)
+        return Phase.resumed(resumed, task, steps, window)
+
     def _after_step(self, phase: Phase, bar: Any) -> None:
         """Everything but learning: log, evaluate, save, stop."""
         config, finished = self.config, phase.done == phase.report.steps
         if self.step % config.log_every == 0 or finished:
-            self._log(phase, bar)
+            log_progress(self, phase, bar)
         bar.update()
         if config.eval_every and phase.done % config.eval_every == 0:
-            self._evaluate_in_between(phase)
+            evaluate_in_between(self, phase)
         due = self.checkpoint_every and self.step % self.checkpoint_every == 0
         if due or finished or self._stopping:
             self.save()
@@ -245,53 +237,22 @@ class Trainer:
     def record_into(self, writer: SnapshotWriter) -> None:
         """Record the run from now on, as with ``writer`` given from the beginning."""
         self.writer = writer
-        if self.manager is not None:
-            self.manager.writer = writer
         self.add_logger(writer)
 
     def add_logger(self, logger: Logger) -> None:
         """Another receiver of metrics, from now on."""
         self._logger.loggers = (*self._logger.loggers, logger)
+        self._tell_manager()
+
+    def _tell_manager(self) -> None:
         if self.manager is not None:
-            self.manager.logger = self._logger
+            self.manager.writer = self.writer
+            # without anybody to tell, a decision computes no metrics
+            self.manager.logger = self._logger if self._logger.loggers else None
 
     def log(self, metrics: Mapping[str, float]) -> None:
         """Hand metrics to ``writer`` and ``loggers``, at the present step."""
         self._logger.log(metrics, self.step)
-
-    def _log(self, phase: Phase, bar: Any) -> None:
-        loss, speed = fmean(phase.recent), phase.tokens_per_second()
-        shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
-        if self.manager is not None and self.manager.swap_rate is not None:
-            shown["swap"] = f"{self.manager.swap_rate:.1%}"
-        bar.set_postfix(shown, refresh=False)
-        report = phase.update_report()
-        metrics = {
-            "train/loss": loss,
-            "train/tokens_per_s": speed,
-            "train/lr": float(self.optimizer.param_groups[0]["lr"]),
-            "train/topology_frac": report.topology_frac,
-            "train/peak_memory_bytes": peak_memory_bytes(self.device),
-        }
-        self._logger.log(metrics, self.step)
-
-    def _evaluate_in_between(self, phase: Phase) -> None:
-        """Log the measure of every evaluation task, in process 0, if there is time for it."""
-        if rank() != 0 or not phase.watch.evaluation_fits(self.config.eval_max_frac):
-            return
-        with phase.watch.doing("evaluation"):
-            metrics = {f"eval/{t.name}/{t.metric}": t.evaluate(self.model) for t in self.eval_tasks}
-            self._logger.log(metrics, self.step)
-
-    def _bar(self, phase: Phase) -> Any:
-        return tqdm(
-            total=phase.report.steps,
-            initial=phase.done,
-            desc=f"{self.label} {phase.report.task}".strip(),
-            unit="step",
-            disable=not self.progress,
-            leave=True,
-        )
 
     # -- checkpoints ---------------------------------------------------------------------------
 
@@ -323,7 +284,7 @@ class Trainer:
         return self.checkpoints.save(self.step, self.model, state=state, info=info)
 
     def check_continues(self, task: Task | Mixture, steps: int) -> None:
-        """Raise ``ValueError`` where :meth:`fit` would refuse to continue what was loaded."""
+        """Raise ``ValueError`` unless ``task`` is what the loaded checkpoint was trained on."""
         if self._resumed is not None:
             Phase.resumed(self._resumed, task, steps, 1)
 

@@ -1,11 +1,20 @@
-"""The first snapshot of a run."""
+"""What a training shows and records while it runs."""
+
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
 
 import torch
+from tqdm import tqdm
 
 from blockell_format.snapshots import SnapshotWriter
 from cms_topology import TopologyManager
 
-from ._training_processes import gather_bytes
+from ._training_phase import Phase
+from ._training_processes import gather_bytes, rank
+from ._training_report import peak_memory_bytes
+
+if TYPE_CHECKING:
+    from ._training import Trainer
 
 
 def write_first_snapshot(
@@ -25,3 +34,41 @@ def write_first_snapshot(
         checksums={n: list(s) for n, s in zip(manager.layers, per_layer, strict=True)},
         swap_counts=dict.fromkeys(manager.layers, 0),
     )
+
+
+def progress_bar(trainer: "Trainer", phase: Phase) -> Any:
+    """A bar that begins where a resumed phase does; silent unless the trainer shows progress."""
+    return tqdm(
+        total=phase.report.steps,
+        initial=phase.done,
+        desc=f"{trainer.label} {phase.report.task}".strip(),
+        unit="step",
+        disable=not trainer.progress,
+        leave=True,
+    )
+
+
+def log_progress(trainer: "Trainer", phase: Phase, bar: Any) -> None:
+    """Loss, speed, learning rate, share of topology work, memory."""
+    loss, speed = fmean(phase.recent), phase.tokens_per_second()
+    shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
+    if trainer.manager is not None and trainer.manager.swap_rate is not None:
+        shown["swap"] = f"{trainer.manager.swap_rate:.1%}"
+    bar.set_postfix(shown, refresh=False)
+    metrics = {
+        "train/loss": loss,
+        "train/tokens_per_s": speed,
+        "train/lr": float(trainer.optimizer.param_groups[0]["lr"]),
+        "train/topology_frac": phase.update_report().topology_frac,
+        "train/peak_memory_bytes": peak_memory_bytes(trainer.device),
+    }
+    trainer.log(metrics)
+
+
+def evaluate_in_between(trainer: "Trainer", phase: Phase) -> None:
+    """Log the measure of every evaluation task, in process 0, if there is time for it."""
+    if rank() != 0 or not phase.watch.evaluation_fits(trainer.config.eval_max_frac):
+        return
+    with phase.watch.doing("evaluation"):
+        tasks = trainer.eval_tasks
+        trainer.log({f"eval/{t.name}/{t.metric}": t.evaluate(trainer.model) for t in tasks})

@@ -1,7 +1,9 @@
-"""The optimizer that the settings ask for."""
+"""The optimizer that the settings ask for, and the manager of the topology."""
 
 import torch
 from torch import nn
+
+from cms_topology import TopologyManager, sparse_layers
 
 from ._cms import ContinuumMemorySystem
 from ._optimizer import DeepNestedOptimizer
@@ -35,3 +37,13 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         controller=config.lr_controller,
         topology={"seed": config.seed} if getattr(model, "block_sparse_layers", None) else True,
     )
+
+
+def make_manager(
+    model: nn.Module, config: TrainingConfig, optimizer: torch.optim.Optimizer
+) -> TopologyManager | None:
+    """The one that ``optimizer`` drives, else a new one; None for a dense model."""
+    driven: TopologyManager | None = getattr(optimizer, "topology", None)
+    if driven is not None or not sparse_layers(model):
+        return driven
+    return TopologyManager(model, optimizer, periods=config.level_periods, seed=config.seed)
