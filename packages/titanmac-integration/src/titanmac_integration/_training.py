@@ -27,7 +27,7 @@ from ._training_log import (
 )
 from ._training_optimizer import make_manager, make_optimizer
 from ._training_phase import Phase
-from ._training_processes import rank, sum_over_processes
+from ._training_processes import rank, sum_over_processes, world_size
 from ._training_report import PhaseReport, peak_memory_bytes
 from ._training_state import load_trainer_state, trainer_state
 from ._training_step import StepRunner
@@ -214,6 +214,9 @@ class Trainer:
 
     def _agree(self, loss: Tensor) -> Tensor:
         """The sum of the processes' shares of the loss; on the way, whether one wants to stop."""
+        if world_size() == 1:
+            self._stopping = self.stop()
+            return loss
         shares = torch.stack((loss, loss.new_tensor(float(self.stop()))))
         total = sum_over_processes(shares)
         self._stopping = bool(total[1] > 0)
