@@ -30,9 +30,9 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation (={activation!r}) must be one of {', '.join(ACTIVATIONS)}.")
 
 
-def _kernels(t: Tensor, contiguous: bool = True) -> ModuleType | None:
+def _kernels(t: Tensor) -> ModuleType | None:
     """The Triton kernels for `t`, or None: not on a GPU, no Triton, a dtype they do not take."""
-    if not t.is_cuda or t.dtype not in _DTYPES or (contiguous and not t.is_contiguous()):
+    if not t.is_cuda or t.dtype not in _DTYPES or not t.is_contiguous():
         return None
     try:
         from blockell_kernels._triton import _activate
@@ -86,7 +86,5 @@ def gradient_and_activation(
 
 def sum_over_tokens(t: Tensor) -> Tensor:
     """[width]: the sum of t [N, width] over its rows, added up in float32 at least."""
-    if t.stride(-1) == 1 and (kernels := _kernels(t, contiguous=False)):
-        total: Tensor = kernels.sum_over_tokens(t)
-        return total.to(t.dtype)
-    return wide(t).sum(0).to(t.dtype)
+    # torch adds 16-bit numbers up in float32, but on the CPU slowly
+    return t.sum(0) if t.is_cuda else wide(t).sum(0).to(t.dtype)

@@ -54,16 +54,12 @@ def test_values_and_slopes(error, name, dtype):
     assert error(a[small], activate(h64[small.cpu()], name)) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize("N", [0, 1, 33, 1000])
+@pytest.mark.parametrize("N", [0, 1, 33, 200])
 @pytest.mark.parametrize("width", [8, 200])
-def test_sums_over_tokens(error, N, width):
+def test_sums_of_gradients_over_tokens(error, N, width):
     for dtype in (FP32, BF16):
         t = torch.randn(N, width).to(dtype)
         t = t.cuda() if CUDA else t
-        want = t.cpu().double().sum(0)
-        assert error(_activate.sum_over_tokens(t), want) < 1e-6
-        strided = torch.cat([t, t], 1)[:, :width]
-        assert error(_activate.sum_over_tokens(strided), want) < 1e-6
         dh, a, total = _activate.gradient(t, t, "relu", recompute=False, need_sum=True)
         assert a is None
         assert error(total, dh.cpu().double().sum(0)) < 1e-6

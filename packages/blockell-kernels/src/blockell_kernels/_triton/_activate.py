@@ -1,4 +1,4 @@
-"""Launches activation functions that could not ride on a product, and sums over tokens.
+"""Launches activation functions that do not ride on a product.
 
 Legend: h pre-activation [N, width], a = f(h), da and dh the gradients of a loss in a and h.
 """
@@ -8,18 +8,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from blockell_kernels._triton._activation_kernels import (
-    activate_elements,
-    gradient_columns,
-    sum_columns,
-)
-from blockell_kernels._triton._device import num_sms, on_its_device
+from blockell_kernels._triton._activation_kernels import activate_elements, gradient_tiles
+from blockell_kernels._triton._device import on_its_device
 from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._tiling import ceil_div
 
 _BLOCK = 2048
-_TOKENS, _WIDTH = 32, 128
-_PARTS_PER_SM = 8
+_TOKENS, _WIDTH = 64, 128
 
 
 def arithmetic(t: Tensor) -> str:
@@ -48,13 +43,6 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return a
 
 
-def _parts(N: int, width: int, device: torch.device) -> tuple[int, int]:
-    """(parts, tokens of one): as many parts of the tokens as fill the GPU."""
-    wanted = max(1, _PARTS_PER_SM * num_sms(device) // ceil_div(width, _WIDTH))
-    tokens = ceil_div(ceil_div(N, wanted), _TOKENS) * _TOKENS
-    return ceil_div(N, tokens), tokens
-
-
 @on_its_device
 def gradient(
     da: Tensor, h: Tensor, activation: str, *, recompute: bool, need_sum: bool = False
@@ -69,13 +57,12 @@ def gradient(
         zeros = torch.zeros(width, dtype=torch.float32, device=h.device)
         return dh, a, zeros if need_sum else None
     N = h.numel() // width
-    parts, tokens = _parts(N, width, h.device)
-    sums = None
+    tiles, sums = ceil_div(N, _TOKENS), None
     if need_sum:
-        sums = torch.empty(parts, width, dtype=torch.float32, device=h.device)
+        sums = torch.empty(tiles, width, dtype=torch.float32, device=h.device)
     launch(
-        gradient_columns,
-        (ceil_div(width, _WIDTH), parts),
+        gradient_tiles,
+        (ceil_div(width, _WIDTH), tiles),
         da,
         h,
         dh,
@@ -83,7 +70,6 @@ def gradient(
         sums,
         N,
         width,
-        tokens,
         ACTIVATION=activation,
         ARITHMETIC=arithmetic(h),
         BT=_TOKENS,
@@ -91,27 +77,3 @@ def gradient(
         num_warps=8,
     )
     return dh, a, None if sums is None else sums.sum(0)
-
-
-@on_its_device
-def sum_over_tokens(t: Tensor) -> Tensor:
-    """float32 [width]: the sum over tokens of t [N, width], whose rows are contiguous."""
-    N, width = t.shape
-    if not t.numel():
-        return torch.zeros(width, dtype=torch.float32, device=t.device)
-    parts, tokens = _parts(N, width, t.device)
-    sums = torch.empty(parts, width, dtype=torch.float32, device=t.device)
-    launch(
-        sum_columns,
-        (ceil_div(width, _WIDTH), parts),
-        t,
-        sums,
-        N,
-        width,
-        t.stride(0),
-        tokens,
-        BT=_TOKENS,
-        BW=_WIDTH,
-        num_warps=8,
-    )
-    return sums.sum(0)

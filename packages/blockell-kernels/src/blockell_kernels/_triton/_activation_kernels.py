@@ -137,64 +137,32 @@ def activate_elements(
     tl.store(a_ptr + i, a.to(a_ptr.dtype.element_ty), i < elements)
 
 
-@triton.jit(do_not_specialize=["N", "tokens_per_part"])
-def gradient_columns(
+@triton.jit(do_not_specialize=["N"])
+def gradient_tiles(
     da_ptr,  # [N, width]
     h_ptr,  # [N, width]
     dh_ptr,  # [N, width]
     a_ptr,  # [N, width] or None
-    sums_ptr,  # float32 [parts, width] or None
+    sums_ptr,  # float32 [token tiles, width] or None
     N,
     width,
-    tokens_per_part,
     ACTIVATION: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BT: tl.constexpr,
     BW: tl.constexpr,
 ):
-    """dh = da f'(h), and if asked a = f(h) and sums of dh over a part of the tokens."""
-    part = tl.program_id(1)
+    """dh = da f'(h) of a tile, and if asked a = f(h) and the sums of dh over its tokens."""
     cols = tl.program_id(0) * BW + tl.arange(0, BW)
-    total = tl.zeros((BT, BW), tl.float32)
-    end = tl.minimum((part + 1) * tokens_per_part, N)
-    for t0 in range(part * tokens_per_part, end, BT):
-        tokens = t0 + tl.arange(0, BT)
-        inside = (tokens < end)[:, None] & (cols < width)[None, :]
-        offsets = tokens.to(tl.int64)[:, None] * width + cols[None, :]
-        h = tl.load(h_ptr + offsets, inside, other=0.0).to(tl.float32)
-        da = tl.load(da_ptr + offsets, inside, other=0.0).to(tl.float32)
-        a, slope = activated_and_slope(h, ACTIVATION, ARITHMETIC)
-        dh = (da * slope).to(dh_ptr.dtype.element_ty)
-        tl.store(dh_ptr + offsets, dh, inside)
-        if a_ptr is not None:
-            tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), inside)
-        if sums_ptr is not None:
-            total += dh.to(tl.float32)
+    tokens = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    inside = (tokens < N)[:, None] & (cols < width)[None, :]
+    offsets = tokens[:, None] * width + cols[None, :]
+    h = tl.load(h_ptr + offsets, inside, other=0.0).to(tl.float32)
+    da = tl.load(da_ptr + offsets, inside, other=0.0).to(tl.float32)
+    a, slope = activated_and_slope(h, ACTIVATION, ARITHMETIC)
+    dh = (da * slope).to(dh_ptr.dtype.element_ty)
+    tl.store(dh_ptr + offsets, dh, inside)
+    if a_ptr is not None:
+        tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), inside)
     if sums_ptr is not None:
-        row = sums_ptr + part.to(tl.int64) * width
-        tl.store(row + cols, tl.sum(total, axis=0), cols < width)
-
-
-@triton.jit(do_not_specialize=["N", "tokens_per_part"])
-def sum_columns(
-    t_ptr,  # [N, width], rows of any stride
-    sums_ptr,  # float32 [parts, width]
-    N,
-    width,
-    stride_n,
-    tokens_per_part,
-    BT: tl.constexpr,
-    BW: tl.constexpr,
-):
-    """Sums over a part of the tokens."""
-    part = tl.program_id(1)
-    cols = tl.program_id(0) * BW + tl.arange(0, BW)
-    total = tl.zeros((BT, BW), tl.float32)
-    end = tl.minimum((part + 1) * tokens_per_part, N)
-    for t0 in range(part * tokens_per_part, end, BT):
-        tokens = t0 + tl.arange(0, BT)
-        inside = (tokens < end)[:, None] & (cols < width)[None, :]
-        offsets = tokens.to(tl.int64)[:, None] * stride_n + cols[None, :]
-        total += tl.load(t_ptr + offsets, inside, other=0.0).to(tl.float32)
-    row = sums_ptr + part.to(tl.int64) * width
-    tl.store(row + cols, tl.sum(total, axis=0), cols < width)
+        row = sums_ptr + tl.program_id(1).to(tl.int64) * width
+        tl.store(row + cols, tl.sum(dh.to(tl.float32), axis=0), cols < width)
