@@ -5,7 +5,8 @@
 Trains one preset with DeepNestedOptimizer's defaults on prose. The run is cut into pieces: after
 each the state is saved and loaded into a new model and optimizer: the resume is part of the test.
 With `--state FILE` a run that `--max-seconds` ended goes on where it stopped. `--frozen` is the
-control: the topology stands still, and the losses are looked at at the same steps.
+control: the topology stands still; losses are looked at at the same steps. `--graph` replays
+loss and gradients from a CUDA graph: models this small are bound by their launches.
 Writes the largest loss ratio within ten steps of every decision, the swap rates, and a thinned loss
 curve. `docs/images/stability.py` draws it.
 """
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 
+from cms_topology import sparse_layers
 from titanmac_integration import (
     ContinuumMemorySystem,
     DeepNestedOptimizer,
@@ -31,6 +33,51 @@ from titanmac_integration import (
     create_titanmac_model,
     make_task,
 )
+
+
+class Backward:
+    """Loss and clipped gradients of a batch; replayed, except where statistics are collected."""
+
+    def __init__(self, model: torch.nn.Module, graphed: bool) -> None:
+        self.model, self.graphed = model, graphed
+        self.layers = sparse_layers(model).values()
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.calls = 0
+
+    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        sampling = any(layer.collect_candidates for layer in self.layers)
+        if not self.graphed or sampling or self.calls < 4:
+            return self._eager(inputs, labels)
+        if self.graph is None:
+            self._capture(inputs, labels)
+        assert self.graph is not None
+        self.inputs.copy_(inputs)
+        self.labels.copy_(labels)
+        self.graph.replay()
+        for parameter, gradient in self.gradients:
+            parameter.grad = gradient
+        return self.loss.clone()
+
+    def _eager(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        self.model.zero_grad(set_to_none=True)
+        loss: torch.Tensor = self.model(inputs, labels)["loss"]
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        return loss.detach()
+
+    def _capture(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
+        self.inputs, self.labels = inputs.clone(), labels.clone()
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(2):
+                self._eager(self.inputs, self.labels)
+        torch.cuda.current_stream().wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.loss = self._eager(self.inputs, self.labels)
+        self.gradients = [(p, p.grad) for p in self.model.parameters()]
 
 
 def build(args: argparse.Namespace, seed: int) -> tuple[Any, DeepNestedOptimizer]:
@@ -65,7 +112,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--graph", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--state", type=Path, help="continue from this file, and write it")
@@ -78,29 +125,26 @@ def main() -> None:
     data = torch.Generator().manual_seed(args.seed)
     model, optimizer = build(args, args.seed)
     state_file = args.state or Path(tempfile.mkdtemp()) / "state.pt"
-    half = torch.autocast("cuda", torch.bfloat16, enabled=args.bf16)
     losses: list[torch.Tensor] = []
     record: dict[str, Any] = {"loss": [], "swap_rates": [], "resumed_at": [], "seconds": 0.0}
     begin = 0
     if state_file.exists():
         model, optimizer, record = load(args, state_file, data)
         begin = optimizer.global_step
+    backward = Backward(model, args.graph)
     started = time.perf_counter() - record["seconds"]
     limit = record["seconds"] + args.max_seconds
     for step in range(begin, args.steps):
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step, args.steps)
         batch = task.batch(args.batch, args.length, data)
-        with half:
-            loss = model(batch.input_ids.to(args.device), batch.labels.to(args.device))["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        loss = backward(batch.input_ids.to(args.device), batch.labels.to(args.device))
         optimizer.record_loss(loss)
         report = optimizer.step()
         optimizer.zero_grad()
         if args.frozen and 2 in report.due_levels:
             optimizer.spikes.decided(report.step)
-        losses.append(loss.detach())
+        losses.append(loss)
         if report.swap_rate is not None:
             record["swap_rates"].append([report.step, report.swap_rate])
         if len(losses) == 20:
@@ -111,12 +155,15 @@ def main() -> None:
             shown = f"{record['loss'][-1][1]:.4f} {record['swap_rates'][-1:]}"
             print(step + 1, shown, f"{record['seconds']:.0f} s", flush=True)
             ended = record["seconds"] > limit or step + 1 == args.steps
-            if ended or (step + 1) % (args.steps // args.pieces) == 0:
+            resume = (step + 1) % (args.steps // args.pieces) == 0
+            if ended or resume or (step + 1) % 400 == 0:
                 write(args, optimizer, record, task.evaluate(model))
                 save(state_file, model, optimizer, data, record)
-                if ended:
-                    break
+            if ended:
+                break
+            if resume:
                 model, optimizer, record = load(args, state_file, data)
+                backward = Backward(model, args.graph)
 
 
 def save(
