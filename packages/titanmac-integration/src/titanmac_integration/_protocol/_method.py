@@ -95,7 +95,8 @@ class FirstTask(Method):
     """Plain training, on the first task.
 
     Args:
-        swaps: whether the topology's decisions go on.
+        swaps: whether the topology's decisions go on, over the first four fifths of the steps;
+            then what was swapped last can still be learned.
     """
 
     name = "first-task"
@@ -103,6 +104,11 @@ class FirstTask(Method):
     def __init__(self, *, swaps: bool) -> None:
         super().__init__()
         self.swaps = swaps
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        super().on_fit_start(trainer, task, steps)
+        if self.swaps and trainer.manager is not None:
+            trainer.manager.freeze_after = trainer.step + 4 * steps // 5
 
 
 def task_batches(
@@ -120,16 +126,25 @@ def written_by(model: nn.Module, batch: Mapping[str, Tensor], rows: int) -> Tens
     """Sequences that the model writes itself: int64 [rows, T], T as in ``batch``.
 
     Drawn token by token from its predictions, after a first token drawn from those that the
-    sequences of the batch begin with. Nothing else of the batch is used.
+    sequences of the batch begin with, and only from tokens that occur in the batch: what follows a
+    token that the task never uses is no knowledge of it. Nothing else of the batch is used.
     """
     first = batch["input_ids"][:, 0].unique()
+    used = batch["input_ids"].unique()
+
+    def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
+        logits: Tensor = model(tokens)["logits"]
+        allowed = torch.full_like(logits, -torch.inf)
+        allowed[..., used] = logits[..., used]
+        return allowed
+
     generator = torch.Generator().manual_seed(0)
     chosen = torch.randint(len(first), (rows, 1), generator=generator).to(first.device)
     training = model.training
     model.eval()
     try:
         length = batch["input_ids"].shape[1]
-        return sample_tokens(model, first[chosen], length, generator=generator)
+        return sample_tokens(model, first[chosen], length, logits_fn=logits_of, generator=generator)
     finally:
         model.train(training)
 

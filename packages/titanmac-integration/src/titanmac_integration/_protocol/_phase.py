@@ -14,8 +14,8 @@ from ._recording import Recording
 from ._score import RetentionTask, Score
 from ._settings import Setting
 
-EARLY = (10, 25, 50, 75, 100, 150, 200, 300, 400, 500)
-"""The damage is done early: steps after which old tasks are measured, besides every tenth."""
+EARLY = (10, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)
+"""The damage is done early: steps after which old tasks are measured, besides every twelfth."""
 
 
 class Scores(NamedTuple):
@@ -37,7 +37,7 @@ class Watch(TrainerCallback):
     """Measures the tasks learned before, on their test sets, all along the training."""
 
     def __init__(self, old: list[RetentionTask], steps: int) -> None:
-        every = max(1, steps // 12)
+        every = max(1, steps // 120 * 10 or steps // 12)
         self.old, self._first = old, 0
         self._when = {s for s in EARLY if s < steps} | set(range(every, steps, every)) | {steps}
         self.path: list[dict[str, Any]] = []

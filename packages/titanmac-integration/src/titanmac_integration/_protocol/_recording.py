@@ -50,7 +50,8 @@ class Recording(TrainerCallback):
         period = trainer.config.level_periods[2]
         if manager is None or step % period or manager.freeze_after is None:
             return
-        manager.write_snapshot()
+        if step > manager.freeze_after:
+            manager.write_snapshot()
 
     def __enter__(self) -> Recording:
         return self
