@@ -32,7 +32,7 @@ from blockell_kernels._backends import Pattern, get_backend
 from blockell_kernels._triton import _mlp
 from blockell_kernels._triton._tiling import Tiling
 
-SHAPES = [(8192, 4096, 14336), (8192, 640, 2560), (65536, 640, 2560), (8192, 2560, 640)]
+SHAPES = [(8192, 640, 2560), (8192, 4096, 14336), (65536, 640, 2560), (8192, 2560, 640)]
 DTYPE = torch.bfloat16
 FIELDS = ["N", "width", "hidden", "B", "density", "contender", "us", "p20_us", "p80_us"]
 FIELDS += ["speedup", "peak_mib"]
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("mlp.csv"))
     parser.add_argument("--rep-ms", type=int, default=15)
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
-    parser.add_argument("--parts", type=int, default=0, help="of the first so many cells")
+    parser.add_argument("--parts", type=int, default=0, help="of the first so many shapes")
     parser.add_argument("--quick", action="store_true", help="leave out what compiles longest")
     parser.add_argument("--layouts", nargs="+", default=["128x1"], metavar="TILExROWGROUP")
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
@@ -202,7 +202,7 @@ def main() -> None:
     compiled_dense = torch.compile(dense_mlp, fullgraph=True, dynamic=False)
     compiled_ours = torch.compile(Problem.fused, dynamic=False)
     torch._dynamo.config.recompile_limit = 64
-    started, cells = time.time(), 0
+    started = time.time()
     with arguments.out.open("w", newline="") as out:
         today = datetime.datetime.now(datetime.timezone.utc).date().isoformat()
         versions = f"torch {torch.__version__}, triton {triton.__version__}"
@@ -228,8 +228,11 @@ def main() -> None:
                                    for k, v in row.items()}  # fmt: skip
                         writer.writerow(rounded)
                         out.flush()
-                    if (cells := cells + 1) <= arguments.parts:
-                        parts(p, arguments.rep_ms)
+    for layout in arguments.layouts:
+        B, G = map(int, layout.split("x"))
+        for shape in SHAPES[: arguments.parts]:
+            print(f"{time.time() - started:5.0f} s  parts of {layout} {shape} 0.5", flush=True)
+            parts(Problem(*shape, B, G, 0.5), arguments.rep_ms)
 
 
 if __name__ == "__main__":
