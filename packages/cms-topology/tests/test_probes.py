@@ -101,7 +101,7 @@ def test_probes_survive_a_checkpoint() -> None:
     both = consolidate(model, [batch(*OLD, seed=1)], "b", probes=probes, previous=memory)
     restored = Consolidation.from_tensors(both.to_tensors())
     assert len(restored.probes) == 2
-    for name, tensor in probes.tensors().items():
+    for name, tensor in both.probes[1].tensors().items():
         assert torch.equal(restored.probes[1].tensors()[name], tensor)
 
 
@@ -130,6 +130,25 @@ def test_watched_it_keeps_the_old_task_and_learns_the_new_one(tmp_path: Path) ->
     assert results[True][0] == 1.0
     assert results[True][1] > 0.9
     assert results[False][0] < 0.8
+
+
+def test_answers_behind_foreign_symbols_are_left_out() -> None:
+    model = learned()
+    inputs = torch.tensor([[0, 1, 2, 3], [4, 9, 5, 6], [12, 1, 2, 3]])  # the task uses 0 to 7
+    probes = make_probes(model, inputs, confidence=0.0)
+    assert len(probes.positions) == 12
+    kept = consolidate(model, [batch(*OLD, seed=0)], probes=probes).probes[0]
+    assert kept.positions.tolist() == [0, 1, 2, 3, 4]
+    foreign = make_probes(model, inputs[2:], confidence=0.0)
+    with pytest.raises(ValueError, match="must have some that follow only symbols the task uses"):
+        consolidate(model, [batch(*OLD, seed=0)], probes=foreign)
+
+
+def test_samples_hold_only_allowed_symbols() -> None:
+    allowed = torch.arange(16) < 5
+    first = torch.zeros(32, 1, dtype=torch.int64)
+    tokens = sample_tokens(Follower().eval(), first, 10, allowed=allowed)
+    assert set(tokens[:, 1:].flatten().tolist()) == set(range(5))
 
 
 def test_the_budget_continues_after_a_resume() -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cms_topology._retention._capture import captured, undisturbed
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
-from cms_topology._retention._probes import Probes
+from cms_topology._retention._probes import LogitsFn, Probes, default_logits, known_answers
 from cms_topology._retention._sensitivity import measure_sensitivity
 from cms_topology._retention._statistics import TaskStatistics
 
@@ -37,6 +37,7 @@ def consolidate(
     rank: int | None = None,
     sensitivity_batches: int = 4,
     probes: Probes | None = None,
+    logits_fn: LogitsFn = default_logits,
     dtype: torch.dtype = torch.float32,
 ) -> Consolidation:
     """Keep of a task what later training must respect: statistics of its inputs, no data.
@@ -69,7 +70,8 @@ def consolidate(
         sensitivity_batches: batches on which to measure how much drift the loss bears, which
             sets the drift budget of `RetentionGuard` (at most; 0: no measurement). Needs a loss.
         probes: inputs on which `RetentionGuard` watches the drift, from `make_probes`; best made up
-            by the model itself.
+            by the model itself. Answers that follow symbols the task never uses are left out.
+        logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
         dtype: of the stored covariances. The sums are float64.
 
     Returns:
@@ -118,8 +120,10 @@ def consolidate(
             stats.rows,
             [task],
             [weight],
-            probes=[] if probes is None else [probes],
         )
+        if probes is not None:
+            used = {p: stats.rows[name] for p, name in stats.names.items() if name in stats.rows}
+            memory.probes = [known_answers(model, probes, used, logits_fn)]
         if kept and usage != "none":
             memory.drift_levels, memory.drift_rises = measure_sensitivity(
                 model, kept, loss_of, memory, rng

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
-from cms_topology._retention._capture import undisturbed
+from cms_topology._retention._capture import captured, undisturbed
 
 LOST_NATS = math.log(2)
 
@@ -126,6 +126,51 @@ def make_probes(
 
 
 @torch.no_grad()
+def known_answers(
+    model: nn.Module,
+    probes: Probes,
+    rows: Mapping[Tensor, Tensor],
+    logits_fn: LogitsFn = default_logits,
+) -> Probes:
+    """The answers that depend only on embedding rows the tasks use, as in a causal model.
+
+    Other rows are free to change; what follows one in a probe would be lost however little the rest
+    of the model drifts.
+
+    Args:
+        model: as it was when the probes were made.
+        probes: all answers.
+        rows: per embedding matrix bool [V], rows in use.
+        logits_fn: see `make_probes`.
+
+    Raises:
+        ValueError: no answer is left.
+    """
+    seen: list[Tensor] = []
+
+    def on_rows(weight: Tensor, indices: Tensor) -> None:
+        if weight in rows:
+            seen.append(rows[weight][indices])
+
+    with captured(model, lambda *_: None, on_rows):
+        grid = logits_fn(model, probes.inputs).shape[:-1]
+    known = torch.ones(grid, dtype=torch.bool, device=probes.positions.device)
+    for used in seen:
+        if used.shape == grid or used.shape == grid[-1:]:
+            known = known & used.to(known.device).cumprod(-1).bool()
+    kept = known.flatten()[probes.positions]
+    if not kept.any():
+        raise ValueError(
+            f"probes (with {len(kept)} answers) must have some that follow only symbols the task "
+            "uses; let the sampler draw from those (sample_tokens(allowed=...)), and not longer "
+            "sequences than the task's."
+        )
+    return Probes(
+        probes.inputs, probes.positions[kept], probes.classes[kept], probes.log_probs[kept]
+    )
+
+
+@torch.no_grad()
 def sample_tokens(
     model: nn.Module,
     first: Tensor,
@@ -133,6 +178,7 @@ def sample_tokens(
     *,
     logits_fn: LogitsFn = default_logits,
     temperature: float = 1.0,
+    allowed: Tensor | None = None,
     generator: torch.Generator | None = None,
 ) -> Tensor:
     """Let a causal language model go on from first tokens; the plain way, without a cache.
@@ -143,6 +189,7 @@ def sample_tokens(
         length: T, tokens per sequence in the end.
         logits_fn: see `make_probes`.
         temperature: of the sampling, > 0.
+        allowed: bool [V]: draw from these only, for example the symbols a task uses.
         generator: on the CPU; default: one of a fixed seed.
 
     Returns:
@@ -153,7 +200,10 @@ def sample_tokens(
     rng = generator if generator is not None else torch.Generator().manual_seed(0)
     tokens = first
     while tokens.shape[1] < length:
-        p = (logits_fn(model, tokens)[:, -1].float() / temperature).softmax(-1)
+        logits = logits_fn(model, tokens)[:, -1].float() / temperature
+        if allowed is not None:
+            logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
+        p = logits.softmax(-1)
         draws = torch.rand(p.shape, generator=rng).to(p).clamp(min=1e-20)
         # the smallest of -log(u) / p: an exponential race, won by class i with probability p_i
         chosen = (-draws.log() / p).argmin(-1, keepdim=True)
