@@ -28,7 +28,7 @@ from tune_gpu import SHAPES, Problem, median_ms, relative_error
 from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
 from blockell_kernels._plan import plan_for
 
-FEW = [(n, i, o) for n in (1, 8, 32, 64, 128, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
+FEW = [(n, i, o) for n in (1, 32, 64, 128, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
 MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
 MEDIUM += [(4096, 1024, 1024), (16384, 1536, 6144)]
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]

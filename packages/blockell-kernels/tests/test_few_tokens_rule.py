@@ -34,8 +34,11 @@ def gpu(request, monkeypatch):
 @pytest.mark.parametrize(("B", "G"), [(8, 1), (16, 1), (16, 8), (32, 4), (128, 1)])
 def test_strips_divide_their_results_and_fit_the_gpu(gpu, direction, dtype, B, G):
     for shape in SHAPES:
-        for N in (1, 16, 17, 64, 100):
+        for N in (1, 16, 17, 64, 100, 200, 512):
             strip = few.strip_for(case(direction, N, shape, B, G, dtype))
+            if strip is None:
+                assert N > few.TOKEN_TILE
+                continue
             width = B if direction == "grad_input" else B * G
             assert width % strip.BN == 0
             rows = few._token_tile(N)
@@ -48,13 +51,22 @@ def test_a_new_number_of_tokens_needs_no_new_kernel(gpu):
     assert len(strips) == 1
 
 
-def test_up_to_128_tokens_are_few():
-    assert [few.takes(case("forward", N, (640, 2560), 16, 8)) for N in (0, 1, 128, 129)] == [
-        False,
-        True,
-        True,
-        False,
-    ]
+@pytest.mark.parametrize(("N", "taken"), [(0, False), (1, True), (64, True), (513, False)])
+def test_up_to_64_tokens_are_few_and_more_may_be(gpu, N, taken):
+    assert few.takes(case("forward", N, (640, 2560), 16, 8)) == taken
+
+
+def test_with_more_tokens_it_depends_on_the_case(gpu):
+    def taken(direction, *rest):
+        return few.takes(case(direction, *rest))
+
+    assert taken("grad_values", 512, (640, 2560), 16, 8)
+    assert not taken("grad_values", 512, (640, 2560), 16, 1)
+    assert not taken("grad_values", 128, (4096, 14336), 128, 1)
+    assert taken("forward", 128, (4096, 14336), 128, 1)
+    assert not taken("forward", 256, (4096, 14336), 128, 1)
+    assert taken("grad_input", 512, (640, 2560), 128, 1)
+    assert not taken("grad_input", 512, (2560, 640), 128, 1)
 
 
 def test_the_verdict_says_that_it_is_a_rule():

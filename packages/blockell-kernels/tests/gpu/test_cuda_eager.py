@@ -172,7 +172,7 @@ def test_peak_of_a_step_is_not_above_dense():
         assert peak(sparse(round(density * C))) <= limit, density
 
 
-def test_few_tokens_are_captured_and_compiled(make_problem, error):
+def test_few_tokens_are_captured(make_problem, error):
     problem = make_problem(B=32, R=8, C=6, K=3, N=5, G=4, dtype=torch.bfloat16)
     x, values, bias = leaves(problem)
 
@@ -193,8 +193,6 @@ def test_few_tokens_are_captured_and_compiled(make_problem, error):
     torch.cuda.synchronize()
     for a, b in zip(want, got, strict=True):
         assert torch.equal(a, b)
-    compiled = torch.compile(call, fullgraph=True)
-    assert torch.equal(compiled(problem, x, values, bias, backend="triton"), want[0])
 
 
 def test_wrong_devices_and_dtypes_are_named(make_problem):

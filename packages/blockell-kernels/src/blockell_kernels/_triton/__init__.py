@@ -14,6 +14,7 @@ from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import _blocks, _few_tokens, _forward, _grad_input, _grad_values
 from blockell_kernels._triton._device import INTERPRETED
 from blockell_kernels._triton._rule import arithmetic, verdict
+from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -40,25 +41,26 @@ class TritonBackend(Backend):
         tuned = _tuning.verdict(case, arithmetic(case))
         if tuned is not None:
             return tuned
-        return _few_tokens.verdict(case) if _few_tokens.takes(case) else verdict(case)
+        few = case.N <= _few_tokens.TOKEN_TILE and _few_tokens.takes(case)
+        return _few_tokens.verdict(case) if few else verdict(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         case = _case("forward", x, pattern)
-        if _few_tokens.takes(case):
-            return _few_tokens.forward(x, values, bias, pattern, _few_tokens.strip_for(case))
-        return _forward.forward(x, values, bias, pattern, tiling_for(case))
+        if (strip := _few_tokens.strip_for(case)) is not None:
+            return _few_tokens.forward(x, values, bias, pattern, strip)
+        return _forward.forward(x, values, bias, pattern, _tiling(case))
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_input", dy, pattern)
-        if _few_tokens.takes(case):
-            return _few_tokens.grad_input(dy, values, pattern, _few_tokens.strip_for(case))
-        return _grad_input.grad_input(dy, values, pattern, tiling_for(case))
+        if (strip := _few_tokens.strip_for(case)) is not None:
+            return _few_tokens.grad_input(dy, values, pattern, strip)
+        return _grad_input.grad_input(dy, values, pattern, _tiling(case))
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_values", x, pattern)
-        if _few_tokens.takes(case):
-            return _few_tokens.grad_values(dy, x, pattern, _few_tokens.strip_for(case))
-        return _grad_values.grad_values(dy, x, pattern, tiling_for(case))
+        if (strip := _few_tokens.strip_for(case)) is not None:
+            return _few_tokens.grad_values(dy, x, pattern, strip)
+        return _grad_values.grad_values(dy, x, pattern, _tiling(case))
 
     def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
         return _blocks.block_norms_sq(dy, x, B)
@@ -67,6 +69,12 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+
+
+def _tiling(case: Case) -> Tiling:
+    """Of a large weight 128 tokens are many: 256 with the tiling of 512 take two thirds."""
+    large = case.R * case.C * case.B**2 >= _few_tokens.SMALL_WEIGHT
+    return tiling_for(case._replace(N=512) if large and 128 < case.N < 512 else case)
 
 
 def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:

@@ -36,9 +36,11 @@ from blockell_kernels._triton._tiling import (
     round_up_to_power_of_two,
 )
 
-MAX_TOKENS = 128
+MAX_TOKENS = 512
 TOKEN_TILE = 64
 """Tokens that one program holds, at most."""
+SMALL_WEIGHT = 2**22
+"""Elements of the dense weight below which launches and latency decide, not memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,30 +56,65 @@ class Strip:
 
 def takes(case: Case) -> bool:
     """Whether this module computes the case."""
-    return 0 < case.N <= MAX_TOKENS
+    return strip_for(case) is not None
 
 
-@lru_cache(maxsize=1024)
-def strip_for(case: Case) -> Strip:
-    """How to run a case: rules read off a search on one H200 (1, 16 and 64 tokens, half full)."""
-    wide = 2 // case.dtype.itemsize  # float32: half as many terms a step
+@lru_cache(maxsize=4096)
+def strip_for(case: Case) -> Strip | None:
+    """How to run a case, None: not here. Rules read off searches on one H200, half full."""
+    if not 0 < case.N <= MAX_TOKENS:
+        return None
+    strip = _one_tile(case) if case.N <= TOKEN_TILE else _several_tiles(case)
+    if strip is None or case.direction == "grad_values":
+        return strip
+    wide = case.dtype.itemsize == 4
+    if wide:
+        strip = replace(strip, BK=max(32, strip.BK // 2))
+    if capability(case.device)[0] < 9:  # 48 KiB of shared memory will do
+        strip = replace(strip, BK=min(strip.BK, 32 if wide else 64), stages=min(strip.stages, 3))
+    return strip
+
+
+def _one_tile(case: Case) -> Strip:
+    """Up to 64 tokens: always here."""
     if case.direction == "grad_values":
         BR = min(64, power_of_two_divisor(case.row_group * case.B))
-        return Strip(
-            BN=BR, BK=max(case.B, 128 if BR == 64 else 256), stages=1 + (case.N > TOKEN_TILE)
-        )
+        return Strip(BN=BR, BK=max(case.B, 128 if BR == 64 else 256), stages=1)
     if case.direction == "forward":
         width, results = power_of_two_divisor(case.row_group * case.B), case.R * case.B
         depth = case.K * case.B
     else:
         width, results = case.B, case.C * case.B
         depth = ceil_div(case.R * case.K, case.C) * case.B
-    strip = _strip(min(width, 64), results, depth, case.N, num_sms(case.device), case.direction)
-    if not wide:
-        strip = replace(strip, BK=max(32, strip.BK // 2))
-    if capability(case.device)[0] < 9:  # 48 KiB of shared memory will do
-        strip = replace(strip, BK=min(strip.BK, 64 if wide else 32), stages=min(strip.stages, 3))
-    return strip
+    return _strip(min(width, 64), results, depth, case.N, num_sms(case.device), case.direction)
+
+
+def _several_tiles(case: Case) -> Strip | None:
+    """Up to 512 tokens, where this is faster than the kernels for many."""
+    N, sms = case.N, num_sms(case.device)
+    width = power_of_two_divisor(case.row_group * case.B)
+    small = case.R * case.C * case.B**2 < SMALL_WEIGHT
+    if case.direction == "grad_values":
+        return Strip(BN=64, BK=128, stages=3) if width >= 64 and small else None
+    if case.direction == "forward":
+        results = case.R * case.B
+        if results < 12 * sms:  # few strips: all of a sum's loads at once
+            if N <= 128:
+                return Strip(BN=16, BK=256) if width >= 32 else Strip(BN=width, BK=128)
+            return Strip(BN=32, BK=64, stages=5) if width >= 32 else None
+        if width >= 64 and (N <= 128 or (N <= 256 and small)):
+            return Strip(BN=64, BK=64, stages=4 if small else 5)
+        return None
+    results = case.C * case.B
+    if results < 12 * sms:
+        if case.B >= 64:
+            return Strip(BN=64, BK=64, parts=4, stages=3) if N <= 256 else Strip(BN=32, BK=128)
+        if case.B == 32:
+            return Strip(BN=32, BK=128, parts=2, stages=3)
+        return Strip(BN=case.B, BK=128) if N <= 256 else None
+    if case.B >= 64 and not small and N <= 256 and results < 96 * sms:
+        return Strip(BN=64, BK=64, parts=4, stages=3)
+    return None
 
 
 def _strip(width: int, results: int, depth: int, N: int, sms: int, direction: str) -> Strip:
