@@ -17,6 +17,9 @@ from blockell_kernels._gpu import TILE_SIZES
 
 rule = importlib.import_module("blockell_kernels._triton._rule")
 tilings = importlib.import_module("blockell_kernels._triton._tilings")
+gluon_tilings = importlib.import_module("blockell_kernels._triton._tilings_gluon")
+by_units = importlib.import_module("blockell_kernels._gluon._grad_input")
+in_stretches = importlib.import_module("blockell_kernels._gluon._grad_values")
 device_module = importlib.import_module("blockell_kernels._triton._device")
 
 META = torch.device("meta")
@@ -93,11 +96,56 @@ def test_every_case_has_a_tiling_that_fits(monkeypatch, capability, dtype):
             if out // B % G:
                 continue
             t = tilings.tiling_for.__wrapped__(case(direction, N, inp, out, B, G, dtype=dtype))
+            if t.path == "gluon":
+                assert capability == (9, 0)
+                assert dtype == torch.bfloat16
+                t = t.otherwise
             columns = B if direction == "grad_input" else t.BN
             assert (t.BM + columns) * t.BK * size * t.stages * max(1, t.persistent) <= limit, t
             for side in (t.BM, t.BN, t.BK):
                 assert side & (side - 1) == 0, t
             assert t.path == "pointers" or capability == (9, 0)
+
+
+@pytest.mark.parametrize("density", [0.125, 0.25, 0.5, 1.0])
+@pytest.mark.parametrize("B", [16, 32, 64])
+def test_the_rings_of_the_input_gradient_fit(B, density):
+    """A stage's blocks have room even if it holds all its columns; what is left makes stages."""
+    for BN, BK in ((256, 128), (320, 64), (128, 128), (256, 64)):
+        c = by_units.constants(B, tilings.Tiling(path="gluon", BM=128, BN=BN, BK=BK), density)
+        out = 2 * -(-c["COLUMNS"] // 2) * 64 * B
+        ring = c["STAGES"] * 128 * BK + c["BLOCKS"] * BK * B
+        assert c["STAGES"] >= 2
+        assert c["BLOCKS"] >= c["COLUMNS"]
+        assert 2 * (ring + out) <= SHARED_MEMORY_BYTES - 2048
+
+
+@pytest.mark.parametrize("outputs", [64, 128])
+def test_weight_gradients_are_cut_with_little_padding(outputs):
+    for B, K in itertools.product((16, 32, 64, 128), range(1, 40)):
+        if outputs < B:
+            continue
+        columns, product = in_stretches.cut(B, outputs, K)
+        assert columns % B == 0
+        assert columns % product == 0
+        c = in_stretches.constants(B, outputs, columns, product)
+        assert c["STAGES"] >= 2
+        assert c["STAGES"] * (outputs + columns) * c["BT"] * 2 <= SHARED_MEMORY_BYTES - 1024
+        if K * B >= 640:
+            assert -(-K * B // columns) * columns <= 1.4 * K * B, (B, K, columns)
+
+
+def test_few_tiles_are_cut_to_fill_the_last_round(monkeypatch):
+    """8192 x 640 outputs on 132 multiprocessors: one round of 320 tokens, not two of 256."""
+    monkeypatch.setattr(gluon_tilings, "num_sms", lambda device: 132)
+    monkeypatch.setattr(tilings, "num_sms", lambda device: 132)
+    few = tilings.tiling_for.__wrapped__(case("forward", 8192, 2560, 640, 64, 2))
+    assert (few.path, few.BM) == ("gluon", 320)
+    assert few.otherwise.path == "descriptors"
+    narrow = tilings.tiling_for.__wrapped__(case("grad_input", 8192, 640, 2560, 64, 2))
+    assert (narrow.path, narrow.BN) == ("gluon", 320)
+    few_blocks = case("grad_input", 8192, 640, 2560, 64, 2, density=0.1)
+    assert tilings.tiling_for.__wrapped__(few_blocks).path == "descriptors"
 
 
 def test_a_new_number_of_tokens_needs_no_new_kernel():

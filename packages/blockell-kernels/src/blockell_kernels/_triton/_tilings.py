@@ -25,6 +25,7 @@ from blockell_kernels._triton._tiling import (
     power_of_two_divisor,
     round_up_to_power_of_two,
 )
+from blockell_kernels._triton._tilings_gluon import prefer_gluon
 
 FEW_TOKENS = 512
 """Below this many tokens a product is bound by its launch and by the weight's traffic."""
@@ -41,7 +42,7 @@ def tiling_for(case: Case) -> Tiling:
     if case.dtype == torch.float32:
         return _wide_floats(case)
     rules = {"forward": _forward, "grad_input": _grad_input, "grad_values": _grad_values}
-    return rules[case.direction](case)
+    return prefer_gluon(case, rules[case.direction](case))
 
 
 def _width(case: Case) -> int:
