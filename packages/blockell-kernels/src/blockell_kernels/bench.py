@@ -175,6 +175,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure all cases; print rows as they come, and the table at the end."""
     options = parse(arguments)
     rows: list[Row] = []
+    where = facts(options.device, options.cpu_time)
     for case in cases(options):
         for row in measure(case, options):
             rows.append(row)
@@ -186,13 +187,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{row.chosen}",
                 flush=True,
             )
-    where = facts(options.device, options.cpu_time)
+        # after every case: what is measured is kept if the run is stopped
+        if options.csv:
+            write_csv(options.csv, rows, where)
+        if options.plot:
+            write_plot(options.plot, rows, where)
     table = markdown(rows, where)
     print("\n" + table)
-    if options.csv:
-        write_csv(options.csv, rows, where)
-    if options.plot:
-        write_plot(options.plot, rows, where)
     if options.update:
         update_section(options.update, torch.device(options.device).type, table)
 
