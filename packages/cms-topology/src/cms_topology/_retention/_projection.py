@@ -26,17 +26,24 @@ class ProjectionBatch:
     Args:
         weights: layers of one shape, dtype and device.
         states: what is known of each.
+        controls_updates: whether `project` will be given an `eps`.
     """
 
-    def __init__(self, weights: Sequence[ProtectedWeight], states: Sequence[WeightState]) -> None:
+    def __init__(
+        self,
+        weights: Sequence[ProtectedWeight],
+        states: Sequence[WeightState],
+        *,
+        controls_updates: bool,
+    ) -> None:
         self.weights = list(weights)
         self._columns = [state.columns for state in states]
         self._ranks = [state.basis.rank for state in states]
         self.anchor = torch.stack([state.anchor for state in states])
         """[L, G, m, n]."""
         self.reference = self.anchor
-        """[L, G, m, n]; the anchor itself as long as nothing has been projected."""
-        if any(state.reference is not state.anchor for state in states):
+        """[L, G, m, n]; the anchor itself if updates are not controlled."""
+        if controls_updates:
             self.reference = torch.stack([state.reference for state in states])
         bases = [state.basis.padded(max(self._ranks)) for state in states]
         self.vectors = torch.stack([basis.vectors for basis in bases])
@@ -93,6 +100,7 @@ class ProjectionBatch:
 
         With C the displacement's coefficients along U, a control is a factor per direction, and
         what it takes away is added to the weights: they keep every bit where it takes nothing.
+        Everything is written in place, so that the work can be captured in a CUDA graph.
 
         Args:
             eps: None: no control of the update.
@@ -119,7 +127,8 @@ class ProjectionBatch:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
             allowed = budget * self.scale
             left = torch.maximum(allowed - self.debt, 0.01 * allowed)
-            factor, self.multiplier = shrink(self.spectrum, energy, left, self.multiplier)
+            factor, multiplier = shrink(self.spectrum, energy, left, self.multiplier)
+            self.multiplier.copy_(multiplier)
             energy = energy * factor.square()
             inside, outside = factor[:, :, :-1], factor[:, :, -1:]
             if eps is None:
@@ -128,10 +137,10 @@ class ProjectionBatch:
                 difference = kept * _per_row(inside, C) - C * _per_row(outside, C)
             if not self._complete:
                 now = now + moved * _per_row(outside - 1, C)
-        self.last_drift = (self.debt + drift(self.spectrum, energy)) / self.scale
+        self.last_drift.copy_((self.debt + drift(self.spectrum, energy)) / self.scale)
         self._write(self._plus_back(now if taken is None else now - taken, difference))
         if eps is not None:
-            self.reference = self.read()
+            self.reference.copy_(self.read())
 
     @torch.no_grad()
     def measure(self) -> Tensor:

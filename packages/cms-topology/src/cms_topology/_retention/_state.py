@@ -37,7 +37,7 @@ class WeightState:
 
     def tensors(self) -> dict[str, Tensor]:
         """What `restored` needs."""
-        return {
+        kept = {
             "columns": self.columns,
             "anchor": self.anchor,
             "reference": self.reference,
@@ -46,6 +46,8 @@ class WeightState:
             "multiplier": self.multiplier,
             "rank": torch.tensor(self.basis.rank),
         }
+        # what is changed in place later must not change a state that was taken
+        return {name: tensor.clone() for name, tensor in kept.items()}
 
     @classmethod
     @torch.no_grad()
