@@ -121,7 +121,9 @@ def test_a_finished_run_reports_what_it_cost(uninterrupted: Path) -> None:
     assert results["tokens_per_second"] == pytest.approx(results["tokens"] / results["seconds"])
     assert results["peak_memory_bytes"] > 10_000_000
     assert 0.0 < results["topology_frac"] < 1.0
-    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == [f"step-{STEPS:08d}"]
+    assert [p.name for p in sorted((uninterrupted / "checkpoints").iterdir())] == [
+        f"step-{STEPS:08d}"
+    ]
 
 
 def test_going_back_keeps_what_was_there(uninterrupted: Path, tmp_path: Path) -> None:
@@ -273,3 +275,25 @@ def test_signals_ask_to_stop() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.filterwarnings("ignore")  # the libraries' own
+def test_other_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tensorboard")
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    out = tmp_path / "run"
+    flags = ["--steps", "5", "--tensorboard", "--wandb", "project"]
+    assert train(out, *SMALL, *flags) == 0
+    (events,) = (out / "tensorboard").iterdir()
+    assert b"train/tokens_per_s" in events.read_bytes()
+    assert any((out / "wandb").glob("offline-run-*"))
+
+
+def test_a_missing_extra_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert train(tmp_path / "run", *SMALL, "--steps", "1", "--wandb", "project") == 1
+    assert "pip install 'titanmac-integration[wandb]'" in capsys.readouterr().err

@@ -279,11 +279,8 @@ class Trainer:
         state = trainer_state(self)
         if rank() != 0:
             return None
-        info = {
-            "model": self.model.config.to_dict(),
-            "training": self.config.to_dict(),
-            **self.info,
-        }
+        model, training = self.model.config.to_dict(), self.config.to_dict()
+        info = {"model": model, "training": training, **self.info}
         return self.checkpoints.save(self.step, self.model, state=state, info=info)
 
     def check_continues(self, task: Task | Mixture, steps: int) -> None:
