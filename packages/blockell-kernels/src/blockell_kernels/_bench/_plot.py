@@ -35,6 +35,12 @@ def write_plot(path: Path, rows: list[Row], facts: Facts) -> None:
         parts.append(f'<rect x="{x}" y="50" width="10" height="10" fill="{colour[name]}"/>')
         parts.append(_text(x + 14, 59, name))
         x += 30 + 6.5 * len(name)
+    one = LABEL + BARS / longest
+    bottom = height - 30 - GAP
+    parts.append(
+        f'<line x1="{one:.1f}" y1="{TOP - 6}" x2="{one:.1f}" y2="{bottom}" stroke="black" '
+        'stroke-dasharray="4 3"/>'
+    )
     y = float(TOP)
     for case, of in groups.items():
         parts.append(_text(10, y + len(of) * BAR / 2 + 4, _label(case)))
@@ -47,16 +53,12 @@ def write_plot(path: Path, rows: list[Row], facts: Facts) -> None:
             parts.append(_text(LABEL + width + 4, y + BAR - 4, f"{row.speedup:.2f}"))
             y += BAR
         y += GAP
-    one = LABEL + BARS / longest
-    parts.append(
-        f'<line x1="{one:.1f}" y1="{TOP - 6}" x2="{one:.1f}" y2="{y}" stroke="black" '
-        'stroke-dasharray="4 3"/>'
-    )
     path.write_text("\n".join([*parts, "</svg>\n"]), encoding="utf-8")
 
 
 def _text(x: float, y: float, text: str, size: int = 11) -> str:
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}">{escape(text)}</text>'
+    halo = 'stroke="white" stroke-width="3" paint-order="stroke"'
+    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" {halo}>{escape(text)}</text>'
 
 
 def _label(case: BenchCase) -> str:
