@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 import triton
 from triton.testing import do_bench
-from tune_gpu import SHAPES, Problem, median_ms, relative_error
+from tune_gpu import SHAPES, Problem, relative_error
 
 from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
 from blockell_kernels._plan import plan_for
@@ -31,6 +31,7 @@ from blockell_kernels._plan import plan_for
 FEW = [(n, i, o) for n in (1, 32, 64, 128, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
 MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
 MEDIUM += [(4096, 1024, 1024), (16384, 1536, 6144)]
+CLEAR = None  # more bytes than the L2 cache holds; made where there is a GPU
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
 FACTS = ["direction", "N", "in", "out", "B", "row_group", "density", "K", "dtype", "chosen"]
@@ -39,9 +40,32 @@ DENSE = ["dense_us", "dense_p20_us", "dense_p80_us"]
 FIELDS = [*FACTS, *TIMES, *DENSE, "speedup", "sparse_tflops", "error"]
 
 
-def microseconds(function, rep_ms: int) -> list[float]:
-    """[median, 20th, 80th percentile] of a graph replay."""
-    return [ms * 1e3 for ms in median_ms(function, 2, rep_ms, (0.5, 0.2, 0.8))]
+def microseconds(function, budget_ms: int) -> list[float]:
+    """[median, 20th, 80th percentile] of a graph replay, the L2 cache cold: 5 to 25 replays."""
+    function()  # compiles, outside of the capture
+    torch.cuda.synchronize()
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        graph.capture_begin()
+        function()
+        graph.capture_end()
+    torch.cuda.synchronize()
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(25)]
+    times = []
+    for start, end in events:
+        CLEAR.zero_()
+        start.record()
+        graph.replay()
+        end.record()
+        times.append((start, end))
+        if len(times) % 5 == 0:
+            end.synchronize()
+            if sum(s.elapsed_time(e) for s, e in times) > budget_ms:
+                break
+    torch.cuda.synchronize()
+    graph.reset()
+    taken = sorted(start.elapsed_time(end) * 1e3 for start, end in times[1:])
+    return [taken[int(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8)]
 
 
 def products(problem: Problem, backend_of: dict[str, str]):
@@ -144,7 +168,15 @@ def header(commit: str) -> str:
 
 
 def problems(quick: bool, dtype: torch.dtype, tokens: range):
-    """Functions that make the problems of the grid."""
+    """Functions that make the problems of the grid: 25% and 50% of all shapes, then the rest."""
+    first, rest = [], []
+    for make, density in all_problems(dtype, tokens):
+        (first if density in (0.25, 0.5) else rest).append(make)
+    return first if quick else first + rest
+
+
+def all_problems(dtype: torch.dtype, tokens: range):
+    """Pairs of such a function and its density."""
     wide = dtype == torch.float32
     for shapes, structures, densities in [
         (SHAPES[:2] if wide else SHAPES, STRUCTURES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
@@ -156,11 +188,14 @@ def problems(quick: bool, dtype: torch.dtype, tokens: range):
                 if shape[2] // B % G or shape[0] not in tokens:
                     continue
                 seen = set()
-                for density in [0.25, 0.5] if quick else densities:
+                for density in sorted(densities, key=lambda d: d not in (0.25, 0.5)):
                     K = max(1, round(density * (shape[1] // B)))
                     if K not in seen:
                         seen.add(K)
-                        yield lambda s=shape, b=(B, G), d=density: Problem(*s, *b, d, dtype)
+                        yield (
+                            lambda s=shape, b=(B, G), d=density: Problem(*s, *b, d, dtype),
+                            density,
+                        )
 
 
 def main() -> None:
@@ -168,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("grid.csv"))
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--rep-ms", type=int, default=6)
+    parser.add_argument("--compile-s", type=float, default=600, help="compile no longer ahead")
     parser.add_argument("--jobs", type=int, default=14)
     parser.add_argument("--quick", action="store_true", help="densities 0.25 and 0.5 only")
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
@@ -179,7 +215,9 @@ def main() -> None:
     parser.add_argument("--min-tokens", type=int, default=1, help="leave smaller ones out")
     parser.add_argument("--compile-only", help="I/N: run every I-th problem once, to compile")
     arguments = parser.parse_args()
+    global CLEAR
     dtype, started = getattr(torch, arguments.dtype), time.time()
+    CLEAR = torch.empty(2**28, dtype=torch.uint8, device="cuda")
     torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     span = range(arguments.min_tokens, arguments.max_tokens + 1)
     shard, shards = map(int, arguments.shard.split("/"))
@@ -196,7 +234,10 @@ def main() -> None:
     command = [sys.executable, *sys.argv, "--compile-only"]
     workers = [subprocess.Popen([*command, f"{i}/{arguments.jobs}"]) for i in range(arguments.jobs)]
     for worker in workers:
-        assert worker.wait() == 0
+        try:
+            assert worker.wait(max(1, started + arguments.compile_s - time.time())) == 0
+        except subprocess.TimeoutExpired:
+            worker.terminate()  # what is left compiles when it is measured
     print(f"compiled in {time.time() - started:.0f} s", flush=True)
     with arguments.out.open("w", newline="") as out:
         out.write(header(arguments.commit) + "\n")

@@ -172,14 +172,15 @@ def index():
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("layer.csv"))
+    parser.add_argument("--kinds", nargs="+", default=["index", "memory", "launch"])
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     arguments = parser.parse_args()
     with arguments.out.open("w", newline="") as out:
         out.write(header(arguments.commit) + "\n")
         writer = csv.DictWriter(out, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for rows in (index, memory, launches):
-            for row in rows():
+        for kind in arguments.kinds:
+            for row in {"index": index, "memory": memory, "launch": launches}[kind]():
                 line = {k: f"{v:.4g}" if isinstance(v, float) else v for k, v in row.items()}
                 writer.writerow(line)
                 out.flush()
