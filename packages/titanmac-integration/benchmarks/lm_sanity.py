@@ -21,6 +21,7 @@ import time
 from pathlib import Path
 
 import torch
+from graphed import adamw, set_rate, training_step
 from torch import nn
 from torch.nn import functional
 
@@ -115,7 +116,7 @@ def windows(data: torch.Tensor, size: int, generator: torch.Generator) -> torch.
     return data[starts[:, None] + torch.arange(SEQUENCE)]
 
 
-def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
+def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
     device = options.device
     data = load_text(cell.text)
     cut = len(data) * 9 // 10
@@ -129,12 +130,11 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
             block.compile(dynamic=False)
     decayed = [p for p in model.parameters() if p.ndim >= 2]
     others = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": WEIGHT_DECAY}, {"params": others, "weight_decay": 0}],
-        lr=cell.lr,
-        betas=(0.9, 0.95),
-        fused=device != "cpu",
-    )
+    groups = [
+        {"params": decayed, "weight_decay": WEIGHT_DECAY},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    optimizer = adamw(groups, cell.lr, graph=options.graph, betas=(0.9, 0.95))
     manager = None
     if dynamic:
         manager = TopologyManager(model, optimizer, periods=(1, 10, 50), seed=cell.seed)
@@ -142,21 +142,17 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
         if hasattr(module, "collect_candidates") and manager is None:
             module.collect_candidates = False
     generator = torch.Generator().manual_seed(cell.seed)
+    example = windows(train_data, options.batch_size, torch.Generator())
+    one_step = training_step(model, optimizer, example, example, autocast=True, graph=options.graph)
     curve, swaps, losses = [], [], []
     torch.cuda.reset_peak_memory_stats() if device != "cpu" else None
     started, evaluating = time.perf_counter(), 0.0
     for step in range(1, steps + 1):
         rate = min(1.0, step / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = cell.lr * rate
+        set_rate(optimizer, cell.lr * rate)
         tokens = windows(train_data, options.batch_size, generator)
-        optimizer.zero_grad()
-        with torch.autocast(torch.device(device).type, dtype=torch.bfloat16):
-            loss = model(tokens, tokens)["loss"]
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        losses.append(loss.detach())
+        loss = one_step(tokens, tokens)
+        losses.append(loss.clone())
         if manager is not None:
             report = manager.step()
             if report.swap_rate is not None:
@@ -185,6 +181,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> None:
     }
     with (out / "lm.jsonl").open("a") as file:
         file.write(json.dumps(result) + "\n")
+    return result
 
 
 @torch.no_grad()
@@ -199,6 +196,22 @@ def evaluate(model: nn.Module, held_out: torch.Tensor, options: argparse.Namespa
             total += model(part, part)["loss"].item() * len(part)
     model.train()
     return total / len(rows)
+
+
+def run_in_turn(cells: list[Cell], options: argparse.Namespace) -> None:
+    """All rates for the first seed; with `--tune` only the best of them for the other seeds."""
+    best: dict[tuple[str, str], tuple[float, float]] = {}
+    for cell in cells:
+        key = (cell.model, cell.text)
+        if options.tune and cell.seed != options.seeds[0] and best.get(key, (0, 0))[1] != cell.lr:
+            continue
+        try:
+            result = run_cell(cell, options, options.out)
+        except Exception as error:  # one bad cell shall not cost the others
+            print("FAILED", cell, repr(error)[:500], flush=True)
+            continue
+        if cell.seed == options.seeds[0]:
+            best[key] = min(best.get(key, (math.inf, 0.0)), (result["best_validation"], cell.lr))
 
 
 def work(queue: torch.multiprocessing.Queue, options: argparse.Namespace) -> None:
@@ -224,7 +237,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=64)
-    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--compile", action="store_true", help="compile block by block")
+    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
+    parser.add_argument("--tune", action="store_true", help="best rate of the first seed only")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
@@ -237,8 +252,7 @@ def main() -> None:
         )
     ]
     if options.jobs == 1:
-        for cell in cells:
-            run_cell(cell, options, options.out)
+        run_in_turn(cells, options)
         return
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()

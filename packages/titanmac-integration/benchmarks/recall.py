@@ -20,6 +20,7 @@ import time
 from pathlib import Path
 
 import torch
+from graphed import adamw, set_rate, training_step
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
 
@@ -52,12 +53,13 @@ def config(variant: str, depth: int, chunk: int) -> TitanMACConfig:
 
 def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
     """Tokens and labels [size, T]; only the values asked for count."""
-    keys = torch.rand(size, KEYS, generator=generator).argsort(1)[:, :PAIRS]
-    values = torch.randint(VALUES, (size, PAIRS), generator=generator) + KEYS
+    on = {"generator": generator, "device": generator.device}
+    keys = torch.rand(size, KEYS, **on).argsort(1)[:, :PAIRS]
+    values = torch.randint(VALUES, (size, PAIRS), **on) + KEYS
     shown = torch.stack((keys, values), dim=2).flatten(1)
-    order = torch.rand(size, PAIRS, generator=generator).argsort(1)
+    order = torch.rand(size, PAIRS, **on).argsort(1)
     asked = torch.stack((keys.gather(1, order), values.gather(1, order)), dim=2).flatten(1)
-    filler = torch.full((size, FILLER), FILLER_TOKEN)
+    filler = torch.full((size, FILLER), FILLER_TOKEN, device=keys.device)
     tokens = torch.cat((shown, filler, asked), dim=1)
     labels = torch.full_like(tokens, IGNORED)
     first = 2 * PAIRS + FILLER
@@ -70,23 +72,24 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, obj
     model = create_titanmac_model(
         config(variant, options.depth, options.chunk), seed=seed, device=device
     )
-    optimizer = torch.optim.AdamW(model.parameters(), lr=options.lr, weight_decay=0.01)
-    generator = torch.Generator().manual_seed(1000 + seed)
-    held_out = [batch(512, torch.Generator().manual_seed(7)) for _ in range(1)]
+    groups = [{"params": list(model.parameters())}]
+    optimizer = adamw(groups, options.lr, graph=options.graph, weight_decay=0.01)
+    generator = torch.Generator(device).manual_seed(1000 + seed)
+    held_out = [batch(512, torch.Generator(device).manual_seed(7))]
+    size = options.batch_size
+    example = batch(size, torch.Generator(device))
+    one_step = training_step(model, optimizer, *example, autocast=False, graph=options.graph)
     curve = []
     started = time.perf_counter()
     for step in range(1, options.steps + 1):
-        rate = min(1.0, step / 100, max(0.02, 2 * (1 - step / options.steps)))
-        for group in optimizer.param_groups:
-            group["lr"] = options.lr * rate
-        tokens, labels = (x.to(device) for x in batch(options.batch_size, generator))
-        optimizer.zero_grad()
-        loss = model(tokens, labels)["loss"]
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        warm, cold = step / 100, 2 * (1 - step / options.steps)
+        set_rate(optimizer, options.lr * min(1.0, warm, max(0.02, cold)))
+        at = (step - 1) % 50 * size
+        if at == 0:
+            tokens, labels = batch(50 * size, generator)
+        loss = one_step(tokens[at : at + size], labels[at : at + size])
         if step % options.every == 0 or step == options.steps:
-            curve.append((step, round(accuracy(model, held_out, device), 4)))
+            curve.append((step, round(accuracy(model, held_out), 4)))
             print(variant, seed, step, f"{loss.item():.3f}", curve[-1][1], flush=True)
     return {
         "variant": variant,
@@ -106,11 +109,11 @@ def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, obj
 
 
 @torch.no_grad()
-def accuracy(model: torch.nn.Module, batches: list, device: str) -> float:
+def accuracy(model: torch.nn.Module, batches: list) -> float:
     right = total = 0
     model.eval()
     for tokens, labels in batches:
-        predicted = model(tokens.to(device))["logits"][:, :-1].argmax(-1).cpu()
+        predicted = model(tokens)["logits"][:, :-1].argmax(-1)
         counted = labels[:, 1:] != IGNORED
         right += int((predicted == labels[:, 1:])[counted].sum())
         total += int(counted.sum())
@@ -129,6 +132,7 @@ def main() -> None:
     parser.add_argument("--depth", type=int, default=1)
     parser.add_argument("--chunk", type=int, default=16)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
@@ -136,7 +140,11 @@ def main() -> None:
     cells = list(itertools.product(options.seeds, options.variants))
     if len(cells) == 1 or options.jobs == 1:
         for seed, variant in cells:
-            result = train(variant, seed, options)
+            try:
+                result = train(variant, seed, options)
+            except Exception as error:  # one bad cell shall not cost the others
+                print("FAILED", variant, seed, repr(error)[:500], flush=True)
+                continue
             with (options.out / "recall.jsonl").open("a") as file:
                 file.write(json.dumps(result) + "\n")
         return
@@ -147,6 +155,7 @@ def main() -> None:
         arguments = [sys.executable, __file__, "--variants", variant, "--seeds", str(seed)]
         for name in ("steps", "every", "batch_size", "lr", "depth", "chunk", "device", "out"):
             arguments += ["--" + name.replace("_", "-"), str(getattr(options, name))]
+        arguments += ["--graph"] if options.graph else []
         running.append(subprocess.Popen(arguments))
     for process in running:
         process.wait()

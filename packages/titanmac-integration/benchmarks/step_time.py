@@ -20,6 +20,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import torch
+from graphed import adamw, training_step
 
 import titanmac_integration
 from cms_topology import TopologyManager
@@ -50,24 +51,21 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = create_titanmac_model(config, device="cuda")
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
+    graph = options.graph and not moving
+    optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=graph)
     manager = TopologyManager(model, optimizer, periods=PERIODS) if moving else None
     for layer in model.block_sparse_layers.values():
         layer.collect_candidates = layer.collect_candidates and moving
-    run = model
     started = time.perf_counter()
     if options.compile:
         for block in model.blocks:
             block.compile(dynamic=False)
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
+    train = training_step(model, optimizer, tokens, tokens, autocast=True, clip=None, graph=graph)
 
     def step() -> None:
-        optimizer.zero_grad()
-        with torch.autocast("cuda", dtype=torch.bfloat16):
-            loss = run(tokens, tokens)["loss"]
-        loss.backward()
-        optimizer.step()
+        train(tokens, tokens)
         if manager is not None:
             manager.step()
 
@@ -119,7 +117,7 @@ def cells(options: argparse.Namespace) -> list[tuple[str, dict, bool]]:
         where = "all layers" if layers is None else "layers 8-12"
         name = f"{density:.0%} of {where}, tile {tile} x {group}"
         found.append((name, changes, False))
-        if density == 0.5:
+        if density == 0.5 and options.moving:
             found.append((name + ", moving", changes, True))
     if options.memory:
         found += [
@@ -136,6 +134,8 @@ def main() -> None:
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--compile", action="store_true", help="compile block by block")
+    parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
+    parser.add_argument("--moving", action="store_true", help="also cells whose blocks move")
     parser.add_argument("--memory", action="store_true", help="also the three variants")
     parser.add_argument("--only", default="", help="cells whose name contains this")
     parser.add_argument("--vocab-size", type=int, default=None)
@@ -152,6 +152,7 @@ def main() -> None:
             "cell": name,
             "vocab_size": options.vocab_size,
             "compiled": options.compile,
+            "graph": options.graph and not moving,
             "batch_size": options.batch_size,
             "sequence": options.sequence,
             "device": torch.cuda.get_device_name(),
