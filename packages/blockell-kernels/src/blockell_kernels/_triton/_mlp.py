@@ -60,6 +60,8 @@ def forward_activated(
     if x.shape[0] < FEW_TOKENS:
         return None
     tiling = forward_tiling_for(_case("forward", x, pattern))
+    # A pass over h costs more than the Gluon kernels, which take no activation, save.
+    tiling = tiling.otherwise or tiling
     if tiling.path not in PATHS:
         return None
     return _forward_activated(x, values, bias, pattern, tiling, activation, keep_pre)
