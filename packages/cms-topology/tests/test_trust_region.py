@@ -38,7 +38,7 @@ def bisected(spectrum: Tensor, energy: Tensor, budget: float) -> float:
     st.floats(1e-3, 2.0),
     st.floats(0.3, 3.0),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_the_nearest_point_within_the_budget(
     seed: int, n: int, decades: float, share: float, guess: float
 ) -> None:
@@ -66,7 +66,7 @@ def test_the_nearest_point_within_the_budget(
 
 
 @given(st.integers(0, 2**31), st.floats(1e-6, 0.5))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_from_any_start_the_budget_holds_and_steps_settle(seed: int, share: float) -> None:
     spectrum, energy = case(seed, 12, 3.0)
     budget = share * drift(spectrum, energy)
