@@ -82,7 +82,7 @@ class Adapter(nn.Module):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_hugging_face(tmp_path: Path, accumulation: int) -> None:
+def test_hugging_face(tmp_path: Path, accumulation: int, caplog: pytest.LogCaptureFixture) -> None:
     transformers = pytest.importorskip("transformers")
     from titanmac_integration.callbacks import HuggingFaceTopologyCallback
 
@@ -126,6 +126,16 @@ def test_hugging_face(tmp_path: Path, accumulation: int) -> None:
     again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{TAKEN}"))
     assert resumed.manager.global_step == STEPS
     assert_same(second, model)
+    state = tmp_path / f"checkpoint-{TAKEN}" / "topology_manager.json"
+    state.unlink()  # a checkpoint from before the callback was there
+    again, _, resumed = trainer()
+    with caplog.at_level("WARNING"):
+        again.train(resume_from_checkpoint=str(state.parent))
+    assert "no topology state in" in caplog.text
+    assert resumed.manager.global_step == STEPS
+    state.write_text("{")
+    with pytest.raises(ValueError, match=r"topology_manager\.json cannot be read"):
+        trainer()[0].train(resume_from_checkpoint=str(state.parent))
 
 
 def test_hugging_face_trains_titanmac(tmp_path: Path) -> None:
