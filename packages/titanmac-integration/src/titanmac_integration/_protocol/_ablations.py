@@ -18,11 +18,11 @@ class OpenLoop(Projection):
     probes = 0
 
 
-class EveryTen(Projection):
-    """Projects every tenth step only."""
+class EveryStep(Projection):
+    """Projects after every step, not after every tenth."""
 
-    name = "ours-every-10"
-    options: ClassVar[dict[str, Any]] = {"every": 10}
+    name = "ours-every-step"
+    options: ClassVar[dict[str, Any]] = {"tolerance": 0.01, "every": 1}
 
 
 class Influence(Projection):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from ._ablations import (
-    EveryTen,
+    EveryStep,
     GrownAtRandom,
     Influence,
     OpenLoop,
@@ -38,7 +38,7 @@ METHODS: dict[str, type[Method]] = {
         Projection,
         GrowingProjection,
         OpenLoop,
-        EveryTen,
+        EveryStep,
         Influence,
         GrownAtRandom,
         Swapping,

@@ -24,7 +24,7 @@ from ._score import RetentionTask
 
 
 class Projection(Method):
-    """`cms_topology.RetentionGuard` after every step; without a dial it finds its own strength.
+    """`cms_topology.RetentionGuard`, every ten steps; without a dial it finds its own strength.
 
     Args:
         dial: a fixed eps of the projection, and nothing else; None lets the drift budget, steered
@@ -41,7 +41,7 @@ class Projection(Method):
     """Sequences the model writes itself, on which the drift is watched; 0 for an open loop."""
     consolidation: ClassVar[dict[str, Any]] = {}
     """Further arguments of ``consolidate``."""
-    options: ClassVar[dict[str, Any]] = {}
+    options: ClassVar[dict[str, Any]] = {"tolerance": 0.01, "every": 10}
     """Further arguments of ``RetentionGuard``."""
 
     def __init__(self, dial: float | None = None) -> None:
