@@ -37,7 +37,8 @@ class StepRunner:
             # buffers follow from averaged gradients and agree without being sent around
             known = inspect.signature(DistributedDataParallel).parameters
             name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
-            self._forward = DistributedDataParallel(self._forward, **{name: False})
+            options: dict[str, Any] = {name: False}
+            self._forward = DistributedDataParallel(self._forward, **options)
         self.scaler: torch.amp.GradScaler | None = None
         """Of gradients in float16, whose range is small; None for other precisions."""
         if config.precision == "fp16":
