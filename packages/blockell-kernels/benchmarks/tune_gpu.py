@@ -23,7 +23,7 @@ from triton.testing import do_bench
 from blockell_format import create_random_topology, num_blocks_for_density, transposed_index
 from blockell_kernels._backends import Pattern
 from blockell_kernels._triton import _blocks, _forward, _grad_input, _grad_values
-from blockell_kernels._triton._tiling import Tiling
+from blockell_kernels._triton._tiling import Tiling, power_of_two_divisor
 
 SHAPES = [
     (8192, 640, 2560),
@@ -112,6 +112,19 @@ def grad_values_tilings(B: int, size: int) -> Iterator[Tiling]:
             yield Tiling(path=path, waves=waves, **shape)
 
 
+def gluon_tilings(direction: str, B: int, width: int) -> Iterator[Tiling]:
+    """The Gluon kernels' tilings: 16-bit operands, on Hopper."""
+    if direction == "forward" and B >= 16 and width == 128:
+        for BM in (256, 320):
+            yield Tiling(path="gluon", BM=BM, BN=128, BK=64)
+    if direction == "grad_input" and 16 <= B <= 64 and width >= 64:
+        for BN, BK in ((256, 128), (320, 64), (128, 128), (256, 64)):
+            if width >= BK:
+                yield Tiling(path="gluon", BM=128, BN=BN, BK=BK)
+    if direction == "grad_values" and B >= 16 and width >= 64:
+        yield Tiling(path="gluon", BM=width, BN=256, BK=64)
+
+
 def median_ms(product, warmup_ms: float, rep_ms: float, quantiles=(0.5,)) -> list[float]:
     """Quantiles of the product's time as a CUDA graph: what the GPU takes, not Python's launch."""
     product()
@@ -178,7 +191,10 @@ class Problem:
             found += packed_tilings(size) if B <= 32 and direction == "forward" else []
         if direction == "grad_input" and B >= 64:
             found += [replace(t, group_m=1024) for t in found]
-        return [t for t in found if self.fits(direction, t, B * G)]
+        found = [t for t in found if self.fits(direction, t, B * G)]
+        if size == 2 and torch.cuda.get_device_capability()[0] == 9:
+            found += gluon_tilings(direction, B, min(128, power_of_two_divisor(B * G)))
+        return found
 
     def fits(self, direction: str, t: Tiling, width: int) -> bool:
         if direction == "grad_input":
