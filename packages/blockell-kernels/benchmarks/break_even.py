@@ -3,7 +3,8 @@
     python break_even.py results/*.csv ../src/blockell_kernels/_triton/break_even.json
 
 The break-even density is where the line between two measured densities crosses equality of the
-sparse kernel and the scattered dense product; 1 where the sparse kernel won at every density.
+sparse kernel and the scattered dense product; where the sparse kernel won at every density, the
+highest that was measured.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def break_even(points: list[tuple[float, float]]) -> float:
                 return 0.0
             return before[0] + (density - before[0]) * (before[1] - 1) / (before[1] - ratio)
         before = (density, ratio)
-    return 1.0
+    return before[0]
 
 
 def main(grids: list[str], target: str) -> None:
