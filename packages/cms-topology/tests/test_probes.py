@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load, save
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -99,7 +100,7 @@ def test_probes_survive_a_checkpoint() -> None:
     probes = make_probes(model, own_samples)
     memory = consolidate(model, [batch(*OLD, seed=0)], "a", probes=probes)
     both = consolidate(model, [batch(*OLD, seed=1)], "b", probes=probes, previous=memory)
-    restored = Consolidation.from_tensors(both.to_tensors())
+    restored = Consolidation.from_tensors(load(save(both.to_tensors())))
     assert len(restored.probes) == 2
     for name, tensor in both.probes[1].tensors().items():
         assert torch.equal(restored.probes[1].tensors()[name], tensor)

@@ -165,9 +165,9 @@ def known_answers(
             "uses; let the sampler draw from those (sample_tokens(allowed=...)), and not longer "
             "sequences than the task's."
         )
-    return Probes(
-        probes.inputs, probes.positions[kept], probes.classes[kept], probes.log_probs[kept]
-    )
+    parts = (probes.positions, probes.classes, probes.log_probs)
+    # a copy: files do not take one tensor under two names
+    return Probes(probes.inputs.clone(), *(part[kept] for part in parts))
 
 
 @torch.no_grad()

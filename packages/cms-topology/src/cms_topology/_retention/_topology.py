@@ -66,21 +66,24 @@ class RetentionRule:
 
     def locked_and_cost(self, layer: CMSBlockLinear) -> tuple[Tensor, Tensor]:
         """bool [R, k] blocks that must stay, and float32 [R, k] the cost of dropping each."""
+        columns = layer.col_indices[:, : layer.num_live].long()
+        theirs = torch.ones_like(columns, dtype=torch.bool)
+        if self.memory.live is not None:
+            theirs = self.memory.live.to(columns.device).gather(1, columns)
+        if self.drop_cost == 0 and layer.scorer.loss is None:
+            return theirs, torch.zeros(columns.shape, device=columns.device)  # nobody asks
         cost = removal_cost(layer, self.memory, compensated=self.compensate)
         group = cost.view(-1, layer.row_group, cost.shape[1]).sum(1)
-        locked = (group > self.drop_cost).repeat_interleave(layer.row_group, 0)
-        if self.memory.live is not None:
-            columns = layer.col_indices[:, : layer.num_live].long()
-            locked = locked & self.memory.live.to(columns.device).gather(1, columns)
-        return locked, cost.float()
+        dear = group > self.drop_cost if self.drop_cost > 0 else torch.ones_like(group).bool()
+        return theirs & dear.repeat_interleave(layer.row_group, 0), cost.float()
 
     @torch.no_grad()
     def after_swap(self, layer: CMSBlockLinear, swapped: Tensor, before: LiveBlocks) -> None:
         """Bank what was dropped, and let the row absorb what it did on the old tasks' inputs."""
         if self.bank is not None:
             self.bank.keep(self.name, swapped, before, int(layer.scorer.num_decisions))
-        if not self.compensate:
-            return
+        if not self.compensate or self.drop_cost == 0:
+            return  # with all of theirs locked, only blocks of the present task can have gone
         weight = ProtectedWeight(self.name, layer.values, self.memory, layer)
         G, m, _ = weight.shape
         R, k, B, C = layer.R, layer.num_live, layer.B, layer.C
