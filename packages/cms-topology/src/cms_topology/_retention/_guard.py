@@ -29,7 +29,7 @@ class RetentionGuard:
     - weight matrices are kept in bounds by one or both controls. `eps` acts on the update:
       dW <- dW eps (K + eps I)^-1, the exact proximal step of (1/2 eps) tr(dW K dW^T). `drift` acts
       on the displacement since the guard was built: W - W_A is projected onto the ellipsoid
-      D = tr((W - W_A) K (W - W_A)^T) / tr(W_A K W_A^T) <= drift, so D never exceeds its budget.
+      D = tr((W - W_A) K (W - W_A)^T) / tr(W_A K W_A^T) <= drift, so training never exceeds it.
     - norm gains, biases, used embedding rows and every parameter without statistics stay to the
       bit. Unused embedding rows train freely.
 
