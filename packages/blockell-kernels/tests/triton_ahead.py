@@ -13,8 +13,10 @@ from triton import compile as triton_compile
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from blockell_kernels._triton import _activation_kernels as activations
 from blockell_kernels._triton import _block_kernels as blocks
 from blockell_kernels._triton import _few_tokens_kernels as few
+from blockell_kernels._triton._fisher_kernels import token_square_sums
 from blockell_kernels._triton._forward_kernels import (
     forward_descriptors,
     forward_packed,
@@ -154,6 +156,11 @@ def block_cases(arch, dtype, B):
     yield blocks.square_sums, {"B": B, "MB": max(1, 128 // B), "BT": 32}, tensors
     yield blocks.pack_rows, {"B": B, "KB": max(1, 4096 // B**2)}, tensors | {"packed_ptr": dtype}
     yield reduce_parts, {"BB": B * B, "PARTS": 8, "BLOCK": 512}, tensors
+    yield token_square_sums, {"B": B, "MB": 256 // B, "BT": 32}, tensors | {"sums_ptr": "fp32"}
+    exact = {"ACTIVATION": "silu", "ARITHMETIC": "exact"}
+    names = dict.fromkeys(("h_ptr", "a_ptr", "da_ptr", "dh_ptr"), dtype) | {"sums_ptr": "fp32"}
+    yield activations.activate_elements, exact | {"BLOCK": 16 * B}, names
+    yield activations.gradient_tiles, exact | {"BT": 64, "BW": B}, names
     norms = {"B": B, "RB": max(1, 64 // B), "CB": max(1, 64 // B), "BT": 32, "UPCAST": False}
     yield blocks.block_norms, norms | {"PRECISION": precision(dtype, arch)}, tensors
 
