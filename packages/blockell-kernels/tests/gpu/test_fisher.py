@@ -20,7 +20,7 @@ def test_token_sums(make_problem, error, B, N, dtype):
     want = p.dy.cpu().double().view(N, 5, B).square().sum(2)
     assert error(_fisher.token_sums_sq(p.dy, B), want) < 1e-6
     strided = torch.cat([p.dy[:, :1], p.dy], 1)[:, 1:]
-    assert torch.equal(_fisher.token_sums_sq(strided, B), _fisher.token_sums_sq(p.dy, B))
+    assert error(_fisher.token_sums_sq(strided, B), want) < 1e-6
 
 
 def test_the_trace_is_exact_even_where_tf32_is_allowed(make_problem, error):

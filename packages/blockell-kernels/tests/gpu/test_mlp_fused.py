@@ -33,7 +33,7 @@ def carried(monkeypatch):
 
     monkeypatch.setattr(_mlp, "FEW_TOKENS", 0)
     tiling = Tiling(path="descriptors", BM=16, BN=64, BK=32, store_parts=2)
-    monkeypatch.setattr(_mlp, "middle_tiling_for", lambda case: tiling)
+    monkeypatch.setattr(_mlp, "middle_tiling_for", lambda case, keep_a: tiling)
     counted("_forward_activated")
     counted("grad_input_activated")
     return calls

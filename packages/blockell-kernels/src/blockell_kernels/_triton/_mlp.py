@@ -31,10 +31,11 @@ FEW_TOKENS = 512
 """Below this many tokens the passes over memory cost nothing next to the launches."""
 PATHS = ("pointers", "descriptors", "packed")
 """Ways of the forward product that take an activation."""
-DEEP = 1024
-"""Products summed per element of da from which f' rides on them. On shorter sums the epilogue takes
-longer than the products and nothing runs beside it; a pass of its own through L2 is faster then. At
-8192 tokens, 640 -> 2560, half dense: 74 to 100 us with it, without 36 and 34 to 46 for the pass."""
+DEEP, DEEP_ALONE = 1024, 256
+"""Products summed per element of da from which f' rides on them, where a is computed again with it
+and where not. On shorter sums the epilogue takes longer than the products and nothing runs beside
+it; a pass of its own through L2 is faster then. Measured at 8192 tokens, 640 -> 2560, half dense
+(320 products): 74 us with it and 100 with a, too; without 36 and 34 to 46 for the pass."""
 
 
 class Middle(NamedTuple):
@@ -78,7 +79,7 @@ def middle(
     need_bias: bool,
 ) -> Middle | None:
     """See `grad_input_activated`; None where two passes are better, or the only way."""
-    tiling = middle_tiling_for(_case("grad_input", dy, pattern))
+    tiling = middle_tiling_for(_case("grad_input", dy, pattern), keep_a)
     if tiling is None:
         return None
     return grad_input_activated(
@@ -92,12 +93,12 @@ def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:
     return Case(direction, operand.device, operand.dtype, *sizes)
 
 
-def middle_tiling_for(case: Case) -> Tiling | None:
+def middle_tiling_for(case: Case, keep_a: bool) -> Tiling | None:
     """The tiling of fc2's grad_input with this epilogue; None: two passes are better."""
     B, N = case.B, case.N
     if capability(case.device)[0] != 9 or B < 64 or N < FEW_TOKENS or case.dtype == torch.float32:
         return None
-    if case.R * B * case.density < DEEP:
+    if case.R * B * case.density < (DEEP if keep_a else DEEP_ALONE):
         return None
     if B == 64:
         return Tiling(path="descriptors", BM=128, BN=64, BK=64, warps=4, stages=4)
