@@ -29,8 +29,6 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "drift, every 10": {"drift": 1e-3, "eps": math.inf, "every": 10},
     "drift + eps, every step": {"drift": 1e-3, "eps": 0.1, "every": 1},
     "drift + eps, every 10": {"drift": 1e-3, "eps": 0.1, "every": 10},
-    "drift + eps, every step, captured": {"drift": 1e-3, "eps": 0.1, "every": 1, "capture": True},
-    "drift + eps, every 10, captured": {"drift": 1e-3, "eps": 0.1, "every": 10, "capture": True},
 }
 
 
@@ -99,8 +97,7 @@ def training_ms(model: nn.Module, control: dict[str, Any] | None, args: argparse
             loss.backward()
             optimizer.step()
 
-    for _ in range(4):  # capturing needs some projections first
-        ten_steps()
+    ten_steps()
     taken = seconds(ten_steps, args, args.repeats) * 100
     if guard is None:
         return taken, 0.0, 0, 0.0

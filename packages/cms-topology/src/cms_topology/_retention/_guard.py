@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from cms_topology._retention._budget import FixedBudget, make_budget
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import DriftController
-from cms_topology._retention._graph import CapturedCall
 from cms_topology._retention._names import unwrap
 from cms_topology._retention._parameters import by_shape, sort_parameters
 from cms_topology._retention._precision import products
@@ -63,8 +62,6 @@ class RetentionGuard:
         tolerance: nats that the old tasks may lose by the measure of "auto": divergence of the
             answers to the probes (default 0.003), or rise of the loss (default 0.01).
         measure_every: optimizer steps between two looks at the probes.
-        capture: on a GPU, replay the projection as one CUDA graph: less work for the host, for some
-            memory (intermediate results of the largest batch of layers stay allocated).
         logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
 
     Raises:
@@ -83,7 +80,6 @@ class RetentionGuard:
         every: int = 1,
         tolerance: float | None = None,
         measure_every: int = 10,
-        capture: bool = False,
         logits_fn: LogitsFn = default_logits,
     ) -> None:
         self.model = unwrap(model)
@@ -114,7 +110,6 @@ class RetentionGuard:
         with products(full=True), torch.no_grad():
             states = {weight.name: WeightState.of(weight) for weight in weights}
         self._weights = weights
-        self._capture = capture
         device = next(self.model.parameters()).device
         self._allowed = torch.zeros((), dtype=torch.float64, device=device)
         self._arrange(states)
@@ -152,9 +147,6 @@ class RetentionGuard:
                 self._allowed.copy_(now)
             else:
                 self._allowed.fill_(now)
-        self._project()
-
-    def _project_all(self) -> None:
         allowed = None if self._budget is None else self._allowed
         with products(full=self._exacting):
             for batch in self._batches:
@@ -197,10 +189,6 @@ class RetentionGuard:
             for group in by_shape(self._weights)
         ]
         self._known_topologies = self._topologies()
-        self._project: Callable[[], None] = self._project_all
-        if self._capture and self._allowed.device.type == "cuda":
-            operands = [weight.parameter for weight in self._weights]
-            self._project = CapturedCall(self._project_all, operands)
 
     def _topologies(self) -> list[int]:
         return [w.layer.col_indices._version for w in self._weights if w.layer is not None]

@@ -100,7 +100,7 @@ class ProjectionBatch:
 
         With C the displacement's coefficients along U, a control is a factor per direction, and
         what it takes away is added to the weights: they keep every bit where it takes nothing.
-        Everything is written in place, so that the work can be captured in a CUDA graph.
+        Everything is written in place.
 
         Args:
             eps: None: no control of the update.
