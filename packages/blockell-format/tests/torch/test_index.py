@@ -126,13 +126,14 @@ def test_messages() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_on_the_device_without_waiting() -> None:
     columns = create_random_topology(160, 40, 20)
     wanted = transposed_index(columns, 40)
     columns = columns.cuda()
     index = transposed_index(columns, 40)
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         transposed_index(columns, 40, out=index)
     finally:
         torch.cuda.set_sync_debug_mode("default")

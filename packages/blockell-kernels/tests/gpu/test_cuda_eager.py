@@ -172,6 +172,7 @@ def test_peak_of_a_step_is_not_above_dense():
         assert peak(sparse(round(density * C))) <= limit, density
 
 
+@pytest.mark.filterwarnings("ignore:The AccumulateGrad node's stream:UserWarning")
 def test_few_tokens_are_captured(make_problem, error):
     problem = make_problem(B=32, R=8, C=6, K=3, N=5, G=4, dtype=torch.bfloat16)
     x, values, bias = leaves(problem)
