@@ -2,9 +2,8 @@
 
     python break_even.py results/*.csv ../src/blockell_kernels/_triton/break_even.json
 
-The break-even density is where the line between two measured densities crosses equality of the
-sparse kernel and the scattered dense product; where the sparse kernel won at every density, the
-highest that was measured.
+The break-even density is where the lines of both times, the sparse kernel's and the scattered dense
+product's, cross between two measured densities, or beyond them where none of them decides.
 """
 
 from __future__ import annotations
@@ -24,16 +23,25 @@ def read(path: Path) -> tuple[str, list[dict[str, str]]]:
     return header.lstrip("# "), list(csv.DictReader(lines))
 
 
-def break_even(points: list[tuple[float, float]]) -> float:
-    """From (density, dense time over sparse time) the density at which that ratio is 1."""
-    before = (0.0, float("inf"))
-    for density, ratio in sorted(points):
-        if ratio < 1:
-            if before[0] == 0.0:
-                return 0.0
-            return before[0] + (density - before[0]) * (before[1] - 1) / (before[1] - ratio)
-        before = (density, ratio)
-    return before[0]
+def break_even(points: list[tuple[float, float, float]]) -> float:
+    """The density at which the times are equal, from (density, sparse time, dense time)."""
+    points = sorted(points)
+    wins = [sparse <= dense for _, sparse, dense in points]
+    if all(wins):
+        last = points[-1][0]
+        return 1.0 if last == 1 or len(points) == 1 else max(last, crossing(*points[-2:]))
+    if not wins[0]:
+        return 0.0 if len(points) == 1 else min(points[0][0], crossing(*points[:2]))
+    first = wins.index(False)
+    return crossing(*points[first - 1 : first + 1])
+
+
+def crossing(low: tuple[float, float, float], high: tuple[float, float, float]) -> float:
+    """Where the lines through two measurements meet, from 0 to 1."""
+    gap, gap_high = low[2] - low[1], high[2] - high[1]
+    if gap <= gap_high:  # the sparse kernel does not lose ground
+        return 1.0 if gap_high > 0 else 0.0
+    return min(1.0, max(0.0, low[0] + (high[0] - low[0]) * gap / (gap - gap_high)))
 
 
 def main(grids: list[str], target: str) -> None:
@@ -49,8 +57,8 @@ def main(grids: list[str], target: str) -> None:
             B, kind = int(row["B"]), ARITHMETIC[row["dtype"]]
             key = f"{row['direction']} {kind} {B}x{B * int(row['row_group'])}"
             shape = (int(row["N"]), int(row["in"]), int(row["out"]))
-            ratio = float(row["fallback_us"]) / float(row["sparse_us"])
-            points[key][shape].append((float(row["density"]), ratio))
+            times = float(row["sparse_us"]), float(row["fallback_us"])
+            points[key][shape].append((float(row["density"]), *times))
     assert len(devices) == 1, f"grids of several devices: {devices}"
     rows = {
         key: [[*shape, round(break_even(p), 2)] for shape, p in sorted(shapes.items())]

@@ -141,14 +141,35 @@ def worst(rows: list[dict[str, str]], directions: tuple[str, ...] = DIRECTIONS) 
     return "\n".join(lines)
 
 
+def redispatch(rows: list[dict[str, str]]) -> None:
+    """Let today's table decide about the products of a run; layers stay as they were measured."""
+    import torch
+
+    from blockell_kernels._backends import Case
+    from blockell_kernels._triton._rule import verdict
+
+    for row in rows:
+        if row["direction"] == "layer":
+            continue
+        n, i, o, B, G, K = (int(row[name]) for name in ("N", "in", "out", "B", "row_group", "K"))
+        dtype, meta = getattr(torch, row["dtype"]), torch.device("meta")
+        case = Case(row["direction"], meta, dtype, n, o // B, i // B, K, B, G)
+        row["chosen"] = "triton" if verdict(case).wins else "dense"
+        row["auto_us"] = row["sparse_us" if row["chosen"] == "triton" else "fallback_us"]
+        row["speedup"] = str(float(row["dense_us"]) / float(row["auto_us"]))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("grids", type=Path, nargs="+")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.5])
     parser.add_argument("--compact", action="store_true", help="all four in one cell, no goals")
+    parser.add_argument("--redispatch", action="store_true", help="by today's table")
     arguments = parser.parse_args()
     read_all = [read(path) for path in arguments.grids]
     rows = [row for _, some in read_all for row in some]
+    if arguments.redispatch:
+        redispatch(rows)
     shapes = list(dict.fromkeys((row["N"], row["in"], row["out"]) for row in rows))
     shapes.sort(key=lambda shape: [int(size) for size in shape])
     shown = [row for row in rows if round(asked(row), 2) in arguments.densities]

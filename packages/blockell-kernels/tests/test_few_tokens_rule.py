@@ -1,4 +1,4 @@
-"""What is decided for few tokens: strips that fit every GPU, and a verdict that says why."""
+"""What is decided for few tokens: where their kernels run, in strips that fit every GPU."""
 
 from __future__ import annotations
 
@@ -67,26 +67,3 @@ def test_with_more_tokens_it_depends_on_the_case(gpu):
     assert not taken("forward", 256, (4096, 14336), 128, 1)
     assert taken("grad_input", 512, (640, 2560), 128, 1)
     assert not taken("grad_input", 512, (2560, 640), 128, 1)
-
-
-def test_the_verdict_says_that_it_is_a_rule():
-    wins, why = few.verdict(case("forward", 1, (4096, 14336), 128, 1))
-    assert wins
-    assert why.startswith("1 tokens: ")
-    assert "128 outputs sharing columns" in why
-
-
-@pytest.mark.parametrize(
-    ("N", "shape", "B", "density", "wins"),
-    [
-        (64, (640, 2560), 8, 0.5, False),  # x read again for every eight outputs
-        (16, (640, 2560), 8, 0.5, True),
-        (64, (4096, 14336), 8, 0.5, True),  # scattering costs more still
-        (64, (640, 2560), 16, 1.0, False),
-        (64, (640, 2560), 16, 0.75, True),
-    ],
-)
-def test_the_smallest_tiles_with_free_rows_go_densely_where_that_is_faster(
-    N, shape, B, density, wins
-):
-    assert few.verdict(case("forward", N, shape, B, 1, density=density)).wins == wins

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from blockell_kernels import _dense, _plan, block_ell_linear, explain, probe_size
+from blockell_kernels import _dense, _plan, block_ell_linear, probe_size
 
 FREE = {"B": 16, "R": 8, "C": 6, "K": 3, "N": 70}
 
@@ -209,16 +209,6 @@ def test_wrong_devices_and_dtypes_are_named(make_problem):
         block_ell_linear(x, values.float(), cols)
     with pytest.raises(ValueError, match=r"col_indices has dtype torch.int64"):
         block_ell_linear(x, values, cols.long())
-
-
-def test_explain_says_where_an_answer_comes_from(make_problem):
-    problem = make_problem(B=64, R=8, C=8, K=4, N=2)
-    said = explain(problem.x, problem.values, problem.pattern.col_indices)
-    assert "2 tokens" in said.forward.why
-    assert "rule measured on one H200" in said.forward.why
-    problem = make_problem(B=64, R=8, C=8, K=4, N=2048)
-    said = explain(problem.x, problem.values, problem.pattern.col_indices)
-    assert "measured on" in said.forward.why
 
 
 @pytest.mark.parametrize("backend", ["dense", "triton"])

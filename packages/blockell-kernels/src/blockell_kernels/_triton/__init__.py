@@ -41,8 +41,7 @@ class TritonBackend(Backend):
         tuned = _tuning.verdict(case, arithmetic(case))
         if tuned is not None:
             return tuned
-        few = case.N <= _few_tokens.TOKEN_TILE and _few_tokens.takes(case)
-        return _few_tokens.verdict(case) if few else verdict(case)
+        return verdict(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         case = _case("forward", x, pattern)

@@ -15,7 +15,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from blockell_kernels._backends import Case, Pattern, Verdict
+from blockell_kernels._backends import Case, Pattern
 from blockell_kernels._triton._device import (
     capability,
     dot_precision,
@@ -131,24 +131,6 @@ def _strip(width: int, results: int, depth: int, N: int, sms: int, direction: st
     if direction == "forward" and depth <= 2048 and width >= 32:
         return Strip(BN=16, BK=256)
     return Strip(BN=min(width, 16), BK=128, parts=8, stages=3)
-
-
-def verdict(case: Case) -> Verdict:
-    """Reading the live blocks beats reading and writing them to be read again by a dense product.
-
-    Not where tiles are so small that x, read again for every block row, weighs more than they do.
-    """
-    width = case.B if case.direction == "grad_input" else case.row_group * case.B
-    small = case.R * case.C * case.B**2 < 2**22
-    loses = (width <= 8 and case.N > 16 and small) or (
-        width <= 16 and case.N > 32 and case.density > 0.8
-    )
-    return Verdict(
-        not loses,
-        f"{case.N} tokens: a product bound by reading the weight, of which the sparse kernel reads "
-        f"the live part once and scattering reads and writes more; rule measured on one H200, "
-        f"{width} outputs sharing columns",
-    )
 
 
 def _token_tile(N: int) -> int:
