@@ -14,8 +14,9 @@ from blockell_kernels._activation import Activation, check_activation
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._eager import plain
 from blockell_kernels._functional import TransposedIndexLike
+from blockell_kernels._mlp_autograd import eager_mlp
 from blockell_kernels._mlp_core import RECOMPUTE, Recompute
-from blockell_kernels._mlp_ops import eager_mlp, mlp_op
+from blockell_kernels._mlp_ops import mlp_op
 from blockell_kernels._stats import Sample
 from blockell_kernels._validation import check_operands
 
