@@ -1,6 +1,6 @@
 """Markdown tables from the grids that `grid_gpu.py` measured.
 
-    python summary_gpu.py results/h200-bfloat16.csv
+    python summary_gpu.py --redispatch results/h200-bfloat16-all-densities.csv
 
 A cell is the speed-up over the dense product of the same run, and whether the goal beside it was
 reached; `*` marks a product that the dispatcher computes densely. Several files are joined: the
