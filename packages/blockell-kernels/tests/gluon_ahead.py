@@ -22,7 +22,7 @@ from blockell_kernels._gluon import _forward, _grad_input, _grad_values
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
-from blockell_kernels._gluon._grad_values_kernels import grad_values_in_stretches
+from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
 from blockell_kernels._triton._tiling import Tiling
 
 
@@ -95,7 +95,7 @@ def grad_values_case(dtype, B, outputs, K):
         "work_ptr": "*fp32",
     }
     constants = _grad_values.constants(B, outputs, columns, product)
-    return compile_one(grad_values_in_stretches, constants, types, {"num_warps": 4})
+    return compile_one(grad_values_by_items, constants, types, {"num_warps": 4})
 
 
 def all_cases():

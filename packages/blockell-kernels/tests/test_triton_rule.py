@@ -19,7 +19,7 @@ rule = importlib.import_module("blockell_kernels._triton._rule")
 tilings = importlib.import_module("blockell_kernels._triton._tilings")
 gluon_tilings = importlib.import_module("blockell_kernels._triton._tilings_gluon")
 by_units = importlib.import_module("blockell_kernels._gluon._grad_input")
-in_stretches = importlib.import_module("blockell_kernels._gluon._grad_values")
+by_items = importlib.import_module("blockell_kernels._gluon._grad_values")
 device_module = importlib.import_module("blockell_kernels._triton._device")
 
 META = torch.device("meta")
@@ -125,14 +125,37 @@ def test_weight_gradients_are_cut_with_little_padding(outputs):
     for B, K in itertools.product((16, 32, 64, 128), range(1, 40)):
         if outputs < B:
             continue
-        columns, product = in_stretches.cut(B, outputs, K)
+        columns, product = by_items.cut(B, outputs, K)
         assert columns % B == 0
         assert columns % product == 0
-        c = in_stretches.constants(B, outputs, columns, product)
+        c = by_items.constants(B, outputs, columns, product)
         assert c["STAGES"] >= 2
         assert c["STAGES"] * (outputs + columns) * c["BT"] * 2 <= SHARED_MEMORY_BYTES - 1024
         if K * B >= 640:
             assert -(-K * B // columns) * columns <= 1.4 * K * B, (B, K, columns)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "steps"), [(20, 128), (1, 3), (132, 7), (144, 256), (896, 128), (140, 1), (265, 9)]
+)
+def test_weight_gradients_split_the_tiles_of_the_last_round(tiles, steps):
+    """Every step of every tile is computed once, by the arithmetic of the kernel's `_part`."""
+    rest, per_part = by_items.split(tiles, steps, 132)
+    parts = -(-steps // per_part)
+    whole, seen = tiles - rest, set()
+    for item in range(whole + rest * parts):
+        if item < whole:
+            tile, first, end = item, 0, steps
+        else:
+            part, tile = divmod(item - whole, rest)
+            tile, first = whole + tile, part * per_part
+            end = min(first + per_part, steps)
+        assert first < end
+        new = {(tile, step) for step in range(first, end)}
+        assert not seen & new
+        seen |= new
+    assert len(seen) == tiles * steps
+    assert rest * parts <= 132 or not rest
 
 
 def test_few_tiles_are_cut_to_fill_the_last_round(monkeypatch):

@@ -19,6 +19,8 @@ from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divi
 BT = 64
 """Tokens of a step."""
 SHARED_BYTES = 226 * 1024
+MIN_STEPS = 4
+"""Of a part: fewer cost more in partial sums than they gain."""
 LINES = 8
 """Outputs that one program adds the parts of."""
 
@@ -72,25 +74,36 @@ def constants(B: int, outputs: int, columns: int, product: int) -> dict[str, int
     }
 
 
+def split(tiles: int, steps: int, programs: int) -> tuple[int, int]:
+    """(tiles that are split, steps of a part): those of the last round, to fill it."""
+    rest = tiles % programs
+    if rest == 0:
+        return 0, steps
+    parts = max(1, min(programs // rest, steps // MIN_STEPS))
+    per_part = ceil_div(steps, parts)
+    return (rest, per_part) if per_part < steps else (0, steps)
+
+
 def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern) -> None:
     """Write the live slots of out [R, slots, B, B] from dy [N, R*B] and x [N, C*B]; see `takes`."""
     from blockell_kernels._gluon._descriptors import descriptor
-    from blockell_kernels._gluon._grad_values_kernels import add_parts, grad_values_in_stretches
+    from blockell_kernels._gluon._grad_values_kernels import (
+        add_parts,
+        grad_values_by_items,
+    )
 
     B, K, slots = pattern.B, pattern.num_live, pattern.slots
     outputs = outputs_of(B, pattern.row_group)
     columns, product = cut(B, outputs, K)
-    units, chunks = pattern.R * B // outputs, ceil_div(K * B, columns)
-    steps = ceil_div(x.shape[0], BT)
-    tiles = units * chunks
-    programs = min(num_sms(x.device), tiles * steps)
-    work = torch.empty(
-        programs if tiles % programs else 0, 2, outputs, columns,
-        dtype=torch.float32, device=x.device,
-    )  # fmt: skip
+    chunks, steps = ceil_div(K * B, columns), ceil_div(x.shape[0], BT)
+    tiles, programs = pattern.R * B // outputs * chunks, num_sms(x.device)
+    rest, per_part = split(tiles, steps, programs)
+    parts = ceil_div(steps, per_part)
+    items = tiles - rest + rest * parts
+    work = torch.empty(rest * parts, outputs, columns, dtype=torch.float32, device=x.device)
     launch(
-        grad_values_in_stretches,
-        (programs,),
+        grad_values_by_items,
+        (min(programs, items),),
         descriptor(dy, [BT, 64]),
         descriptor(x, [BT, min(B, 64)]),
         pattern.col_indices,
@@ -99,24 +112,27 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern) -> None:
         slots,
         K,
         pattern.C,
-        units,
+        chunks,
         steps,
-        tiles * steps,
+        items,
+        tiles - rest,
+        max(rest, 1),
+        per_part,
         **constants(B, outputs, columns, product),
         num_warps=4,
     )
-    if tiles % programs:
+    if rest:
         launch(
             add_parts,
-            (tiles, outputs // LINES),
+            (rest, outputs // LINES),
             work,
             out,
             slots,
             K,
-            units,
-            steps,
-            tiles * steps,
-            programs,
+            chunks,
+            tiles - rest,
+            rest,
+            parts,
             B=B,
             OUTPUTS=outputs,
             WIDTH=columns,

@@ -5,11 +5,11 @@
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens; a unit: block
 rows that share their columns, 64 or 128 outputs; a tile: a unit and `BLOCKS` of its blocks.
 
-The work is one long line, tile after tile, each `steps` steps of `BT` tokens; every program takes
-an equal stretch of it, wherever that begins and ends. So all multiprocessors finish together,
-however many tiles there are. A tile within one stretch is written at once; of a tile that is cut,
-every program writes its part in float32, and `add_parts` adds the parts in the order of the
-programs: deterministic, no atomics. Two warpgroups multiply, one warp loads.
+Programs take whole tiles, all tokens of each, as long as these fill a round: one tile for every
+multiprocessor. The tiles of the last round are split into parts of the tokens instead, as many as
+fill it; parts are written in float32, and `add_parts` adds them in their order: deterministic, no
+atomics. At any time all programs are at about the same tokens, so that they share dy and x in L2.
+Two warpgroups multiply, one warp loads.
 """
 
 import triton
@@ -28,6 +28,17 @@ from blockell_kernels._gluon._language import (
 
 
 @gluon.jit
+def _part(item, steps, whole, rest, per_part):
+    """(tile, first step, end) of an item: whole tiles first, then the parts of the others."""
+    split = item >= whole
+    behind = gl.maximum(item - whole, 0)
+    tile = gl.where(split, whole + behind % rest, item)
+    t0 = gl.where(split, (behind // rest) * per_part, 0)
+    t1 = gl.where(split, gl.minimum(t0 + per_part, steps), steps)
+    return tile, t0, t1
+
+
+@gluon.jit
 def _load(
     dy_desc,
     x_desc,
@@ -39,10 +50,12 @@ def _load(
     slots,
     num_live,
     C,
-    units,
+    chunks,
     steps,
-    begin,
-    end,
+    items,
+    whole,
+    rest,
+    per_part,
     B: gl.constexpr,
     OUTPUTS: gl.constexpr,
     PANEL: gl.constexpr,
@@ -54,11 +67,9 @@ def _load(
     PER_BLOCK: gl.constexpr = B // PANEL
     HALVES: gl.constexpr = OUTPUTS // 64
     step = 0
-    while begin < end:
-        tile = begin // steps
-        t0 = (begin - tile * steps).to(gl.int32)
-        t1 = gl.minimum(end - tile * steps, steps).to(gl.int32)
-        unit, chunk = (tile % units).to(gl.int32), (tile // units).to(gl.int32)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, t0, t1 = _part(item, steps, whole, rest, per_part)
+        unit, chunk = tile // chunks, tile % chunks
         row_cols = cols_ptr + unit * (OUTPUTS // B if OUTPUTS >= B else 1) * slots
         cols = ()
         for s in gl.static_range(PANELS):
@@ -83,7 +94,6 @@ def _load(
                     x_desc, [t * BT, cols[s]], bar, x_smem.index(stage * PANELS + s)
                 )
             step += 1
-        begin += (t1 - t0).to(gl.int64)
 
 
 @gluon.jit
@@ -97,10 +107,12 @@ def _multiply(
     empty,
     slots,
     num_live,
-    units,
+    chunks,
     steps,
-    begin,
-    end,
+    items,
+    whole,
+    rest,
+    per_part,
     B: gl.constexpr,
     OUTPUTS: gl.constexpr,
     PANEL: gl.constexpr,
@@ -119,13 +131,10 @@ def _multiply(
     x_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 2, 16, 2)
     half: gl.constexpr = group if HALVES == 2 else 0
     m = half * 64 + gl.arange(0, 64, gl.SliceLayout(1, mma))
-    pid = gl.program_id(0)
     step = 0
-    while begin < end:
-        tile = begin // steps
-        t0 = (begin - tile * steps).to(gl.int32)
-        t1 = gl.minimum(end - tile * steps, steps).to(gl.int32)
-        unit, chunk = (tile % units).to(gl.int32), (tile // units).to(gl.int32)
+    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, t0, t1 = _part(item, steps, whole, rest, per_part)
+        unit, chunk = tile // chunks, tile % chunks
         accs = ()
         for _j in gl.static_range(ACCS):
             accs = accs + (accumulator(gl.zeros([64, WIDTH], gl.float32, mma)),)
@@ -144,37 +153,41 @@ def _multiply(
                 accs = accs + (accumulator(done if ACCS == 1 else done[j]),)
             mbarrier.arrive(empty.index(stage), count=1)
             step += 1
-        whole = t1 - t0 == steps
-        # A stretch has at most two parts: one that begins within a tile, one that ends in another.
-        part = work_ptr + (pid * 2 + (t0 == 0).to(gl.int32)) * (OUTPUTS * PANELS * PANEL)
+        part = work_ptr + gl.maximum(item - whole, 0).to(gl.int64) * (OUTPUTS * PANELS * PANEL)
         row = unit * OUTPUTS + m
         row = (row // B).to(gl.int64) * slots * (B * B) + row % B * B
         for j in gl.static_range(ACCS):
             acc = warpgroup_mma_wait(0, deps=(accs[j],))
             n = FIRST * PANEL + j * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, mma))
-            if whole:
+            if item < whole:
                 k = chunk * (PANELS * PANEL // B) + n // B
                 present = (m >= 0)[:, None] & (k < num_live)[None, :]
                 to = row[:, None] + (k * (B * B) + n % B)[None, :]
                 gl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=present)
             else:
                 gl.store(part + m[:, None] * (PANELS * PANEL) + n[None, :], acc)
-        begin += (t1 - t0).to(gl.int64)
 
 
-@gluon.jit(do_not_specialize=["slots", "num_live", "C", "units", "steps", "total"])
-def grad_values_in_stretches(
+@gluon.jit(
+    do_not_specialize=[
+        "slots", "num_live", "C", "chunks", "steps", "items", "whole", "rest", "per_part"
+    ]
+)  # fmt: skip
+def grad_values_by_items(
     dy_desc,  # [N, R*B] in boxes [BT, 64]
     x_desc,  # [N, C*B] in boxes [BT, PANEL]
     cols_ptr,  # [R, slots]
     out_ptr,  # [R, slots, B, B]
-    work_ptr,  # float32 [programs, 2, OUTPUTS, PANELS*PANEL]
+    work_ptr,  # float32 [parts, rest, OUTPUTS, PANELS*PANEL]
     slots,
     num_live,
     C,
-    units,
+    chunks,  # tiles to a unit
     steps,  # to a tile
-    total,  # steps of all tiles
+    items,
+    whole,  # tiles that are not split
+    rest,  # tiles that are
+    per_part,  # steps of a part
     B: gl.constexpr,
     OUTPUTS: gl.constexpr,
     PANEL: gl.constexpr,
@@ -193,18 +206,18 @@ def grad_values_in_stretches(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
-    pid = gl.program_id(0).to(gl.int64)
-    begin = (pid * total) // gl.num_programs(0)
-    end = ((pid + 1) * total) // gl.num_programs(0)
     # fmt: off
     gl.warp_specialize(
         [
             (_multiply, (0, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+                         chunks, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
             (_multiply, (1, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+                         chunks, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
-                     units, steps, begin, end, B, OUTPUTS, PANEL, PANELS, BT, STAGES)),
+                     chunks, steps, items, whole, rest, per_part,
+                     B, OUTPUTS, PANEL, PANELS, BT, STAGES)),
         ],
         [4, 1],
         [208, 88],
@@ -212,41 +225,35 @@ def grad_values_in_stretches(
     # fmt: on
 
 
-@triton.jit(do_not_specialize=["slots", "num_live", "units", "steps", "total", "programs"])
+@triton.jit(do_not_specialize=["slots", "num_live", "chunks", "whole", "rest", "parts"])
 def add_parts(
-    work_ptr,  # float32 [programs, 2, OUTPUTS, WIDTH]
+    work_ptr,  # float32 [parts, rest, OUTPUTS, WIDTH]
     out_ptr,  # [R, slots, B, B]
     slots,
     num_live,
-    units,
-    steps,
-    total,
-    programs,
+    chunks,
+    whole,
+    rest,
+    parts,
     B: tl.constexpr,
     OUTPUTS: tl.constexpr,
     WIDTH: tl.constexpr,  # columns of a tile
     COLUMNS: tl.constexpr,  # WIDTH rounded up to a power of two
     LINES: tl.constexpr,  # outputs of a program
 ):
-    """Add the parts of the tiles that were cut."""
-    tile = tl.program_id(0).to(tl.int64)
-    first = tile * steps
-    last = first + steps - 1
-    # The program that has step s: the last one whose stretch begins at s or before.
-    p0 = ((first + 1) * programs - 1) // total
-    p1 = ((last + 1) * programs - 1) // total
-    if p0 != p1:
-        m = tl.program_id(1) * LINES + tl.arange(0, LINES)
-        n = tl.arange(0, COLUMNS)
-        inside = (m >= 0)[:, None] & (n < WIDTH)[None, :]
-        at = m[:, None] * WIDTH + n[None, :]
-        acc = tl.zeros((LINES, COLUMNS), tl.float32)
-        for p in range(p0, p1 + 1):
-            begins_before = (p * total) // programs <= first
-            part = work_ptr + (p * 2 + begins_before.to(tl.int64)) * (OUTPUTS * WIDTH)
-            acc += tl.load(part + at, inside, other=0.0)
-        unit, k = tile % units, (tile // units) * (WIDTH // B) + n // B
-        row = unit * OUTPUTS + m
-        to = ((row // B) * slots * (B * B) + row % B * B)[:, None] + (k * (B * B) + n % B)[None, :]
-        inside &= (k < num_live)[None, :]
-        tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), inside)
+    """Add the parts of the tiles that were split, in their order."""
+    m = tl.program_id(1) * LINES + tl.arange(0, LINES)
+    n = tl.arange(0, COLUMNS)
+    inside = (m >= 0)[:, None] & (n < WIDTH)[None, :]
+    at = work_ptr + tl.program_id(0).to(tl.int64) * (OUTPUTS * WIDTH)
+    at = at + m[:, None] * WIDTH + n[None, :]
+    acc = tl.zeros((LINES, COLUMNS), tl.float32)
+    for _p in range(parts):
+        acc += tl.load(at, inside, other=0.0)
+        at += rest.to(tl.int64) * (OUTPUTS * WIDTH)
+    tile = whole + tl.program_id(0)
+    unit, k = tile // chunks, (tile % chunks) * (WIDTH // B) + n // B
+    row = unit * OUTPUTS + m
+    to = (row // B).to(tl.int64) * slots * (B * B) + row % B * B
+    to = to[:, None] + (k * (B * B) + n % B)[None, :]
+    tl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), inside & (k < num_live)[None, :])

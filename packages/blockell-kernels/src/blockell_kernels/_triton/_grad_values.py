@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._gluon import _grad_values as _in_stretches
+from blockell_kernels._gluon import _grad_values as _by_items
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_values_kernels import (
@@ -36,10 +36,10 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
     out = torch.empty(R, slots, B, B, dtype=x.dtype, device=x.device)
     if N == 0:
         return out.zero_()
-    if _in_stretches.takes(dy, x, pattern, tiling):
+    if _by_items.takes(dy, x, pattern, tiling):
         if slots > K:
             out[:, K:].zero_()
-        _in_stretches.grad_values(dy, x, out, pattern)
+        _by_items.grad_values(dy, x, out, pattern)
         return out
     tiling = tiling.otherwise or tiling
     by_descriptors = (

@@ -19,6 +19,9 @@ from blockell_kernels._triton._device import num_sms
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
 MANY_TOKENS = 32768
+LONG_TOKENS = 8192
+LONG_STEPS = 100
+"""Of 64 tokens, per multiprocessor: shorter weight gradients are bound by their partial sums."""
 
 
 def prefer_gluon(case: Case, triton: Tiling) -> Tiling:
@@ -79,11 +82,18 @@ def _grad_input(case: Case) -> Tiling | None:
 
 
 def _grad_values(case: Case) -> Tiling | None:
-    """Where whole tiles leave the last round nearly empty."""
+    """Long sums, in tiles of 256 or 320 columns with little padding; or a last round to split."""
     if case.B < 16 or _width(case) < 128:
         return None
-    tiles = case.R * case.B // 128 * ceil_div(case.K * case.B, 256)
-    full = tiles / num_sms(case.device)
-    if full > 1 and _rounds(case, tiles) > 1.5 * full:
-        return Tiling(BM=128, BN=256, BK=64)
+    width = case.K * case.B
+    columns = 320 if width == 320 else 256
+    chunks = ceil_div(width, columns)
+    tiles, sms = case.R * case.B // 128 * chunks, num_sms(case.device)
+    if chunks * columns > 1.06 * width:
+        return None
+    split_last = case.N >= LONG_TOKENS and sms < tiles < 1.5 * sms
+    steps = tiles * ceil_div(case.N, 64)
+    long = case.N >= LONG_TOKENS and steps >= LONG_STEPS * sms
+    if split_last or (long and case.B in (32, 64)):
+        return Tiling(BM=128, BN=columns, BK=64)
     return None
