@@ -114,7 +114,7 @@ def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per method and architecture: what it keeps at given losses of the new task, and back.
 
     The reference is the best fine-tuning on the same architecture or, where there is none, the
-    best on any. Of a sweep only the dials with the most seeds are used.
+    best on any. Dials with few seeds count like those with many: look at the rows.
     """
     plain = [row for row in rows if row["method"] == "fine-tuning"]
     curves = []
