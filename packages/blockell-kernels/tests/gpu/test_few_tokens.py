@@ -18,9 +18,9 @@ SHAPES = {
     "tile 8 grouped, spare": {"B": 8, "R": 8, "C": 6, "K": 2, "N": 17, "G": 4, "spare": 1},
     "tile 16": {"B": 16, "R": 3, "C": 5, "K": 4, "N": 5},
     "tile 16, K = 1, spare": {"B": 16, "R": 5, "C": 3, "K": 1, "N": 7, "spare": 2},
-    "tile 16, many columns": {"B": 16, "R": 2, "C": 40, "K": 23, "N": 2},
+    "tile 16, many columns": {"B": 16, "R": 2, "C": 12, "K": 7, "N": 2},
     "tile 16 grouped by 3": {"B": 16, "R": 6, "C": 5, "K": 2, "N": 9, "G": 3},
-    "tile 32 grouped, spare": {"B": 32, "R": 4, "C": 3, "K": 2, "N": 40, "G": 4, "spare": 1},
+    "tile 32 grouped, spare": {"B": 32, "R": 4, "C": 3, "K": 2, "N": 20, "G": 4, "spare": 1},
     "tile 64, empty columns": {"B": 64, "R": 1, "C": 5, "K": 2, "N": 64},
     "tile 128": {"B": 128, "R": 1, "C": 3, "K": 2, "N": 3},
     "tile 16, two tiles of tokens": {"B": 16, "R": 2, "C": 3, "K": 2, "N": 70},
@@ -57,7 +57,8 @@ def strips_of(problem):
 
 
 SOME = ("tile 8 grouped, spare", "tile 16, many columns")
-CASES = [(s, k) for s in SHAPES for k in STRIPS if CUDA or k == "parts" or s in SOME]
+SMALL = ("tile 8", *SOME, "tile 16, K = 1, spare", "tile 32 grouped, spare")
+CASES = [(s, k) for s in SHAPES for k in STRIPS if CUDA or (k == "parts" and s in SMALL)]
 
 
 @pytest.mark.parametrize(("shape", "strip"), CASES)
@@ -69,7 +70,7 @@ def test_products_match_the_reference(make_problem, error, shape, strip):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES if CUDA else SOME)
+@pytest.mark.parametrize("shape", SHAPES if CUDA else SOME[:1])
 def test_with_the_strips_that_are_chosen(make_problem, error, shape, dtype):
     problem = make_problem(**SHAPES[shape], dtype=dtype)
     expected, by_dense = problem.expected(), problem.by_dense()
