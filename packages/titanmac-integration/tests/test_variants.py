@@ -165,6 +165,7 @@ def test_checkpointing_changes_nothing_but_memory(
 def test_compiles_without_graph_breaks(
     tiny_config: Make, variant: str, depth: int, backend: str
 ) -> None:
+    torch._dynamo.reset()  # or sizes that differ from an earlier test's become symbols, slowly
     model = create_titanmac_model(memory_config(tiny_config, variant, depth, n_layers=1))
     tokens = some_tokens(11)
     compiled = torch.compile(model, fullgraph=True, backend=backend)

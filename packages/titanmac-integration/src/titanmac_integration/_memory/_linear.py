@@ -40,8 +40,8 @@ def linear_memory(
         [S, H, n, D, D]; M and S after the last token.
     """
     state = torch.cat((weights[0], momentum[0]), dim=-2)
-    whole, rest = divmod(query.shape[2], chunk)
-    sizes = [size for size in (whole * chunk, rest) if size]
+    rest = query.shape[2] % chunk  # not divmod: torch.compile cannot trace it for symbolic sizes
+    sizes = [size for size in (query.shape[2] - rest, rest) if size]
     parts = zip(*(x.split(sizes, dim=2) for x in (query, key, value, *gates)), strict=True)
     pieces = []
     for size, (q, k, v, *gate) in zip(sizes, parts, strict=True):

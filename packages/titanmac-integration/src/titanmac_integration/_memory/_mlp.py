@@ -119,5 +119,5 @@ def _read(
 def _sizes(tokens: int, chunk: int, offset: int) -> list[int]:
     """Lengths of the pieces between chunk boundaries: the rest of the first, whole ones, a rest."""
     first = min(tokens, chunk - offset)
-    whole, rest = divmod(tokens - first, chunk)
+    whole, rest = (tokens - first) // chunk, (tokens - first) % chunk
     return [first] + [chunk] * whole + ([rest] if rest else [])
