@@ -171,6 +171,15 @@ def test_few_tiles_are_cut_to_fill_the_last_round(monkeypatch):
     assert tilings.tiling_for.__wrapped__(few_blocks).path == "descriptors"
 
 
+def test_unproven_weight_gradients_are_left_to_triton(monkeypatch):
+    monkeypatch.setattr(gluon_tilings, "num_sms", lambda device: 132)
+    monkeypatch.setattr(tilings, "num_sms", lambda device: 132)
+    large = case("grad_values", 65536, 4096, 14336, 64, 2)
+    assert tilings.tiling_for.__wrapped__(large).path == "descriptors"
+    monkeypatch.setattr(gluon_tilings, "PROVEN", ("grad_values",))
+    assert tilings.tiling_for.__wrapped__(large).path == "gluon"
+
+
 def test_a_new_number_of_tokens_needs_no_new_kernel():
     found = {
         tilings.tiling_for(case("forward", N, 640, 2560, 128)) for N in range(20000, 60000, 999)

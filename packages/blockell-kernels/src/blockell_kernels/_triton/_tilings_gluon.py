@@ -24,8 +24,15 @@ LONG_STEPS = 100
 """Of 64 tokens, per multiprocessor: shorter weight gradients are bound by their partial sums."""
 
 
+PROVEN = ("forward", "grad_input")
+"""Directions whose kernels have passed every test on a device in their present form. Weight
+gradients join them once tests/gpu/test_cuda_gluon.py has run to its end."""
+
+
 def prefer_gluon(case: Case, triton: Tiling) -> Tiling:
     """The Gluon kernel's tiling, where it wins, with Triton's behind it; else Triton's."""
+    if case.direction not in PROVEN:
+        return triton
     rules = {"forward": _forward, "grad_input": _grad_input, "grad_values": _grad_values}
     found = rules[case.direction](case)
     return triton if found is None else replace(found, path="gluon", otherwise=triton)
