@@ -1,7 +1,6 @@
 """``titanmac continual``: one task after another, with and without methods against forgetting."""
 
 import argparse
-import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -26,7 +25,7 @@ from titanmac_integration._protocol._tasks import TASK_HELP
 from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
 from titanmac_integration._training_config import TrainingConfig
 
-from .flags import _add_fields, resolve_device
+from .flags import add_fields, given_fields, resolve_device
 from .session import show_progress
 
 DEFAULT_METHODS = ("ours-grown", "fine-tuning@spare")
@@ -89,8 +88,8 @@ def add_parser(commands: Any) -> None:
     )
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the results")
-    _add_fields(parser.add_argument_group("training, all tasks"), TrainingConfig)
-    _add_fields(parser.add_argument_group("model, all architectures"), TitanMACConfig)
+    add_fields(parser.add_argument_group("training, all tasks"), TrainingConfig)
+    add_fields(parser.add_argument_group("model, all architectures"), TitanMACConfig)
     parser.set_defaults(run=run)
 
 
@@ -137,7 +136,7 @@ def run(arguments: argparse.Namespace) -> int:
 def _setting(arguments: argparse.Namespace) -> Setting:
     """The preset with the flags that were given."""
     setting = SETTINGS[arguments.preset]
-    given = _given(arguments, TrainingConfig)
+    given = given_fields(arguments, TrainingConfig)
     given.pop("seed", None)
     changes: dict[str, Any] = {"training": {**setting.training, **given}}
     for name, flag in (("lr", "rates"), ("batch_size", "batch_sizes")):
@@ -155,14 +154,8 @@ def _setting(arguments: argparse.Namespace) -> Setting:
         changes["steps"] = steps[:1] + steps[1:2] * (len(arguments.tasks) - 1)
     if arguments.steps:
         changes["steps"] = tuple(arguments.steps)
-    changes["changes"] = _given(arguments, TitanMACConfig)
+    changes["changes"] = given_fields(arguments, TitanMACConfig)
     return setting.changed(**changes)
-
-
-def _given(arguments: argparse.Namespace, cls: type) -> dict[str, Any]:
-    """The fields of a configuration class whose flags were given."""
-    names = [field.name for field in dataclasses.fields(cls)]
-    return {name: getattr(arguments, name) for name in names if hasattr(arguments, name)}
 
 
 def _prepare(
