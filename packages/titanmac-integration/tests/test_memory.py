@@ -145,6 +145,20 @@ def test_a_memory_neither_vanishes_nor_explodes(tiny_config: Make, depth: int) -
         assert out.loss < 10.0
 
 
+def test_a_steep_mlp_memory_does_not_diverge(tiny_config: Make) -> None:
+    """Training may make the initial matrices large; a step's length answers to that."""
+    memory = module(tiny_config, 2, titans_variant="MAL", memory_chunk_size=16)
+    x = torch.randn(1, 2000, 32, generator=torch.Generator().manual_seed(0))
+    for tokens in (x, x[:, :1].expand(1, 2000, 32)):
+        with torch.no_grad():
+            for matrix in memory.initial:
+                matrix.mul_(10.0)
+            out = memory(tokens)
+        assert out.read.isfinite().all()
+        start = max(float(matrix.detach().norm()) for matrix in memory.initial)
+        assert max(float(matrix.norm()) for matrix in out.state.weights) < 10 * start
+
+
 def test_a_pair_is_remembered_after_others(tiny_config: Make) -> None:
     """One write with step 1, then tokens with other keys: the value comes back."""
     key = torch.eye(8, dtype=torch.float64)[None, None]

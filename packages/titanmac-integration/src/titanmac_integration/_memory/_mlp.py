@@ -65,6 +65,17 @@ def recall(query: Tensor, weights: Weights) -> Tensor:
     return hidden if len(weights) == 1 else functional.silu(hidden) @ weights[1]
 
 
+def curvature(hidden: Tensor, weights: Weights) -> Tensor:
+    """What a token's step is divided by, [S, H, T]: at least its curvature, and at least 1.
+
+    Both matrices together move the answer to key k by at most (|hidden|^2 + slope^2 |B|^2 |k|^2)
+    times the step; a step beyond twice the inverse of that diverges. The slope of SiLU is at most
+    1.1, |k| is 1, and the largest singular value of B, squared, at most the norm of B^T B.
+    """
+    spread = torch.linalg.vector_norm(weights[1].mT @ weights[1], dim=(-2, -1))
+    return 1.0 + hidden.square().sum(-1) + 1.21 * spread[..., None]
+
+
 def _piece(
     query: Tensor,
     key: Tensor,
@@ -80,6 +91,7 @@ def _piece(
     error = value - hidden @ anchor[1]
     gate = torch.sigmoid(before_silu)
     slope = gate * (1 + before_silu * (1 - gate))
+    step = gates.step / curvature(hidden, anchor)
     # minus half the gradient in A is k^T inner, in B it is hidden^T error
     inner = (error @ anchor[1].mT) * slope
 
@@ -90,9 +102,9 @@ def _piece(
         (key, inner, weights[0], momentum[0]),
         (hidden, error, weights[1], momentum[1]),
     ):
-        out = _read(rows, left, right, gates.step, kernel, matrix, speed)
+        out = _read(rows, left, right, step, kernel, matrix, speed)
         rows = functional.silu(out) if not new else out
-        stepped = left * gates.step[..., None]
+        stepped = left * step[..., None]
         reach, fade = kernel.reach[..., -1, :, None], kernel.fade_last[..., None]
         keep, carry, decay = (
             x[..., -1, None, None] for x in (kernel.keep, kernel.carry, kernel.decay)

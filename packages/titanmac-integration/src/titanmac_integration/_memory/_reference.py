@@ -6,9 +6,10 @@ with l = ||M'(k_t) - v_t||^2. M' is M_{t-1}, or M as it was at the start of the 
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from ._gates import Gates
-from ._mlp import recall
+from ._mlp import curvature, recall
 from ._state import Weights
 
 
@@ -39,6 +40,8 @@ def reference_memory(
             gate[:, :, t, None, None]
             for gate in (gates.log_keep.exp(), gates.log_eta.exp(), gates.step)
         )
+        if len(anchor) == 2:
+            step = step / curvature(functional.silu(k @ anchor[0]), anchor)[..., None]
         theta = step / 2
         with torch.enable_grad():
             at = tuple(
