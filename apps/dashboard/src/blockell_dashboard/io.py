@@ -27,6 +27,7 @@ from blockell_format.snapshots import (
     open_run,
 )
 
+from .retention import RECORDS_FILE, find_retention, retention_stamp
 from .series import (
     SUMMARY_FIELDS,
     LayerSeries,
@@ -37,7 +38,7 @@ from .series import (
     summarise,
 )
 
-__all__ = ["LoadedRun", "RunChoice", "find_runs", "load_run", "opens"]
+__all__ = ["LoadedRun", "RunChoice", "find_runs", "is_run", "load_run", "opens"]
 
 MAX_SERIES_STEPS = 1000
 """Snapshots read for a layer's series; longer runs are sampled evenly."""
@@ -57,9 +58,19 @@ class RunChoice:
 
 
 def find_runs(paths: Iterable[str | Path]) -> tuple[list[RunChoice], list[Problem]]:
-    """The runs in the given directories (or below them), newest first, and what was wrong."""
-    found, problems = discover_runs([Path(path) for path in paths])
-    unique = list(dict.fromkeys(path.resolve() for path in found))
+    """The runs in the given directories (or below them), newest first, and what was wrong.
+
+    A directory with nothing but the results of a retention experiment counts as well.
+    """
+    paths = [Path(path) for path in paths]
+    found, problems = discover_runs(paths)
+    results = find_retention(paths)
+    unique = list(dict.fromkeys([*(path.resolve() for path in found), *results]))
+    problems = [
+        problem
+        for problem in problems
+        if not any(path.is_relative_to(problem.path.resolve()) for path in results)
+    ]
     unique.sort(key=_modified_ns, reverse=True)
     labels = _labels(unique)
     return [RunChoice(*choice) for choice in zip(labels, unique, strict=True)], problems
@@ -79,7 +90,7 @@ def _labels(paths: Sequence[Path]) -> list[str]:
 
 def _modified_ns(path: Path) -> int:
     newest = 0
-    for name in ("run.json", "metrics.jsonl", "topology"):
+    for name in ("run.json", "metrics.jsonl", "topology", RECORDS_FILE):
         try:
             newest = max(newest, (path / name).stat().st_mtime_ns)
         except OSError:
@@ -237,8 +248,15 @@ def load_run(path: Path) -> LoadedRun:
         return _loaded[path]
 
 
+def is_run(path: Path) -> bool:
+    """Whether there is a run.json, readable or not."""
+    return (path / "run.json").exists()
+
+
 def opens(path: Path) -> bool:
-    """Whether `load_run` takes it."""
+    """Whether there is something to show: `load_run` takes it, or it holds retention results."""
+    if retention_stamp(path) is not None:
+        return True
     try:
         load_run(path)
     except RunError:

@@ -4,19 +4,33 @@ None of them needs Streamlit, so they work in a notebook or a script as well.
 """
 
 from ._ages import age_histogram
+from ._retention import (
+    MATRIX_KINDS,
+    MatrixKind,
+    old_task_over_steps,
+    retention_matrix,
+    retention_tradeoff,
+    task_scores,
+)
 from ._series import column_entropy, loss, swap_rate
 from ._theme import Palette, Theme, palette
 from ._topology import COLOURS, Colour, topology_heatmap
 
 __all__ = [
     "COLOURS",
+    "MATRIX_KINDS",
     "Colour",
+    "MatrixKind",
     "Palette",
     "Theme",
     "age_histogram",
     "column_entropy",
     "loss",
+    "old_task_over_steps",
     "palette",
+    "retention_matrix",
+    "retention_tradeoff",
     "swap_rate",
+    "task_scores",
     "topology_heatmap",
 ]

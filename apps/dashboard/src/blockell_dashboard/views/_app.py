@@ -8,12 +8,22 @@ import streamlit as st
 
 from blockell_format.snapshots import Problem, RunError
 
-from ..io import LoadedRun, RunChoice, find_runs, load_run, opens
+from ..io import LoadedRun, RunChoice, find_runs, is_run, load_run, opens
+from ..retention import read_retention, retention_stamp
 from ._empty import explain_no_run, explain_unreadable
 from ._history import show_history
 from ._live import redraw_when
 from ._overview import show_overview, show_problems
-from ._sidebar import choose_layer, choose_run, show_about, show_config, show_live_switch
+from ._retention import show_retention
+from ._sidebar import (
+    PAGES,
+    choose_layer,
+    choose_page,
+    choose_run,
+    show_about,
+    show_config,
+    show_live_switch,
+)
 from ._state import publish
 from ._topology import show_topology
 
@@ -41,6 +51,11 @@ def show_app(directories: Sequence[str]) -> None:
         return
     with st.sidebar:
         choice = choose_run(choices)
+        page = _choose_page(choice)
+    if page == "retention":
+        _show_retention(choice, directories, problems)
+        publish()
+        return
     try:
         loaded = load_run(choice.path)
     except RunError as error:
@@ -50,6 +65,28 @@ def show_app(directories: Sequence[str]) -> None:
         loaded.refresh()
         _show_run(choice, loaded, directories, problems)
     publish()
+
+
+def _choose_page(choice: RunChoice) -> str:
+    if retention_stamp(choice.path) is None:
+        return PAGES[0]
+    return choose_page() if is_run(choice.path) else "retention"
+
+
+def _show_retention(choice: RunChoice, directories: Sequence[str], problems: list[Problem]) -> None:
+    with st.sidebar:
+        live = show_live_switch() is not None
+        show_about()
+    stamp, runs = retention_stamp(choice.path), find_runs(directories)[0]
+    results = read_retention(choice.path)
+    show_retention(choice, results)
+    show_problems([*problems, *results.problems])
+    if live:
+        redraw_when(
+            lambda: (
+                retention_stamp(choice.path) != stamp or len(find_runs(directories)[0]) != len(runs)
+            )
+        )
 
 
 def _show_run(

@@ -14,6 +14,7 @@ from blockell_format.snapshots import Problem
 
 from .. import stats
 from ..io import LoadedRun, RunChoice, find_runs
+from ..retention import retention_stamp
 from ..series import SwapHistory
 from ._text import duration, escape
 
@@ -28,12 +29,14 @@ def show_overview(
     """Tiles with the state of the run. While live, they look for new data and redraw the page."""
     st.header(escape(choice.label), anchor=False)
     drawn, runs = loaded.version, len(find_runs(directories)[0])
+    results = retention_stamp(choice.path) is not None
 
     @st.fragment(run_every=interval_s)
     def tiles() -> None:
         if interval_s is not None:
             other_runs = len(find_runs(directories)[0]) != runs
-            if loaded.refresh() != drawn or other_runs:
+            new_results = results != (retention_stamp(choice.path) is not None)
+            if loaded.refresh() != drawn or other_runs or new_results:
                 st.rerun()
         _show_tiles(loaded)
 

@@ -12,7 +12,17 @@ from ..io import RunChoice, opens
 from ..layers import layer_label, layer_order
 from ._state import choose
 
-__all__ = ["choose_layer", "choose_run", "show_about", "show_config", "show_live_switch"]
+__all__ = [
+    "PAGES",
+    "choose_layer",
+    "choose_page",
+    "choose_run",
+    "show_about",
+    "show_config",
+    "show_live_switch",
+]
+
+PAGES = ("topology", "retention")
 
 _ABOUT = """\
 A **Block-ELL** weight is cut into tiles of B by B numbers. Every block row holds the same number of
@@ -38,6 +48,15 @@ def choose_run(choices: Sequence[RunChoice]) -> RunChoice:
         choose("run", labels, next(good, labels[0]))
     label = st.selectbox("Run", labels, key="run", help="Newest first")
     return by_label[label]
+
+
+def choose_page() -> str:
+    """Topology or retention, for a run that holds both."""
+    choose("page", PAGES, PAGES[0])
+    picked = st.segmented_control(
+        "Page", PAGES, format_func=str.capitalize, required=True, key="page"
+    )
+    return picked or PAGES[0]
 
 
 def choose_layer(layers: Mapping[str, LayerInfo]) -> LayerInfo:

@@ -12,7 +12,7 @@ import streamlit as st
 
 __all__ = ["choose", "choose_step", "move_step", "publish"]
 
-KEYS = ("run", "layer", "step", "colour")
+KEYS = ("run", "page", "layer", "step", "colour", "setting", "method", "matrix")
 _NEWEST = "_newest_step"
 
 

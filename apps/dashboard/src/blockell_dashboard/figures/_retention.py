@@ -1,0 +1,335 @@
+"""Charts of retention experiments: what is left of old tasks, and what the new one costs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any, Literal
+
+import numpy as np
+import plotly.graph_objects as go
+
+from .. import retention_stats as numbers
+from ..retention_stats import Group, TaskLine
+from ._theme import Theme, apply_layout, palette, step_axis
+
+__all__ = [
+    "MATRIX_KINDS",
+    "MatrixKind",
+    "old_task_over_steps",
+    "retention_matrix",
+    "retention_tradeoff",
+    "task_scores",
+]
+
+MatrixKind = Literal["score", "change"]
+MATRIX_KINDS: tuple[MatrixKind, ...] = ("score", "change")
+
+_HEIGHT = 400
+# Okabe-Ito without its yellow, lightened for the dark page; symbols tell apart what is left.
+_COLOURS = {
+    "light": ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#b07400", "#3a97cf", "#6b7280"),
+    "dark": ("#56b4e9", "#f0883e", "#2ec99b", "#e29cc6", "#e6b422", "#9ad2f5", "#b0b6c0"),
+}
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_SCORE_AXIS = {"title": "score", "range": [-0.08, 1.08], "tickformat": ".0%"}
+
+
+def task_scores(group: Group, *, theme: Theme = "light", height: int = _HEIGHT) -> go.Figure:
+    """Draw every task over the steps of all trainings, for one method.
+
+    Thick lines are means over seeds, thin lines single seeds. Scores below 0 (worse than chance)
+    leave the chart at its lower edge.
+
+    Args:
+        group: at least one cell.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours, cell = palette(theme), group.cells[0]
+    fig = go.Figure()
+    for task, name in enumerate(cell.tasks):
+        lines = [numbers.task_lines(other)[task] for other in group.cells]
+        _seeds_and_mean(fig, lines, escape(name), task, theme, metric=cell.metrics[task])
+    _boundaries(fig, cell.tasks, cell.steps, theme)
+    return apply_layout(
+        fig,
+        theme,
+        title="Every task over the steps",
+        subtitle=f"{escape(group.label)}; 0% is chance, 100% perfect; "
+        f"{_seeds(len(group.cells))}; a task in training is measured at its ends",
+        x_title="step, over all trainings",
+        y_title="score",
+        height=height,
+        xaxis=step_axis([0, sum(cell.steps)]),
+        yaxis=_SCORE_AXIS,
+        hoverlabel_bgcolor=colours.background,
+    )
+
+
+def old_task_over_steps(
+    groups: Sequence[Group], *, task: int = 0, theme: Theme = "light", height: int = _HEIGHT
+) -> go.Figure:
+    """Draw one task after it was learned, a line per method and dial.
+
+    Args:
+        groups: methods of one setting, each with at least one cell.
+        task: number of the task.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    fig = go.Figure()
+    cell = groups[0].cells[0]
+    start = sum(cell.steps[: task + 1])
+    for number, group in enumerate(groups):
+        lines = []
+        for other in group.cells:
+            line = numbers.task_lines(other)[task]
+            after = line.steps >= start
+            lines.append(TaskLine(task, *(part[after] for part in line[1:])))
+        _seeds_and_mean(fig, lines, escape(group.label), number, theme, metric=cell.metrics[task])
+    _boundaries(fig, cell.tasks, cell.steps, theme, first=task + 1)
+    return apply_layout(
+        fig,
+        theme,
+        title=f"What is left of {escape(cell.tasks[task])}",
+        subtitle="0% is chance, 100% perfect; means over seeds, single seeds thin",
+        x_title="step, over all trainings",
+        y_title="score",
+        height=height + 18 * (len(groups) // 3),
+        xaxis=step_axis([start, sum(cell.steps)]),
+        yaxis=_SCORE_AXIS,
+    )
+
+
+def retention_matrix(
+    group: Group,
+    *,
+    kind: MatrixKind = "score",
+    theme: Theme = "light",
+    height: int = _HEIGHT,
+) -> go.Figure:
+    """Draw every task's score (or its change since it was learned) after every training.
+
+    Args:
+        group: means over its cells.
+        kind: "score", or "change" (below 0 is forgotten; empty before the task was learned).
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+
+    Raises:
+        ValueError: no such kind.
+    """
+    if kind not in MATRIX_KINDS:
+        raise ValueError(f"kind (={kind!r}) must be one of {', '.join(MATRIX_KINDS)}.")
+    colours, cell = palette(theme), group.cells[0]
+    make = numbers.score_matrix if kind == "score" else numbers.change_matrix
+    values = np.mean([make(other) for other in group.cells], axis=0)
+    raw = np.mean([other.matrix for other in group.cells], axis=0)
+    shown = "{:.1%}" if kind == "score" else "{:+.1%}"
+    tasks = [escape(name) for name in cell.tasks]
+    rows = ["untrained", *(f"after {name}" for name in tasks)]
+    light = theme == "light"
+    scale = (
+        [[0, "#f4f6f8" if light else "#1f2631"], [1, colours.first if light else "#2b7fb0"]]
+        if kind == "score"
+        else [[0, colours.second], [0.5, colours.absent], [1, colours.first]]
+    )
+    texts = [[shown.format(v) if np.isfinite(v) else "" for v in row] for row in values]
+    fig = go.Figure(
+        go.Heatmap(
+            z=values,
+            customdata=np.stack([raw, np.tile(np.arange(len(tasks)), (len(rows), 1))], axis=-1),
+            colorscale=scale,
+            zmin=0.0 if kind == "score" else -1.0,
+            zmax=1.0,
+            xgap=2,
+            ygap=2,
+            hoverongaps=False,
+            hovertemplate="%{x}, %{y}<br>"
+            + ("score" if kind == "score" else "change")
+            + " %{z:.2%}<br>measured %{customdata[0]:.4g}<extra></extra>",
+            colorbar={"tickformat": ".0%", "tickfont": {"color": colours.muted}, "thickness": 12},
+        )
+    )
+    fig.update_traces(x=list(range(len(tasks))), y=list(range(len(rows))))
+    for (row, column), value in np.ndenumerate(values):
+        if np.isfinite(value):
+            strong = abs(value) > 0.55
+            fig.add_annotation(
+                x=column,
+                y=row,
+                text=texts[row][column],
+                showarrow=False,
+                font={"size": 14, "color": "#ffffff" if strong and light else colours.text},
+            )
+    titles = {"score": "Score matrix", "change": "Forgetting matrix"}
+    notes = {
+        "score": "0% is chance, 100% perfect",
+        "change": "score minus the score right after the task was learned",
+    }
+    apply_layout(
+        fig,
+        theme,
+        title=titles[kind],
+        subtitle=f"{escape(group.label)}; {notes[kind]}; {_seeds(len(group.cells))}",
+        x_title="measured on",
+        y_title="",
+        height=height,
+    )
+    fig.update_xaxes(tickvals=list(range(len(tasks))), ticktext=tasks, showgrid=False)
+    fig.update_yaxes(
+        tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showgrid=False
+    )
+    return fig
+
+
+def retention_tradeoff(
+    groups: Sequence[Group], *, theme: Theme = "light", height: int = 480
+) -> go.Figure:
+    """Draw how much of the old task is kept against the new task's loss.
+
+    Points are seeds; a line joins the means of one method's dials, in the order of the dial.
+    Better is up and to the left.
+
+    Args:
+        groups: methods and dials of one setting, each with at least one cell.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    curves = list(dict.fromkeys(group.curve for group in groups))
+    first = groups[0].cells[0].tasks[0]
+    fig = go.Figure()
+    for number, name in enumerate(curves):
+        mine = [group for group in groups if group.curve == name]
+        colour, symbol, dash = _style(number, theme)
+        cells = [(group, cell) for group in mine for cell in group.cells]
+        means = [
+            (
+                np.mean([numbers.new_nats(cell) for cell in group.cells]),
+                np.mean([numbers.kept(cell) for cell in group.cells]),
+            )
+            for group in mine
+        ]
+        if len(mine) > 1:
+            fig.add_trace(
+                go.Scatter(
+                    x=[x for x, _ in means],
+                    y=[y for _, y in means],
+                    mode="lines",
+                    line={"color": colour, "width": 1.8, "dash": dash},
+                    legendgroup=name,
+                    showlegend=False,
+                    hoverinfo="skip",
+                )
+            )
+        fig.add_trace(
+            go.Scatter(
+                x=[numbers.new_nats(cell) for _, cell in cells],
+                y=[numbers.kept(cell) for _, cell in cells],
+                customdata=[[escape(group.label), cell.seed] for group, cell in cells],
+                mode="markers",
+                name=escape(name),
+                legendgroup=name,
+                marker={
+                    "color": colour,
+                    "symbol": symbol,
+                    "size": 10,
+                    "opacity": 0.85,
+                    "line": {"color": palette(theme).background, "width": 1},
+                },
+                hovertemplate="%{customdata[0]}, seed %{customdata[1]}<br>"
+                "kept %{y:.1%}, new task %{x:.4f} nats<extra></extra>",
+            )
+        )
+    return apply_layout(
+        fig,
+        theme,
+        title="Old task kept against new task's loss",
+        subtitle=f"better is up and to the left; a point per seed; kept of {escape(first)}: "
+        "0% is chance, 100% as before",
+        x_title="loss of the new tasks, each right after its training, nats",
+        y_title="old task kept",
+        height=height + 18 * (len(curves) // 6),
+        yaxis={"tickformat": ".0%"},
+    )
+
+
+def _style(number: int, theme: Theme) -> tuple[str, str, str]:
+    colours = _COLOURS[theme]
+    return (
+        colours[number % len(colours)],
+        _SYMBOLS[number % len(_SYMBOLS)],
+        _DASHES[number // len(colours) % len(_DASHES)],
+    )
+
+
+def _seeds_and_mean(
+    fig: go.Figure,
+    lines: Sequence[TaskLine],
+    name: str,
+    number: int,
+    theme: Theme,
+    *,
+    metric: str,
+) -> None:
+    """Thin lines of the seeds, and the mean where they were measured at the same steps."""
+    colour, symbol, dash = _style(number, theme)
+    same = all(np.array_equal(line.steps, lines[0].steps) for line in lines)
+    single = len(lines) == 1
+
+    def draw(line: TaskLine, *, mean: bool, legend: bool) -> None:
+        options: dict[str, Any] = {"hoverinfo": "skip"}
+        if mean:
+            options = {
+                "customdata": line.values,
+                "hovertemplate": f"{name}<br>step %{{x:,d}}: %{{y:.1%}} "
+                f"({escape(metric)} %{{customdata:.4g}})<extra></extra>",
+            }
+        fig.add_trace(
+            go.Scatter(
+                x=line.steps,
+                y=line.scores,
+                name=name,
+                legendgroup=f"{number}",
+                showlegend=legend,
+                mode="lines+markers" if mean else "lines",
+                line={"color": colour, "width": 2.2 if mean else 1, "dash": dash},
+                marker={"symbol": symbol, "size": 6},
+                opacity=1.0 if mean else 0.35,
+                **options,
+            )
+        )
+
+    if not same or not single:
+        for at, line in enumerate(lines):
+            draw(line, mean=not same, legend=not same and at == 0)
+    if same:
+        values = np.mean([line.values for line in lines], axis=0)
+        scores = np.mean([line.scores for line in lines], axis=0)
+        draw(TaskLine(lines[0].task, lines[0].steps, values, scores), mean=True, legend=True)
+
+
+def _boundaries(
+    fig: go.Figure, tasks: Sequence[str], steps: Sequence[int], theme: Theme, *, first: int = 0
+) -> None:
+    """A vertical line where each training begins, with the task's name."""
+    muted = palette(theme).muted
+    for number in range(first, len(tasks)):
+        at = sum(steps[:number])
+        fig.add_vline(x=at, line={"color": muted, "width": 1.2, "dash": "dot"})
+        fig.add_annotation(
+            x=at,
+            y=1.0,
+            yref="paper",
+            yanchor="bottom",
+            xanchor="left",
+            text=f"{escape(tasks[number])} begins",
+            showarrow=False,
+            font={"color": muted, "size": 11},
+        )
+
+
+def _seeds(count: int) -> str:
+    return f"{count} seed{'' if count == 1 else 's'}"
