@@ -19,25 +19,30 @@ from blockell_kernels._activation import activation_gradient
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._eager import watched
 from blockell_kernels._mlp_core import Layer, flat, or_empty
-from blockell_kernels._ops import cast_for_autocast
 from blockell_kernels._plan import plan_for
+from blockell_kernels._registration import (
+    TAGS,
+    cast_positions,
+    library,
+    register_autocast,
+    register_autograd,
+    register_backward,
+)
 from blockell_kernels._stats import probe_size
 
-_library = torch.library.Library("blockell", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(
+library.define(
     "linear_activated(Tensor x, Tensor values, Tensor col_indices, Tensor? bias, Tensor? probe, "
     "Tensor? order, Tensor? col_start, int row_group, int num_live, str sample, str activation, "
     "bool keep_pre, str backend) -> (Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 # Unneeded gradients come back empty: an operator cannot return None.
-_library.define(
+library.define(
     "linear_activated_backward(Tensor dy, Tensor h, Tensor? x, Tensor? values, Tensor col_indices, "
     "Tensor? order, Tensor? col_start, int C, int B, int row_group, int num_live, bool need_input, "
     "bool need_values, bool need_bias, str sample, str activation, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 activated_op = torch.ops.blockell.linear_activated.default
 activated_backward_op = torch.ops.blockell.linear_activated_backward.default
@@ -55,7 +60,7 @@ def _run(keep_weight: bool, *args: Any) -> tuple[Tensor, Tensor | None, Tensor |
     return core.shaped(a, x), h, weight
 
 
-@torch.library.impl(_library, "linear_activated", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_activated", "CompositeExplicitAutograd")
 def linear_activated(*args: Any) -> tuple[Tensor, Tensor]:
     """(y [..., R*B], h [N, R*B] or empty); see `block_ell_linear`."""
     y, h, _ = _run(False, *args)
@@ -104,7 +109,7 @@ def run_backward(
     return tuple(or_empty(grad, dy) for grad in (dx, *others))
 
 
-@torch.library.impl(_library, "linear_activated_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_activated_backward", "CompositeExplicitAutograd")
 def linear_activated_backward(*args: Any) -> tuple[Tensor, ...]:
     """See `run_backward`."""
     return run_backward(None, *args)
@@ -123,9 +128,9 @@ def _activated_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
     )
 
 
-torch.library.register_fake("blockell::linear_activated", _activated_fake, lib=_library)
+torch.library.register_fake("blockell::linear_activated", _activated_fake, lib=library)
 torch.library.register_fake(
-    "blockell::linear_activated_backward", _activated_backward_fake, lib=_library
+    "blockell::linear_activated_backward", _activated_backward_fake, lib=library
 )
 
 
@@ -179,52 +184,13 @@ def _save(ctx: Any, args: tuple[Any, ...], h: Tensor | None) -> None:
     )
 
 
-class _ActivatedBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return activated_backward_op(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "block_ell_linear can be differentiated once; its backward has no gradient of its own. "
-            "For second derivatives multiply by the dense weight (blockell_format.to_dense)."
-        )
-
-
-def _register_autograd(name: str, op: Any, function: type[torch.autograd.Function]) -> None:
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    _library.impl(name, kernel, "Autograd")
-
-
-_register_autograd("linear_activated", activated_op, _Activated)
-_register_autograd("linear_activated_backward", activated_backward_op, _ActivatedBackward)
-
-
 def _cast(args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
-    dtype = torch.get_autocast_dtype(device_type)
-    return tuple(
-        cast_for_autocast(arg, dtype) if i in (0, 1, 3) else arg for i, arg in enumerate(args)
-    )
+    return cast_positions(args, device_type, (0, 1, 3))
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def kernel(*args: Any) -> Any:
-        cast = _cast(args, device_type)
-        with torch.autocast(device_type, enabled=False):
-            return activated_op(*cast)
-
-    _library.impl("linear_activated", kernel, dispatch_key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autograd("linear_activated", activated_op, _Activated)
+register_backward("linear_activated_backward", activated_backward_op, "block_ell_linear")
+register_autocast("linear_activated", activated_op, _cast)
 
 
 def activated_linear(eager: bool, *args: Any) -> Tensor:

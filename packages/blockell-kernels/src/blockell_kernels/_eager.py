@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import requested_backend
-from blockell_kernels._ops import cast_for_autocast, linear_backward_op
+from blockell_kernels._ops import linear_backward_op
 from blockell_kernels._plan import Plan, compute_dtype, plan_for
+from blockell_kernels._registration import cast_for_autocast
 from blockell_kernels._validation import check_operands
 
 MAX_CHECKED = 4096

@@ -29,12 +29,16 @@ from blockell_kernels._mlp_ops import (
     VALUES2,
     X,
     layers_of,
-    library,
     mlp_backward_op,
     mlp_op,
     run_backward,
 )
-from blockell_kernels._ops import cast_for_autocast
+from blockell_kernels._registration import (
+    cast_positions,
+    register_autocast,
+    register_autograd,
+    register_backward,
+)
 
 
 class _MLP(torch.autograd.Function):
@@ -118,53 +122,14 @@ def _save(ctx: Any, args: tuple[Any, ...], h: Tensor | None, a: Tensor | None) -
     )
 
 
-class _MLPBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return mlp_backward_op(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "block_ell_mlp can be differentiated once; its backward has no gradient of its own. "
-            "For second derivatives multiply by the dense weights (blockell_format.to_dense)."
-        )
-
-
-def _register_autograd(name: str, op: Any, function: type[torch.autograd.Function]) -> None:
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    library.impl(name, kernel, "Autograd")
-
-
-_register_autograd("mlp", mlp_op, _MLP)
-_register_autograd("mlp_backward", mlp_backward_op, _MLPBackward)
-
-
 def cast_arguments(args: tuple[Any, ...], device_type: str) -> tuple[Any, ...]:
     """The arguments of `mlp` as autocast wants them; the probes stay float32."""
-    dtype, cast = torch.get_autocast_dtype(device_type), list(args)
-    for position in (X, VALUES1, BIAS1, VALUES2, BIAS2):
-        cast[position] = cast_for_autocast(args[position], dtype)
-    return tuple(cast)
+    return cast_positions(args, device_type, (X, VALUES1, BIAS1, VALUES2, BIAS2))
 
 
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def kernel(*args: Any) -> Any:
-        cast = cast_arguments(args, device_type)
-        with torch.autocast(device_type, enabled=False):
-            return mlp_op(*cast)
-
-    library.impl("mlp", kernel, dispatch_key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autograd("mlp", mlp_op, _MLP)
+register_backward("mlp_backward", mlp_backward_op, "block_ell_mlp")
+register_autocast("mlp", mlp_op, cast_arguments)
 
 
 def eager_mlp(*args: Any) -> Tensor:

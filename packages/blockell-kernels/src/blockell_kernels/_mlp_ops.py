@@ -18,10 +18,8 @@ from blockell_kernels import _mlp_core as core
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._mlp_core import Layer, Needs, flat, or_empty, shaped
 from blockell_kernels._plan import plan_for
+from blockell_kernels._registration import TAGS, library
 from blockell_kernels._stats import probe_size
-
-library = torch.library.Library("blockell", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 
 
 def _layer_schema(i: int) -> str:
@@ -35,7 +33,7 @@ def _layer_schema(i: int) -> str:
 library.define(
     f"mlp(Tensor x, {_layer_schema(1)}, {_layer_schema(2)}, str activation, str recompute, "
     "str backend) -> (Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 library.define(
     "mlp_backward(Tensor dy, Tensor? x, Tensor? h, Tensor? a, "
@@ -45,7 +43,7 @@ library.define(
     "int B2, int row_group2, int num_live2, str sample2, "
     "bool[5] needs, str activation, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 mlp_op = torch.ops.blockell.mlp.default
 mlp_backward_op = torch.ops.blockell.mlp_backward.default

@@ -6,9 +6,7 @@ Both are opaque to the compiler and choose their backend when they run, from the
 compiled graph is not specialised on that choice, and a topology changed in place needs no new one.
 Operands have been validated by `block_ell_linear`.
 
-They are registered through `torch.library.Library` and not through its front `custom_op`, whose
-generated autograd and aliasing checks cost 150 us per call here, as much as a small product. Eager
-calls that nothing watches go past them (`_eager`).
+Eager calls that nothing watches go past them (`_eager`).
 """
 
 from __future__ import annotations
@@ -20,29 +18,35 @@ from torch import Tensor
 
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._plan import plan_for
+from blockell_kernels._registration import (
+    TAGS,
+    cast_positions,
+    library,
+    register_autocast,
+    register_autograd,
+    register_backward,
+)
 from blockell_kernels._stats import probe_size
 
-_library = torch.library.Library("blockell", "FRAGMENT")
-_TAGS = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
-_library.define(
+library.define(
     "linear(Tensor x, Tensor values, Tensor col_indices, Tensor? bias, Tensor? probe, "
     "Tensor? order, Tensor? col_start, int row_group, int num_live, str sample, str backend) "
     "-> Tensor",
-    tags=_TAGS,
+    tags=TAGS,
 )
 # Unneeded gradients come back empty: an operator cannot return None.
-_library.define(
+library.define(
     "linear_backward(Tensor dy, Tensor? x, Tensor? values, Tensor col_indices, Tensor? order, "
     "Tensor? col_start, int C, int B, int row_group, int num_live, bool need_input, "
     "bool need_values, bool need_bias, str sample, str backend) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    tags=_TAGS,
+    tags=TAGS,
 )
 linear_op = torch.ops.blockell.linear.default
 linear_backward_op = torch.ops.blockell.linear_backward.default
 
 
-@torch.library.impl(_library, "linear", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear", "CompositeExplicitAutograd")
 def linear(
     x: Tensor,
     values: Tensor,
@@ -68,7 +72,7 @@ def _linear_fake(x: Tensor, values: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(*x.shape[:-1], values.shape[0] * values.shape[2])
 
 
-@torch.library.impl(_library, "linear_backward", "CompositeExplicitAutograd")
+@torch.library.impl(library, "linear_backward", "CompositeExplicitAutograd")
 def linear_backward(
     dy: Tensor,
     x: Tensor | None,
@@ -127,8 +131,8 @@ def _linear_backward_fake(
     )
 
 
-torch.library.register_fake("blockell::linear", _linear_fake, lib=_library)
-torch.library.register_fake("blockell::linear_backward", _linear_backward_fake, lib=_library)
+torch.library.register_fake("blockell::linear", _linear_fake, lib=library)
+torch.library.register_fake("blockell::linear_backward", _linear_backward_fake, lib=library)
 
 
 class _Linear(torch.autograd.Function):
@@ -164,54 +168,8 @@ class _Linear(torch.autograd.Function):
         )
 
 
-class _LinearBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
-            return linear_backward_op(*args)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> None:
-        raise RuntimeError(
-            "block_ell_linear can be differentiated once; its backward has no gradient of its own. "
-            "For second derivatives multiply by the dense weight (blockell_format.to_dense)."
-        )
-
-
-def _register_autograd(name: str, op: Any, function: type[torch.autograd.Function]) -> None:
-    def kernel(*args: Any) -> Any:
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-            return function.apply(*args)
-        with torch._C._AutoDispatchBelowAutograd():
-            return op(*args)
-
-    _library.impl(name, kernel, "Autograd")
-
-
-_register_autograd("linear", linear_op, _Linear)
-_register_autograd("linear_backward", linear_backward_op, _LinearBackward)
-
-
-def cast_for_autocast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """The tensor in the dtype that autocast asks for; float64 and integers stay."""
-    if t is None or t.dtype is dtype or t.dtype is torch.float64 or not t.is_floating_point():
-        return t
-    return t.to(dtype)
-
-
-# torch.library.register_autocast casts every floating operand to one fixed dtype; here the dtype
-# is the one in force, and the float32 probe stays as it is.
-def _register_autocast(device_type: str, dispatch_key: str) -> None:
-    def kernel(
-        x: Tensor, values: Tensor, col_indices: Tensor, bias: Tensor | None, *rest: Any
-    ) -> Tensor:
-        dtype = torch.get_autocast_dtype(device_type)
-        cast = [cast_for_autocast(t, dtype) for t in (x, values, bias)]
-        with torch.autocast(device_type, enabled=False):
-            return linear_op(cast[0], cast[1], col_indices, cast[2], *rest)
-
-    _library.impl("linear", kernel, dispatch_key)
-
-
-_register_autocast("cpu", "AutocastCPU")
-_register_autocast("cuda", "AutocastCUDA")
+register_autograd("linear", linear_op, _Linear)
+register_backward("linear_backward", linear_backward_op, "block_ell_linear")
+register_autocast(
+    "linear", linear_op, lambda args, device_type: cast_positions(args, device_type, (0, 1, 3))
+)
