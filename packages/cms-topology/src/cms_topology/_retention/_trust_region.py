@@ -42,7 +42,7 @@ def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor) 
         float64 [L].
     """
     s, e = spectrum.double(), energy.double()
-    lam = torch.zeros_like(budget)
+    lam = start.double()
     for _ in range(ITERATIONS):
         shrunk = 1 / (1 + lam[:, None, None] * s)
         inside = s * e * shrunk.square()
@@ -50,7 +50,7 @@ def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor) 
         Q = (inside * s * shrunk).sum((1, 2))
         step = D * ((D / budget).sqrt() - 1) / Q
         # where nothing drifts, 0/0: no step
-        lam = lam + torch.where((budget < D) & (Q > 0), step, 0.0)
+        lam = (lam + torch.where(Q > 0, step, 0.0)).clamp(min=0)
     return lam
 
 
