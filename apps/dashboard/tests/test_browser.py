@@ -214,6 +214,35 @@ def watch_a_live_run(tmp_path: Path, page: sync_api.Page) -> None:
     page.get_by_text("junk.txt").first.wait_for(state="attached")
 
 
+def test_the_retention_page_and_its_link(
+    good_run: Path, tmp_path: Path, open_page: Callable[..., sync_api.Page]
+) -> None:
+    path = Path(shutil.copytree(good_run, tmp_path / "both"))
+    results = Path(__file__).parent / "data" / "retention.jsonl"
+    shutil.copy(results, path)
+    with serving(path) as url:
+        page = open_page(url)
+        see_title(page, "Block age at step 275")
+        page.get_by_text("Retention", exact=True).click()
+        see_title(page, "Score matrix")
+        page.get_by_text("Forgetting", exact=True).click()
+        see_title(page, "Forgetting matrix")
+        page.wait_for_url(re.compile("matrix=change"))
+        sync_api.expect(page.locator("[data-testid=stPlotlyChart]")).to_have_count(4)
+        assert page.locator("[data-testid=stException]").count() == 0
+        with page.expect_download() as download:
+            page.get_by_role("button", name="CSV").nth(1).click()
+        lines = Path(download.value.path()).read_text().splitlines()
+        assert lines[0].startswith("method,arch,dial,seed,new_task_nats,old_task_kept")
+        assert len(lines) == 1 + 6
+
+        other = open_page(page.url)
+        see_title(other, "Forgetting matrix")
+        with (path / "retention.jsonl").open("a") as file:
+            file.write('{"version": 1, "id": "cut o')
+        other.get_by_role("heading", name="Problems (1)").wait_for()
+
+
 def test_an_exported_report_draws_offline(
     good_run: Path, tmp_path: Path, browser: sync_api.Browser
 ) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import html
+import itertools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,8 +15,11 @@ from blockell_format.snapshots import LayerInfo, Problem
 
 from . import __version__, figures
 from .figures import Theme
-from .io import LoadedRun
+from .io import LoadedRun, is_run
 from .layers import layer_label, layer_order
+from .retention import Retention, read_retention
+from .retention_stats import group_cells
+from .retention_tables import method_table
 
 __all__ = ["export_report"]
 
@@ -37,10 +41,10 @@ def export_report(
     theme: Theme = "light",
     overwrite: bool = False,
 ) -> Path:
-    """Write the charts of one run into one HTML file.
+    """Write the charts of one run, and of its retention experiments, into one HTML file.
 
     Args:
-        run_dir: the run directory.
+        run_dir: the run directory, or one that holds only `retention.jsonl`.
         output: the file to write.
         step: of heatmaps and age histograms; default the newest.
         layers: names of the layers to include; default all.
@@ -58,13 +62,28 @@ def export_report(
     output = Path(output)
     if output.exists() and not overwrite:
         raise FileExistsError(f"{output} exists; choose another name, or overwrite it (--force).")
-    loaded = LoadedRun(Path(run_dir))
-    infos = _chosen_layers(loaded, layers)
-    step = _chosen_step(loaded, step)
+    run_dir = Path(run_dir)
+    results = read_retention(run_dir)
+    problems = list(results.problems)
+    about: list[str] = []
+    charts: list[Iterator[tuple[str, go.Figure]]] = []
+    if is_run(run_dir) or not results.cells:
+        loaded = LoadedRun(run_dir)
+        infos = _chosen_layers(loaded, layers)
+        problems = [*loaded.run.problems, *problems]
+        if loaded.run.steps or step is not None or not results.cells:
+            step = _chosen_step(loaded, step)
+            charts.append(_run_figures(loaded, infos, step, theme))
+        about.append(_about_run(loaded))
+    elif step is not None or layers is not None:
+        raise ValueError(f"{run_dir} holds no run, so there is no step or layer to choose.")
+    charts.append(_retention_figures(results, theme))
     parts = [
-        _head(loaded, theme),
-        *_figures(loaded, infos, step, theme),
-        _problems(loaded.run.problems),
+        _head(run_dir, theme),
+        *about,
+        *_html(itertools.chain(*charts)),
+        _method_tables(results),
+        _problems(problems),
         "</body></html>\n",
     ]
     # Beside the target, then renamed: a killed export leaves no half report under its name.
@@ -99,11 +118,9 @@ def _chosen_step(loaded: LoadedRun, step: int | None) -> int:
     return step
 
 
-def _head(loaded: LoadedRun, theme: Theme) -> str:
+def _head(run_dir: Path, theme: Theme) -> str:
     colours = figures.palette(theme)
-    history, run = loaded.history(), loaded.run
-    processes = "process" if run.world_size == 1 else "processes"
-    title = html.escape(loaded.path.resolve().name)
+    title = html.escape(run_dir.resolve().name)
     style = _STYLE % {
         "background": colours.background,
         "text": colours.text,
@@ -112,18 +129,23 @@ def _head(loaded: LoadedRun, theme: Theme) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{title}</title>'
         f"<style>{style}</style></head><body><h1>{title}</h1>"
-        f"<p>Run {html.escape(run.run_id)}: {len(run.layers):,} layers, "
-        f"{len(history.steps):,} snapshots from step {history.steps[0]:,} to "
-        f"{history.steps[-1]:,}, {run.world_size:,} {processes}. "
-        f"Written by blockell-dashboard {__version__}.</p>"
+        f"<p>Written by blockell-dashboard {__version__}.</p>"
     )
 
 
-def _figures(
-    loaded: LoadedRun, infos: Sequence[LayerInfo], step: int, theme: Theme
-) -> Iterator[str]:
+def _about_run(loaded: LoadedRun) -> str:
+    steps, run = loaded.history().steps, loaded.run
+    processes = "process" if run.world_size == 1 else "processes"
+    span = f" from step {steps[0]:,} to {steps[-1]:,}" if len(steps) else ""
+    return (
+        f"<p>Run {html.escape(run.run_id)}: {len(run.layers):,} layers, {len(steps):,} "
+        f"snapshots{span}, {run.world_size:,} {processes}.</p>"
+    )
+
+
+def _html(charts: Iterable[tuple[str, go.Figure]]) -> Iterator[str]:
     script: bool = True
-    for heading, figure in _all_figures(loaded, infos, step, theme):
+    for heading, figure in charts:
         if heading:
             yield f"<h2>{html.escape(heading)}</h2>"
         yield figure.to_html(
@@ -135,7 +157,7 @@ def _figures(
         script = False
 
 
-def _all_figures(
+def _run_figures(
     loaded: LoadedRun, infos: Sequence[LayerInfo], step: int, theme: Theme
 ) -> Iterator[tuple[str, go.Figure]]:
     history, metrics = loaded.history(), loaded.metrics()
@@ -179,6 +201,35 @@ def _all_figures(
                 series.steps, series.entropy, series.dead_columns, C=info.C, name=label, theme=theme
             ),
         )
+
+
+def _retention_figures(results: Retention, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
+    for setting in results.settings:
+        groups = group_cells(results.of(setting))
+        yield f"Retention: {setting}", figures.retention_tradeoff(groups, theme=theme)
+        yield "", figures.old_task_over_steps(groups, theme=theme, height=460)
+        for group in groups:
+            yield group.label, figures.task_scores(group, theme=theme)
+            for kind in figures.MATRIX_KINDS:
+                yield "", figures.retention_matrix(group, kind=kind, theme=theme, height=360)
+
+
+def _method_tables(results: Retention) -> str:
+    """Per experiment, what the dashboard's table of methods shows."""
+    parts = []
+    for setting in results.settings:
+        table = method_table(group_cells(results.of(setting)))
+        head = "".join(f"<th>{html.escape(name)}</th>" for name in table)
+        rows = "".join(
+            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
+            for row in zip(*table.values(), strict=True)
+        )
+        parts.append(
+            f"<h2>Methods: {html.escape(setting)}</h2><p>Mean ± standard deviation [lowest to "
+            "highest] over seeds, on test data; one number where all seeds agree to the digits "
+            f"shown.</p><table><tr>{head}</tr>{rows}</table>"
+        )
+    return "".join(parts)
 
 
 def _problems(problems: Sequence[Problem]) -> str:

@@ -204,7 +204,9 @@ def _cell(record: Mapping[str, Any]) -> Cell:
     numbers = {key: _numbers(record, key, (n,)) for key in ("chance", "perfect", "steps")}
     if (numbers["chance"] == numbers["perfect"]).any() or (numbers["steps"] < 0).any():
         raise ValueError("chance and perfect must differ, and steps not be negative")
-    dial, overlap = record.get("dial"), record.get("overlap")
+    dial, overlap = record.get("dial"), record.get("overlap") or {}
+    if not isinstance(overlap, dict):
+        raise ValueError(f"overlap (={overlap!r:.60}) must be an object or null")
     return Cell(
         id=texts["id"],
         setting=texts["setting_key"],
@@ -223,7 +225,7 @@ def _cell(record: Mapping[str, Any]) -> Cell:
         path=_path(record, n),
         seconds=float(_numbers(record, "seconds", (n - 1,)).sum()),
         kept_bytes=int(_numbers(record, "kept_bytes", ())),
-        overlap={} if overlap is None else {key: _number(overlap, key) for key in overlap},
+        overlap={key: _number(overlap, key) for key in overlap},
     )
 
 
@@ -257,9 +259,7 @@ def _texts(record: Mapping[str, Any], key: str) -> tuple[str, ...]:
     return tuple(values)
 
 
-def _number(record: Any, key: str) -> float:
-    if not isinstance(record, dict):
-        raise ValueError(f"{record!r:.60} must be an object")
+def _number(record: Mapping[str, Any], key: str) -> float:
     return float(_numbers(record, key, ()))
 
 

@@ -151,6 +151,6 @@ def _text(value: Statistic, form: str, *, scale: float = 1.0) -> str:
     if value.n == 0:
         return "unknown"
     mean, sd, low, high = (form.format(part * scale) for part in value[:4])
-    if value.n == 1:
+    if low == high:  # to the digits shown
         return mean
     return f"{mean} ± {sd} [{low} to {high}]"

@@ -4,14 +4,8 @@ None of them needs Streamlit, so they work in a notebook or a script as well.
 """
 
 from ._ages import age_histogram
-from ._retention import (
-    MATRIX_KINDS,
-    MatrixKind,
-    old_task_over_steps,
-    retention_matrix,
-    retention_tradeoff,
-    task_scores,
-)
+from ._retention import old_task_over_steps, retention_tradeoff, task_scores
+from ._retention_matrix import MATRIX_KINDS, MatrixKind, retention_matrix
 from ._series import column_entropy, loss, swap_rate
 from ._theme import Palette, Theme, palette
 from ._topology import COLOURS, Colour, topology_heatmap

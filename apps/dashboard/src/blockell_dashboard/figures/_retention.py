@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
 from .. import retention_stats as numbers
 from ..retention_stats import Group, TaskLine
+from ._retention_matrix import count_seeds
 from ._theme import Theme, apply_layout, palette, step_axis
 
 __all__ = [
-    "MATRIX_KINDS",
-    "MatrixKind",
     "old_task_over_steps",
-    "retention_matrix",
     "retention_tradeoff",
     "task_scores",
 ]
-
-MatrixKind = Literal["score", "change"]
-MATRIX_KINDS: tuple[MatrixKind, ...] = ("score", "change")
 
 _HEIGHT = 400
 # Okabe-Ito without its yellow, lightened for the dark page; symbols tell apart what is left.
@@ -33,21 +28,22 @@ _COLOURS = {
 }
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
-_SCORE_AXIS = {"title": "score", "range": [-0.08, 1.08], "tickformat": ".0%"}
+_SCORE_AXIS = {"range": [-0.08, 1.08], "tickformat": ".0%"}
 
 
 def task_scores(group: Group, *, theme: Theme = "light", height: int = _HEIGHT) -> go.Figure:
     """Draw every task over the steps of all trainings, for one method.
 
     Thick lines are means over seeds, thin lines single seeds. Scores below 0 (worse than chance)
-    leave the chart at its lower edge.
+    leave the chart at its lower edge. A task is measured at both ends of its own training, and all
+    along the later ones.
 
     Args:
         group: at least one cell.
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
-    colours, cell = palette(theme), group.cells[0]
+    cell = group.cells[0]
     fig = go.Figure()
     for task, name in enumerate(cell.tasks):
         lines = [numbers.task_lines(other)[task] for other in group.cells]
@@ -57,14 +53,14 @@ def task_scores(group: Group, *, theme: Theme = "light", height: int = _HEIGHT) 
         fig,
         theme,
         title="Every task over the steps",
-        subtitle=f"{escape(group.label)}; 0% is chance, 100% perfect; "
-        f"{_seeds(len(group.cells))}; a task in training is measured at its ends",
+        subtitle=f"{escape(group.label)}; {count_seeds(len(group.cells))}; "
+        "0% is chance, 100% perfect",
         x_title="step, over all trainings",
         y_title="score",
         height=height,
         xaxis=step_axis([0, sum(cell.steps)]),
         yaxis=_SCORE_AXIS,
-        hoverlabel_bgcolor=colours.background,
+        margin_t=78,
     )
 
 
@@ -97,92 +93,11 @@ def old_task_over_steps(
         subtitle="0% is chance, 100% perfect; means over seeds, single seeds thin",
         x_title="step, over all trainings",
         y_title="score",
-        height=height + 18 * (len(groups) // 3),
+        height=height,
+        margin_t=78,
         xaxis=step_axis([start, sum(cell.steps)]),
         yaxis=_SCORE_AXIS,
     )
-
-
-def retention_matrix(
-    group: Group,
-    *,
-    kind: MatrixKind = "score",
-    theme: Theme = "light",
-    height: int = _HEIGHT,
-) -> go.Figure:
-    """Draw every task's score (or its change since it was learned) after every training.
-
-    Args:
-        group: means over its cells.
-        kind: "score", or "change" (below 0 is forgotten; empty before the task was learned).
-        theme: "light" or "dark".
-        height: of the figure, in pixels.
-
-    Raises:
-        ValueError: no such kind.
-    """
-    if kind not in MATRIX_KINDS:
-        raise ValueError(f"kind (={kind!r}) must be one of {', '.join(MATRIX_KINDS)}.")
-    colours, cell = palette(theme), group.cells[0]
-    make = numbers.score_matrix if kind == "score" else numbers.change_matrix
-    values = np.mean([make(other) for other in group.cells], axis=0)
-    raw = np.mean([other.matrix for other in group.cells], axis=0)
-    shown = "{:.1%}" if kind == "score" else "{:+.1%}"
-    tasks = [escape(name) for name in cell.tasks]
-    rows = ["untrained", *(f"after {name}" for name in tasks)]
-    light = theme == "light"
-    scale = (
-        [[0, "#f4f6f8" if light else "#1f2631"], [1, colours.first if light else "#2b7fb0"]]
-        if kind == "score"
-        else [[0, colours.second], [0.5, colours.absent], [1, colours.first]]
-    )
-    texts = [[shown.format(v) if np.isfinite(v) else "" for v in row] for row in values]
-    fig = go.Figure(
-        go.Heatmap(
-            z=values,
-            customdata=np.stack([raw, np.tile(np.arange(len(tasks)), (len(rows), 1))], axis=-1),
-            colorscale=scale,
-            zmin=0.0 if kind == "score" else -1.0,
-            zmax=1.0,
-            xgap=2,
-            ygap=2,
-            hoverongaps=False,
-            hovertemplate="%{x}, %{y}<br>"
-            + ("score" if kind == "score" else "change")
-            + " %{z:.2%}<br>measured %{customdata[0]:.4g}<extra></extra>",
-            colorbar={"tickformat": ".0%", "tickfont": {"color": colours.muted}, "thickness": 12},
-        )
-    )
-    fig.update_traces(x=list(range(len(tasks))), y=list(range(len(rows))))
-    for (row, column), value in np.ndenumerate(values):
-        if np.isfinite(value):
-            strong = abs(value) > 0.55
-            fig.add_annotation(
-                x=column,
-                y=row,
-                text=texts[row][column],
-                showarrow=False,
-                font={"size": 14, "color": "#ffffff" if strong and light else colours.text},
-            )
-    titles = {"score": "Score matrix", "change": "Forgetting matrix"}
-    notes = {
-        "score": "0% is chance, 100% perfect",
-        "change": "score minus the score right after the task was learned",
-    }
-    apply_layout(
-        fig,
-        theme,
-        title=titles[kind],
-        subtitle=f"{escape(group.label)}; {notes[kind]}; {_seeds(len(group.cells))}",
-        x_title="measured on",
-        y_title="",
-        height=height,
-    )
-    fig.update_xaxes(tickvals=list(range(len(tasks))), ticktext=tasks, showgrid=False)
-    fig.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showgrid=False
-    )
-    return fig
 
 
 def retention_tradeoff(
@@ -219,7 +134,7 @@ def retention_tradeoff(
                     y=[y for _, y in means],
                     mode="lines",
                     line={"color": colour, "width": 1.8, "dash": dash},
-                    legendgroup=name,
+                    legendgroup=escape(name),
                     showlegend=False,
                     hoverinfo="skip",
                 )
@@ -231,7 +146,7 @@ def retention_tradeoff(
                 customdata=[[escape(group.label), cell.seed] for group, cell in cells],
                 mode="markers",
                 name=escape(name),
-                legendgroup=name,
+                legendgroup=escape(name),
                 marker={
                     "color": colour,
                     "symbol": symbol,
@@ -247,11 +162,10 @@ def retention_tradeoff(
         fig,
         theme,
         title="Old task kept against new task's loss",
-        subtitle=f"better is up and to the left; a point per seed; kept of {escape(first)}: "
-        "0% is chance, 100% as before",
+        subtitle=f"a point per seed; better is up and left; 100%: {escape(first)} as before",
         x_title="loss of the new tasks, each right after its training, nats",
         y_title="old task kept",
-        height=height + 18 * (len(curves) // 6),
+        height=height,
         yaxis={"tickformat": ".0%"},
     )
 
@@ -329,7 +243,3 @@ def _boundaries(
             showarrow=False,
             font={"color": muted, "size": 11},
         )
-
-
-def _seeds(count: int) -> str:
-    return f"{count} seed{'' if count == 1 else 's'}"

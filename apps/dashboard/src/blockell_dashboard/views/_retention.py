@@ -72,7 +72,8 @@ def _method_table(choice: RunChoice, groups: list[Group]) -> None:
             )
     first = escape(groups[0].cells[0].tasks[0])
     st.caption(
-        "Mean ± standard deviation \\[lowest to highest\\] over seeds, on test data. Relative "
+        "Mean ± standard deviation \\[lowest to highest\\] over seeds, on test data; one number "
+        "where all seeds agree to the digits shown. Relative "
         f"forgetting of {first}: 0% is nothing lost, 100% everything down to chance. Lowest: the "
         f"worst {first} at any time after it was learned. Block overlap: blocks that both tasks "
         "use, and the same with the second task's blocks shuffled within their rows."
@@ -87,10 +88,10 @@ def _method_table(choice: RunChoice, groups: list[Group]) -> None:
 
 def _comparison(choice: RunChoice, groups: list[Group]) -> None:
     left, right = st.columns(2)
-    theme = page_theme()
+    theme, height = page_theme(), 460 + 18 * (len(groups) // 3)  # the legend takes lines
     with left:
         chart_card(
-            figures.retention_tradeoff(groups, theme=theme),
+            figures.retention_tradeoff(groups, theme=theme, height=height),
             lambda: tables.cell_table(groups),
             key="tradeoff",
             name=(choice.label,),
@@ -98,7 +99,7 @@ def _comparison(choice: RunChoice, groups: list[Group]) -> None:
         )
     with right:
         chart_card(
-            figures.old_task_over_steps(groups, theme=theme, height=480),
+            figures.old_task_over_steps(groups, theme=theme, height=height),
             lambda: tables.lines_table(groups, 0),
             key="old-task",
             name=(choice.label,),
