@@ -86,7 +86,7 @@ def retention_matrix(
     titles = {"score": "Score matrix", "change": "Forgetting matrix"}
     notes = {
         "score": "0% is chance, 100% perfect",
-        "change": "score minus the score right after the task was learned",
+        "change": "change since it was learned",
     }
     apply_layout(
         fig,
