@@ -15,7 +15,7 @@ _DEFAULT_DIRECTORY = "runs"
 _DESCRIPTION = """\
 Watch how the block topology of a training run evolves, live or afterwards.
 
-RUN_DIR is a run directory (it holds run.json) or a directory of runs.
+RUN_DIR is a run directory (it holds run.json, or retention.jsonl) or a directory of runs.
 
   blockell-dashboard export RUN_DIR -o report.html
       writes the charts of a run into one file that needs no server and no network

@@ -20,7 +20,8 @@ def explain_no_run(directories: Sequence[str], problems: Sequence[Problem]) -> N
     st.header("No run to show yet", anchor=False)
     st.markdown(
         "A run is a directory with a `run.json`, which a training job writes together with its "
-        "topology snapshots. Looked in, and up to three levels below:"
+        "topology snapshots, or with the `retention.jsonl` of a retention experiment. Looked in, "
+        "and up to three levels below:"
     )
     reasons = {str(problem.path): problem.reason for problem in problems}
     for directory in directories:
