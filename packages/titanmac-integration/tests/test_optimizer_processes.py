@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import socket
+import subprocess
+import sys
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -42,7 +44,13 @@ def make(model: nn.Module) -> DeepNestedOptimizer:
 
 def worker(rank: int, port: int, out: Path) -> None:
     """Data parallel training by hand: wrapping the model would import torch's compiler."""
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    dist.init_process_group(
+        "gloo",
+        f"tcp://127.0.0.1:{port}",
+        rank=rank,
+        world_size=2,
+        timeout=timedelta(seconds=120),
+    )
     try:
         net = build()
         optimizer = make(net)
@@ -75,14 +83,13 @@ def free_port() -> int:
 def test_ranks_stay_identical_with_every_option(tmp_path: Path) -> None:
     port = free_port()
     # this process is rank 0: importing torch once more would take longer than the test
-    other = mp.get_context("spawn").Process(target=worker, args=(1, port, tmp_path))
-    other.start()
+    other = subprocess.Popen([sys.executable, __file__, str(port), str(tmp_path)])
     try:
         worker(0, port, tmp_path)
-        other.join()
+        assert other.wait(60) == 0
     finally:
         other.kill()
-    assert other.exitcode == 0
+        other.wait()
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     assert first[2] == second[2] > 0
     assert torch.equal(first[1], second[1])
@@ -111,3 +118,7 @@ def test_a_wrapped_model_is_the_same_as_a_bare_one() -> None:
     assert losses[0] == losses[1]
     for name, value in nets[0].state_dict().items():
         assert torch.equal(value, nets[1].state_dict()[name]), name
+
+
+if __name__ == "__main__":  # the other rank
+    worker(1, int(sys.argv[1]), Path(sys.argv[2]))
