@@ -280,7 +280,8 @@ def test_signals_ask_to_stop() -> None:
 @pytest.mark.filterwarnings("ignore")  # the libraries' own
 def test_other_loggers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("tensorboard")
-    pytest.importorskip("wandb")
+    wandb = pytest.importorskip("wandb")
+    wandb.teardown()  # else the environment that an earlier run of this process saw holds
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_SILENT", "true")
     out = tmp_path / "run"
