@@ -1,6 +1,7 @@
 """Data from files: what is read, how it is split, what is refused."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -217,10 +218,12 @@ def test_a_broken_tokenizer_file(tmp_path: Path, tokenizer_file: Path) -> None:
 
 
 class _Words:
+    """A tokenizer that takes text, not bytes: a word is its length."""
+
     vocab_size, end_of_text = 10, None
 
     def encode(self, text: str) -> list[int]:
         return [len(word) % 10 for word in text.split()]
 
-    def decode(self, tokens: object) -> str:
-        raise NotImplementedError
+    def decode(self, tokens: Iterable[int]) -> str:
+        return " ".join("x" * length for length in tokens)

@@ -18,17 +18,18 @@ from blockell_kernels import _mlp_core as core
 from blockell_kernels._activation import activation_gradient
 from blockell_kernels._backends import requested_backend
 from blockell_kernels._eager import watched
-from blockell_kernels._mlp_core import Layer, flat, or_empty
+from blockell_kernels._mlp_core import Layer, flat
+from blockell_kernels._ops import linear_backward_fake
 from blockell_kernels._plan import plan_for
 from blockell_kernels._registration import (
     TAGS,
     cast_positions,
     library,
+    or_empty,
     register_autocast,
     register_autograd,
     register_backward,
 )
-from blockell_kernels._stats import probe_size
 
 library.define(
     "linear_activated(Tensor x, Tensor values, Tensor col_indices, Tensor? bias, Tensor? probe, "
@@ -115,17 +116,8 @@ def linear_activated_backward(*args: Any) -> tuple[Tensor, ...]:
     return run_backward(None, *args)
 
 
-def _activated_backward_fake(dy: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    cols, C, B = rest[3], rest[6], rest[7]
-    need_input, need_values, need_bias, sample = rest[10:14]
-    R, slots = cols.shape
-    sampled = sample != "none"
-    return (
-        dy.new_empty(*dy.shape[:-1], C * B) if need_input else dy.new_empty(0),
-        dy.new_empty(R, slots, B, B) if need_values else dy.new_empty(0),
-        dy.new_empty(R * B) if need_bias else dy.new_empty(0),
-        dy.new_empty(probe_size(R, C), dtype=torch.float32) if sampled else dy.new_empty(0),
-    )
+def _activated_backward_fake(dy: Tensor, h: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    return linear_backward_fake(dy, *rest[:-2], *rest[-1:])  # but the activation
 
 
 torch.library.register_fake("blockell::linear_activated", _activated_fake, lib=library)

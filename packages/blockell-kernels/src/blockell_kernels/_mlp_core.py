@@ -160,8 +160,3 @@ def shaped(y: Tensor, x: Tensor) -> Tensor:
         return y
     result: Tensor = torch.ops.aten._unsafe_view.default(y, (*x.shape[:-1], y.shape[-1]))
     return result
-
-
-def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
-    """An operator cannot return None: an empty tensor stands for it."""
-    return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from blockell_kernels import _mlp_core as core
 from blockell_kernels._backends import requested_backend
-from blockell_kernels._mlp_core import Layer, Needs, flat, or_empty, shaped
+from blockell_kernels._mlp_core import Layer, Needs, flat, shaped
 from blockell_kernels._plan import plan_for
-from blockell_kernels._registration import TAGS, library
+from blockell_kernels._registration import TAGS, library, or_empty
 from blockell_kernels._stats import probe_size
 
 

@@ -22,6 +22,7 @@ from blockell_kernels._registration import (
     TAGS,
     cast_positions,
     library,
+    or_empty,
     register_autocast,
     register_autograd,
     register_backward,
@@ -98,13 +99,10 @@ def linear_backward(
     needs = (need_input, need_values, need_bias)
     dx, dvalues, dbias, dprobe = plan.backward(dy, x, values, pattern, needs, sample)
 
-    def or_empty(t: Tensor | None) -> Tensor:
-        return dy.new_empty(0) if t is None else t
-
-    return or_empty(dx), or_empty(dvalues), or_empty(dbias), or_empty(dprobe)
+    return or_empty(dx, dy), or_empty(dvalues, dy), or_empty(dbias, dy), or_empty(dprobe, dy)
 
 
-def _linear_backward_fake(
+def linear_backward_fake(
     dy: Tensor,
     x: Tensor | None,
     values: Tensor | None,
@@ -132,7 +130,7 @@ def _linear_backward_fake(
 
 
 torch.library.register_fake("blockell::linear", _linear_fake, lib=library)
-torch.library.register_fake("blockell::linear_backward", _linear_backward_fake, lib=library)
+torch.library.register_fake("blockell::linear_backward", linear_backward_fake, lib=library)
 
 
 class _Linear(torch.autograd.Function):

@@ -86,3 +86,8 @@ def cast_positions(
     for position in positions:
         cast[position] = cast_for_autocast(args[position], dtype)
     return tuple(cast)
+
+
+def or_empty(t: Tensor | None, like: Tensor) -> Tensor:
+    """An operator cannot return None: an empty tensor stands for it."""
+    return torch.empty(0, dtype=like.dtype, device=like.device) if t is None else t
