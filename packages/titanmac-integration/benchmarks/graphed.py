@@ -1,6 +1,7 @@
 """A training step as one CUDA graph: what the benchmarks use so that a busy host does not count.
 
-Not for models whose blocks move: a captured step cannot change what it collects.
+Where blocks move, steps that collect statistics of absent blocks run as they are, the others are
+replayed: topology changes in place, and so in the graph's memory.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+
+from cms_topology import sparse_layers
 
 WARM_UP = 3
 
@@ -26,8 +29,10 @@ def training_step(
 
     With ``graph`` the learning rates of ``optimizer`` must be tensors, and the optimizer
     capturable; nothing is learned from ``tokens`` and ``labels``, which only show the shape.
+    After a step the gradients are there for a `TopologyManager` to read.
     """
     inputs, targets = tokens.clone(), labels.clone()
+    sparse = list(sparse_layers(model).values())
 
     def once() -> torch.Tensor:
         optimizer.zero_grad(set_to_none=True)
@@ -49,6 +54,9 @@ def training_step(
 
         return eager
 
+    collecting = [layer.collect_candidates for layer in sparse]
+    for layer in sparse:
+        layer.collect_candidates = False
     rates = [group["lr"].clone() for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"].zero_()
@@ -67,11 +75,18 @@ def training_step(
             tensor.zero_()
     for group, rate in zip(optimizer.param_groups, rates, strict=True):
         group["lr"].copy_(rate)
+    for layer, collects in zip(sparse, collecting, strict=True):
+        layer.collect_candidates = collects
+    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
 
     def replay(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         inputs.copy_(tokens)
         targets.copy_(labels)
+        if any(layer.collect_candidates for layer in sparse):
+            return once()
         captured.replay()
+        for parameter, gradient in gradients:
+            parameter.grad = gradient
         return loss
 
     return replay

@@ -6,7 +6,8 @@ all layers, so without a memory nothing better than guessing a value is possible
 
     python benchmarks/recall.py --variants none MAC MAG MAL --seeds 0 1 2 --steps 1500 --out out
 
-One JSON line per run goes to OUT/recall.jsonl; `--jobs N` runs N processes at a time.
+One JSON line per run goes to OUT/recall.jsonl; `--jobs N` runs N processes at a time, `--together`
+all runs in one process, each on its own stream of the GPU: models this small leave most of it idle.
 """
 
 from __future__ import annotations
@@ -67,45 +68,81 @@ def batch(size: int, generator: torch.Generator) -> tuple[torch.Tensor, torch.Te
     return tokens, labels
 
 
-def train(variant: str, seed: int, options: argparse.Namespace) -> dict[str, object]:
-    device = options.device
-    model = create_titanmac_model(
-        config(variant, options.depth, options.chunk), seed=seed, device=device
-    )
-    groups = [{"params": list(model.parameters())}]
-    optimizer = adamw(groups, options.lr, graph=options.graph, weight_decay=0.01)
-    generator = torch.Generator(device).manual_seed(1000 + seed)
-    held_out = [batch(512, torch.Generator(device).manual_seed(7))]
-    size = options.batch_size
-    example = batch(size, torch.Generator(device))
-    one_step = training_step(model, optimizer, *example, autocast=False, graph=options.graph)
-    curve = []
-    started = time.perf_counter()
-    for step in range(1, options.steps + 1):
+class Run:
+    """One model and its training, a step at a time."""
+
+    def __init__(self, variant: str, seed: int, options: argparse.Namespace) -> None:
+        self.variant, self.seed, self.options = variant, seed, options
+        self.model = create_titanmac_model(
+            config(variant, options.depth, options.chunk), seed=seed, device=options.device
+        )
+        groups = [{"params": list(self.model.parameters())}]
+        self.optimizer = adamw(groups, options.lr, graph=options.graph, weight_decay=0.01)
+        self.generator = torch.Generator(options.device).manual_seed(1000 + seed)
+        self.held_out = [batch(512, torch.Generator(options.device).manual_seed(7))]
+        example = batch(options.batch_size, torch.Generator(options.device))
+        self.one_step = training_step(
+            self.model, self.optimizer, *example, autocast=False, graph=options.graph
+        )
+        self.curve: list[tuple[int, float]] = []
+        self.started = time.perf_counter()
+
+    def advance(self, step: int) -> None:
+        """Step number ``step``, counted from 1."""
+        options, size = self.options, self.options.batch_size
         warm, cold = step / 100, 2 * (1 - step / options.steps)
-        set_rate(optimizer, options.lr * min(1.0, warm, max(0.02, cold)))
+        set_rate(self.optimizer, options.lr * min(1.0, warm, max(0.02, cold)))
         at = (step - 1) % 50 * size
         if at == 0:
-            tokens, labels = batch(50 * size, generator)
-        loss = one_step(tokens[at : at + size], labels[at : at + size])
+            self.tokens, self.labels = batch(50 * size, self.generator)
+        loss = self.one_step(self.tokens[at : at + size], self.labels[at : at + size])
         if step % options.every == 0 or step == options.steps:
-            curve.append((step, round(accuracy(model, held_out), 4)))
-            print(variant, seed, step, f"{loss.item():.3f}", curve[-1][1], flush=True)
-    return {
-        "variant": variant,
-        "chance": 1 / VALUES,
-        "depth": options.depth if variant != "none" else None,
-        "seed": seed,
-        "steps": options.steps,
-        "lr": options.lr,
-        "batch_size": options.batch_size,
-        "parameters": model.num_parameters,
-        "accuracy": curve[-1][1],
-        "curve": curve,
-        "seconds": round(time.perf_counter() - started, 1),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if device != "cpu" else "cpu",
-    }
+            self.curve.append((step, round(accuracy(self.model, self.held_out), 4)))
+            shown = f"{loss.item():.3f} {self.curve[-1][1]}"
+            print(self.variant, self.seed, step, shown, flush=True)
+            if step % options.write_every == 0 or step == options.steps:
+                self.write()
+
+    def write(self) -> None:
+        options = self.options
+        result = {
+            "variant": self.variant,
+            "chance": 1 / VALUES,
+            "depth": options.depth if self.variant != "none" else None,
+            "seed": self.seed,
+            "steps": options.steps,
+            "done": self.curve[-1][0],
+            "lr": options.lr,
+            "batch_size": options.batch_size,
+            "parameters": self.model.num_parameters,
+            "accuracy": self.curve[-1][1],
+            "curve": self.curve,
+            "seconds": round(time.perf_counter() - self.started, 1),
+            "torch": torch.__version__,
+            "device": torch.cuda.get_device_name() if options.device != "cpu" else "cpu",
+        }
+        with (options.out / "recall.jsonl").open("a") as file:
+            file.write(json.dumps(result) + "\n")
+
+
+def train(variant: str, seed: int, options: argparse.Namespace) -> None:
+    run = Run(variant, seed, options)
+    for step in range(1, options.steps + 1):
+        run.advance(step)
+
+
+def train_together(cells: list[tuple[int, str]], options: argparse.Namespace) -> None:
+    """All cells at once; each has its own stream, the host gives them their steps in turn."""
+    runs = []
+    for seed, variant in cells:
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            runs.append((stream, Run(variant, seed, options)))
+        torch.cuda.synchronize()
+    for step in range(1, options.steps + 1):
+        for stream, run in runs:
+            with torch.cuda.stream(stream):
+                run.advance(step)
 
 
 @torch.no_grad()
@@ -134,26 +171,38 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--together", action="store_true", help="one process, a stream per run")
+    parser.add_argument("--write-every", type=int, default=500, help="steps; the last line counts")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     cells = list(itertools.product(options.seeds, options.variants))
+    if options.together:
+        train_together(cells, options)
+        return
     if len(cells) == 1 or options.jobs == 1:
         for seed, variant in cells:
             try:
-                result = train(variant, seed, options)
+                train(variant, seed, options)
             except Exception as error:  # one bad cell shall not cost the others
                 print("FAILED", variant, seed, repr(error)[:500], flush=True)
-                continue
-            with (options.out / "recall.jsonl").open("a") as file:
-                file.write(json.dumps(result) + "\n")
         return
     running: list[subprocess.Popen] = []
     for seed, variant in cells:
         while len([p for p in running if p.poll() is None]) >= options.jobs:
             time.sleep(0.2)
         arguments = [sys.executable, __file__, "--variants", variant, "--seeds", str(seed)]
-        for name in ("steps", "every", "batch_size", "lr", "depth", "chunk", "device", "out"):
+        for name in (
+            "steps",
+            "every",
+            "batch_size",
+            "lr",
+            "depth",
+            "chunk",
+            "device",
+            "out",
+            "write_every",
+        ):
             arguments += ["--" + name.replace("_", "-"), str(getattr(options, name))]
         arguments += ["--graph"] if options.graph else []
         running.append(subprocess.Popen(arguments))

@@ -137,13 +137,13 @@ def main() -> None:
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
     parser.add_argument("--moving", action="store_true", help="also cells whose blocks move")
     parser.add_argument("--memory", action="store_true", help="also the three variants")
-    parser.add_argument("--only", default="", help="cells whose name contains this")
+    parser.add_argument("--only", nargs="+", default=[""], help="cells whose name contains one")
     parser.add_argument("--vocab-size", type=int, default=None)
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     for preset, (name, changes, moving) in itertools.product(options.presets, cells(options)):
-        if options.only not in name:
+        if not any(part in name for part in options.only):
             continue
         if options.vocab_size:
             changes = {**changes, "vocab_size": options.vocab_size}
