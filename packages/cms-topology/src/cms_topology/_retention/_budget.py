@@ -24,8 +24,11 @@ class Budget(Protocol):
         """Relative drift allowed after so many optimizer steps."""
         ...
 
-    def observe(self, model: nn.Module, steps: int, since: int) -> None:
-        """Look at the model after a projection at `steps`; the one before was at `since`."""
+    def observe(self, model: nn.Module, steps: int, since: int, drift: Tensor) -> None:
+        """Look at the model after a projection at `steps`; the one before was at `since`.
+
+        `drift` is the largest relative drift of any weight matrix after it, 0-d.
+        """
         ...
 
     def figures(self) -> dict[str, float]:
@@ -50,7 +53,7 @@ class FixedBudget:
             return self.value
         return self.value * (max(steps, 1) / self.ramp) ** 2
 
-    def observe(self, model: nn.Module, steps: int, since: int) -> None:
+    def observe(self, model: nn.Module, steps: int, since: int, drift: Tensor) -> None:
         pass
 
     def figures(self) -> dict[str, float]:
@@ -79,9 +82,9 @@ class WatchedBudget:
     def now(self, steps: int) -> Tensor:
         return self.controller.budget
 
-    def observe(self, model: nn.Module, steps: int, since: int) -> None:
+    def observe(self, model: nn.Module, steps: int, since: int, drift: Tensor) -> None:
         if steps // self.measure_every > since // self.measure_every:
-            self.controller.update(measure_divergence(model, self.probes, self.logits_fn))
+            self.controller.update(measure_divergence(model, self.probes, self.logits_fn), drift)
 
     def figures(self) -> dict[str, float]:
         return {

@@ -129,7 +129,8 @@ class RetentionGuard:
         if self.steps % self.every == 0:
             self.flush()
             if self._budget is not None:
-                self._budget.observe(self.model, self.steps, self.steps - self.every)
+                since = self.steps - self.every
+                self._budget.observe(self.model, self.steps, since, self._last_drifts().max())
 
     @property
     def budget(self) -> float | None:
@@ -210,9 +211,15 @@ class RetentionGuard:
                 found.update(zip(batch.names, batch.measure().tolist(), strict=True))
         return found
 
+    def _last_drifts(self) -> Tensor:
+        """Relative drift of every weight matrix after the last projection, float64 [weights]."""
+        if not self._batches:
+            return torch.zeros(1, dtype=torch.float64, device=self._allowed.device)
+        return torch.cat([batch.last_drift for batch in self._batches])
+
     def metrics(self) -> dict[str, float]:
         """Figures of the last projection, for a log."""
-        drifts = torch.cat([batch.last_drift for batch in self._batches])
+        drifts = self._last_drifts()
         tight = torch.cat([batch.multiplier > 0 for batch in self._batches])
         figures = {
             "retention/drift_mean": float(drifts.mean()),

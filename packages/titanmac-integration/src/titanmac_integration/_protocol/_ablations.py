@@ -22,7 +22,7 @@ class EveryStep(Projection):
     """Projects after every step, not after every tenth."""
 
     name = "ours-every-step"
-    options: ClassVar[dict[str, Any]] = {"tolerance": 0.01, "every": 1}
+    options: ClassVar[dict[str, Any]] = {"every": 1}
 
 
 class Influence(Projection):

@@ -17,7 +17,7 @@ from ._anchored import EWC, L2
 from ._kronecker import KroneckerEWC
 from ._method import Method
 from ._plain import FineTuning, LowRate
-from ._projection import DenseProjection, GrowingProjection, Projection
+from ._projection import DenseProjection, FixedEps, GrowingProjection, Projection
 from ._rehearsal import Joint, RealRehearsal, SelfRehearsal
 from ._topological import FreezeAndGrow, RigL
 
@@ -37,6 +37,7 @@ METHODS: dict[str, type[Method]] = {
         Joint,
         Projection,
         GrowingProjection,
+        FixedEps,
         OpenLoop,
         EveryStep,
         Influence,

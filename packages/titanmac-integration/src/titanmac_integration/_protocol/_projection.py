@@ -24,16 +24,16 @@ from ._score import RetentionTask
 
 
 class Projection(Method):
-    """`cms_topology.RetentionGuard`, every ten steps; without a dial it finds its own strength.
+    """`cms_topology.RetentionGuard`, every ten steps; it finds its strength by itself.
 
     Args:
-        dial: a fixed eps of the projection, and nothing else; None lets the drift budget, steered
-            by the probes, choose the strength.
+        dial: nats of divergence that the answers to the probes may reach; None takes the guard's
+            default.
     """
 
     name = "ours"
-    dial_name = "eps"
-    dials = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1, 3e-1)
+    dial_name = "tolerance"
+    dials = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     keeps = "covariance"
     batches = 40
     """Training batches that the task is consolidated on."""
@@ -41,7 +41,7 @@ class Projection(Method):
     """Sequences the model writes itself, on which the drift is watched; 0 for an open loop."""
     consolidation: ClassVar[dict[str, Any]] = {}
     """Further arguments of ``consolidate``."""
-    options: ClassVar[dict[str, Any]] = {"tolerance": 0.01, "every": 10}
+    options: ClassVar[dict[str, Any]] = {"every": 10}
     """Further arguments of ``RetentionGuard``."""
 
     def __init__(self, dial: float | None = None) -> None:
@@ -64,19 +64,23 @@ class Projection(Method):
         if not self.kept:
             return
         self._grow(trainer)
-        how: dict[str, Any] = {} if self.dial is None else {"drift": None, "eps": self.dial}
         # the hook of an optimizer whose steps are captured in a graph would not be called
         self._by_hand = isinstance(trainer, GraphedTrainer) and trainer.graphed
         self._guard = RetentionGuard(
             trainer.model,
             None if self._by_hand else trainer.optimizer,
             self.kept[-1],
-            **{**how, **self.options},
+            **self._strength(),
+            **self.options,
         )
 
     def on_step(self, trainer: Trainer, step: int) -> None:
         if self._guard is not None and self._by_hand:
             self._guard.step()
+
+    def _strength(self) -> dict[str, Any]:
+        """Arguments of ``RetentionGuard`` that the dial sets."""
+        return {"tolerance": self.dial}
 
     def _make_probes(self, model: nn.Module, batch: dict[str, Tensor]) -> Probes | None:
         if not self.probes:
@@ -127,8 +131,22 @@ class GrowingProjection(Projection):
         )
 
 
-class DenseProjection(Projection):
-    """Projection on a dense model of as many parameters (GPM, Saha 2021; Adam-NSCL, Wang 2021)."""
+class FixedEps(Projection):
+    """Every update is multiplied by eps (K + eps I)^-1 with one eps for all time, nothing else."""
+
+    name = "ours-fixed-eps"
+    dial_name = "eps"
+    dials = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1, 3e-1)
+    default_dial = 1e-2
+    keeps = "covariance, no probes"
+    probes = 0
+
+    def _strength(self) -> dict[str, Any]:
+        return {"drift": None, "eps": self.dial}
+
+
+class DenseProjection(FixedEps):
+    """That on a dense model of as many parameters (GPM, Saha 2021; Adam-NSCL, Wang 2021)."""
 
     name = "dense-projection"
     arch = "narrow"
