@@ -24,12 +24,14 @@ def training_step(
     autocast: bool,
     clip: float | None = 1.0,
     graph: bool,
+    **options: object,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of tokens and labels that does one step and returns the loss, cut off.
 
     With ``graph`` the learning rates of ``optimizer`` must be tensors, and the optimizer
     capturable; nothing is learned from ``tokens`` and ``labels``, which only show the shape.
-    After a step the gradients are there for a `TopologyManager` to read.
+    After a step the gradients are there for a `TopologyManager` to read. ``options`` go to the
+    model.
     """
     inputs, targets = tokens.clone(), labels.clone()
     sparse = list(sparse_layers(model).values())
@@ -38,7 +40,7 @@ def training_step(
         optimizer.zero_grad(set_to_none=True)
         device = inputs.device.type
         with torch.autocast(device, torch.bfloat16, enabled=autocast, cache_enabled=not graph):
-            loss = model(inputs, targets)["loss"]
+            loss = model(inputs, targets, **options)["loss"]
         loss.backward()
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

@@ -20,6 +20,7 @@ import torch
 from graphed import adamw, training_step
 
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
+from titanmac_integration._linear_loss import linear_loss
 from titanmac_integration._losses import language_model_loss
 from titanmac_integration._window import window_attention
 
@@ -80,11 +81,13 @@ def graph_ms(function: Callable[[], object], repeats: int = 10) -> float:
     return round(start.elapsed_time(end) / repeats, 3)
 
 
-def forward_and_backward(module: Callable, *inputs: torch.Tensor) -> Callable[[], None]:
+def forward_and_backward(
+    function: Callable, inputs: list[torch.Tensor], weights: list[torch.Tensor]
+) -> Callable[[], None]:
     def call() -> None:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
-            result = module(*inputs)
-        result.backward(torch.ones_like(result))
+            result = function(*inputs)
+        torch.autograd.grad(result, inputs + weights, torch.ones_like(result), allow_unused=True)
 
     return call
 
@@ -119,15 +122,25 @@ def parts(model: TitanMAC, tokens: torch.Tensor) -> dict[str, float]:
         "norm": block.norm_mlp,
         "block": lambda x: block(x, run)[0],
     }
-    times = {f"layer: {n}": graph_ms(forward_and_backward(f, x)) for n, f in measured.items()}
-    window = forward_and_backward(lambda q, k, v: window_attention(q, k, v, run.window, 0.0), *qkv)
+    weights = list(block.parameters())
+    times = {
+        f"layer: {name}": graph_ms(forward_and_backward(function, [x], weights))
+        for name, function in measured.items()
+    }
+    window = forward_and_backward(
+        lambda q, k, v: window_attention(q, k, v, run.window, 0.0), qkv, []
+    )
     times["layer: scores and values"] = graph_ms(window)
-    times["head and loss"] = graph_ms(forward_and_backward(head, hidden))
-    fused = getattr(model, "loss", None)
-    if fused is not None:
-        times["head and loss, fused"] = graph_ms(
-            forward_and_backward(lambda hidden: fused(hidden, tokens)["loss"], hidden)
-        )
+    table = [model.embedding.weight]
+    times["head and loss"] = graph_ms(forward_and_backward(head, [hidden], table))
+    for power in (28, 29, 30, 31):
+        name = f"head and loss, {2**power >> 20} MiB of logits at a time"
+
+        def in_chunks(hidden: torch.Tensor, power: int = power) -> torch.Tensor:
+            weight = model.embedding.weight
+            return linear_loss(hidden, weight, tokens, 0.0, chunk_bytes=2**power)["loss"]
+
+        times[name] = graph_ms(forward_and_backward(in_chunks, [hidden], table))
     return times
 
 
@@ -139,7 +152,8 @@ def measure(config: TitanMACConfig, options: argparse.Namespace) -> dict:
     optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=False)
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
-    train = training_step(model, optimizer, tokens, tokens, autocast=True, clip=None, graph=False)
+    settings = {"autocast": True, "clip": None, "graph": False, "return_logits": options.logits}
+    train = training_step(model, optimizer, tokens, tokens, **settings)
     for _ in range(3):
         train(tokens, tokens)
     kernels = by_kernel(lambda: train(tokens, tokens), options.steps)
@@ -163,6 +177,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--sequence", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--logits", action="store_true", help="all logits at once")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +192,7 @@ def main() -> None:
             }
         row = {
             "preset": options.preset,
+            "logits": options.logits,
             "density": density,
             "tile": options.tile if density < 1 else None,
             "batch_size": options.batch_size,

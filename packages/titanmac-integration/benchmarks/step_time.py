@@ -51,7 +51,7 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     torch.manual_seed(0)
     torch._dynamo.reset()
     model = create_titanmac_model(config, device="cuda")
-    graph = options.graph and not moving
+    graph = options.graph
     optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=graph)
     manager = TopologyManager(model, optimizer, periods=PERIODS) if moving else None
     for layer in model.block_sparse_layers.values():
@@ -62,7 +62,8 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
             block.compile(dynamic=False)
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
-    train = training_step(model, optimizer, tokens, tokens, autocast=True, clip=None, graph=graph)
+    settings = {"autocast": True, "clip": None, "graph": graph, "return_logits": options.logits}
+    train = training_step(model, optimizer, tokens, tokens, **settings)
 
     def step() -> None:
         train(tokens, tokens)
@@ -135,6 +136,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--compile", action="store_true", help="compile block by block")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
+    parser.add_argument("--logits", action="store_true", help="all logits at once")
     parser.add_argument("--moving", action="store_true", help="also cells whose blocks move")
     parser.add_argument("--memory", action="store_true", help="also the three variants")
     parser.add_argument("--only", nargs="+", default=[""], help="cells whose name contains one")
@@ -152,7 +154,8 @@ def main() -> None:
             "cell": name,
             "vocab_size": options.vocab_size,
             "compiled": options.compile,
-            "graph": options.graph and not moving,
+            "logits": options.logits,
+            "graph": options.graph,
             "batch_size": options.batch_size,
             "sequence": options.sequence,
             "device": torch.cuda.get_device_name(),

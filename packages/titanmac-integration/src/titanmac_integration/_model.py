@@ -18,6 +18,7 @@ from ._config import TitanMACConfig
 from ._generation import generate
 from ._inputs import check_inputs
 from ._linear import init_linear
+from ._linear_loss import linear_loss
 from ._losses import language_model_loss
 from ._state import ModelState
 from ._window import plan_segments, plan_window
@@ -68,6 +69,7 @@ class TitanMAC(nn.Module):
         state: ModelState | None = None,
         *,
         return_state: bool = False,
+        return_logits: bool = True,
     ) -> dict[str, Any]:
         """Logits, the loss when labels are given, the state when it is asked for.
 
@@ -79,25 +81,38 @@ class TitanMAC(nn.Module):
                 logits are those that the whole sequence would have here. Gradients flow through
                 the state unless it is detached (``state.detach()``).
             return_state: whether to return the state; with ``state`` it is returned always.
+            return_logits: False, together with labels, computes the loss without ever holding all
+                logits: faster, and with a large vocabulary a fraction of the memory. The result is
+                the same but for rounding, and can be differentiated once. The head is not called
+                as a module then, unless it has hooks; where it has, its logits are computed at
+                once, but not returned.
 
         Returns:
-            ``logits`` [S, T, V]. With labels ``loss`` (nats; NaN when no position counts) and its
-            parts, cut off from the graph: ``cross_entropy``, with ``z_loss_weight`` also
-            ``z_loss``; with a neural memory ``memory_loss``, the mean inner loss, for watching
-            only. On request ``state``.
+            ``logits`` [S, T, V], unless turned off. With labels ``loss`` (nats; NaN when no
+            position counts) and its parts, cut off from the graph: ``cross_entropy``, with
+            ``z_loss_weight`` also ``z_loss``; with a neural memory ``memory_loss``, the mean inner
+            loss, for watching only. On request ``state``.
 
         Raises:
             ValueError: wrong shape or dtype, no token, a sequence longer than ``max_seq_len``, a
-                state of another model or batch, or (looked for on the CPU only, where it is free)
-                a token outside the vocabulary.
+                state of another model or batch, neither logits nor a loss, or (looked for on the
+                CPU only, where it is free) a token outside the vocabulary.
         """
         check_inputs(self.config, input_ids, labels, state)
+        if labels is None and not return_logits:
+            raise ValueError(
+                "return_logits (=False) must be True without labels, or there is nothing to "
+                "compute; pass labels for a loss without logits."
+            )
         keep_state = return_state or state is not None
         hidden, memory_loss, new_state = self.hidden(input_ids, state, keep_state=keep_state)
-        output: dict[str, Any] = {"logits": self.logits(hidden)}
+        output: dict[str, Any] = {"logits": self.logits(hidden)} if return_logits else {}
         if labels is not None:
             weight = self.config.z_loss_weight
-            output.update(language_model_loss(output["logits"], labels, weight))
+            if return_logits:
+                output.update(language_model_loss(output["logits"], labels, weight))
+            else:
+                output.update(self.loss(hidden, labels))
             if memory_loss is not None:
                 output["memory_loss"] = memory_loss
         if keep_state:
@@ -143,6 +158,15 @@ class TitanMAC(nn.Module):
             output: Tensor = self.head(hidden)
             return output
         return functional.linear(hidden, self.embedding.weight)
+
+    def loss(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        """``loss`` and its parts of [S, T, d_model] and labels [S, T], a chunk of logits a time."""
+        weight = self.config.z_loss_weight
+        if self.head is None:
+            return linear_loss(hidden, self.embedding.weight, labels, weight)
+        if type(self.head) is nn.Linear and not _has_hooks(self.head):
+            return linear_loss(hidden, self.head.weight, labels, weight)
+        return language_model_loss(self.head(hidden), labels, weight)
 
     def hidden(
         self, input_ids: Tensor, state: ModelState | None = None, *, keep_state: bool = False
@@ -221,6 +245,11 @@ class TitanMAC(nn.Module):
             start=0 if state is None else config.n_persistent + position,
         )
         return Pass(rotary, window, segments, position, keep_state)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in vars(module) or any(getattr(module, name) for name in names)
 
 
 def create_titanmac_model(

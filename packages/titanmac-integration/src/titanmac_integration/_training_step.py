@@ -25,13 +25,15 @@ class StepRunner:
     of processes changes what is computed, except for rounding.
 
     Args:
-        model: returns a dict with ``loss``, the mean over counted tokens, and ``logits``.
+        model: returns a dict with ``loss``, the mean over counted tokens, and ``logits``. One that
+            takes ``return_logits`` is asked for the loss alone.
         config: settings.
         device: the model's.
     """
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
+        self._loss_alone = "return_logits" in inspect.signature(model.forward).parameters
         self._forward: Any = torch.compile(model) if config.compile else model
         if world_size() > 1:
             # buffers follow from averaged gradients and agree without being sent around
@@ -70,13 +72,17 @@ class StepRunner:
     def _part_loss(self, part: Batch, total: int | None) -> Tensor:
         """The part's share of the loss, by counted tokens out of ``total``; None: it is all."""
         dtype = _AUTOCAST.get(self.config.precision)
+        counted = None if total is None else _counted(part.labels)
+        nothing = counted == 0 and total != 0  # its mean is not a number
+        options = {"return_logits": False} if self._loss_alone and not nothing else {}
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self._forward(self._to_device(part.input_ids), self._to_device(part.labels))
+            output = self._forward(
+                self._to_device(part.input_ids), self._to_device(part.labels), **options
+            )
         loss: Tensor = output["loss"]
-        if total is None:
+        if total is None or counted is None:
             return loss
-        counted = _counted(part.labels)
-        if counted == 0 < total:  # its mean is not a number
+        if nothing:
             return output["logits"].float().sum() * 0.0
         return loss * (counted / max(total, 1))
 
