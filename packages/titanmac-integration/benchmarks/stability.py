@@ -156,7 +156,7 @@ def main() -> None:
             print(step + 1, shown, f"{record['seconds']:.0f} s", flush=True)
             ended = record["seconds"] > limit or step + 1 == args.steps
             resume = (step + 1) % (args.steps // args.pieces) == 0
-            if ended or resume or (step + 1) % 400 == 0:
+            if ended or resume or (step + 1) % 1000 == 0:
                 write(args, optimizer, record, task.evaluate(model))
                 save(state_file, model, optimizer, data, record)
             if ended:
