@@ -203,3 +203,44 @@ def test_exploration_draws_the_same_amount_whatever_happens() -> None:
         select_top_k(torch.rand(4, 4), candidates, columns, ScoringConfig(), generator=generator)
         states.append(generator.get_state())
     assert torch.equal(*states)
+
+
+@given(problems(), st.floats(0.01, 0.5), st.floats(1.0, 3.0))
+def test_the_floor_takes_the_largest_gains_below_the_threshold(
+    problem: tuple[Tensor, Tensor, Tensor, int], floor: float, threshold: float
+) -> None:
+    G = problem[3]
+    free = {"epsilon": 0.0, "max_row_swap_frac": 1.0, "max_swap_frac": 1.0}
+    strict = select(problem, swap_threshold=threshold, **free)
+    lax = select(problem, swap_threshold=1.0, **free)
+    got = select(problem, swap_threshold=threshold, min_swap_frac=floor, **free)
+    # nothing that the threshold allows is lost, nothing that scores worse is taken
+    assert bool((got.swapped | ~strict.swapped).all())
+    assert bool((lax.swapped | ~got.swapped).all())
+    count, allowed, better = (int(x.swapped.sum()) // G for x in (got, strict, lax))
+    wanted = math.ceil(floor * problem[0].numel() / G)
+    assert count == max(allowed, min(wanted, better))
+    present, candidates, _, _ = problem
+    new = candidates.gather(1, lax.columns.long()).view(-1, G, present.shape[1])
+    old = present.view(-1, G, present.shape[1])
+    gain = (new.square().sum(1).sqrt() - old.square().sum(1).sqrt()).repeat_interleave(G, 0)
+    added, left = got.swapped & ~strict.swapped, lax.swapped & ~got.swapped
+    if added.any() and left.any():
+        assert gain[added].min() >= gain[left].max()
+
+
+def test_without_a_floor_nothing_changes_and_the_cap_is_kept() -> None:
+    present = torch.ones(8, 4)
+    candidates = 1.2 + torch.rand(8, 16, generator=torch.Generator().manual_seed(0)) / 10
+    columns = create_random_topology(8, 16, 4, torch.Generator().manual_seed(1), 1)
+    problem = (present, candidates, columns, 1)
+    assert int(select(problem, epsilon=0.0).swapped.sum()) == 0
+    # two of 32 blocks for the floor, one for the cap
+    assert int(select(problem, epsilon=0.0, min_swap_frac=0.05).swapped.sum()) == 1
+    more = select(problem, epsilon=0.0, min_swap_frac=0.05, max_swap_frac=0.5)
+    assert int(more.swapped.sum()) == 2
+
+
+def test_a_floor_above_the_cap_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"min_swap_frac \(=0.2\) must be in \[0, max_swap_frac"):
+        ScoringConfig(min_swap_frac=0.2)

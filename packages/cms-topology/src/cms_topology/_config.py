@@ -48,6 +48,11 @@ class ScoringConfig:
     """At most this share of a layer's live blocks is swapped in one decision (rounded down, but
     never below one block of one row group unless it is 0). In [0, 1]."""
 
+    min_swap_frac: float = 0.0
+    """Where `swap_threshold` lets less than this share of a layer's live blocks swap, the largest
+    gains below the threshold are swapped too, as far as a candidate's score exceeds the present
+    block's at all. A floor of activity, not of benefit. In [0, max_swap_frac]."""
+
     max_row_swap_frac: float = 0.25
     """The same limit within one row, so that no output loses its inputs at once. In [0, 1]."""
 
@@ -84,6 +89,11 @@ class ScoringConfig:
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ValueError(f"{name} (={value}) must be in [0, 1].")
+        if not 0.0 <= self.min_swap_frac <= self.max_swap_frac:
+            raise ValueError(
+                f"min_swap_frac (={self.min_swap_frac}) must be in [0, max_swap_frac "
+                f"(={self.max_swap_frac})]."
+            )
         if self.grace_decisions < 0:
             raise ValueError(f"grace_decisions (={self.grace_decisions}) must be 0 or more.")
         if not self.birth_scale >= 0.0:

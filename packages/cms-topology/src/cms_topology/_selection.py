@@ -8,6 +8,7 @@ Everything here is tensor arithmetic of static shape: no loop over rows, no host
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -41,11 +42,12 @@ def select_top_k(
     """Pair the weakest present blocks of every row with its strongest absent columns.
 
     A pair is swapped when its candidate exceeds `swap_threshold` times the present score, strictly,
-    within the caps per row and per layer (largest gains first). With probability `epsilon` the
-    newcomer of a swap is a random absent column instead. Rows of a row group decide together: the
-    group's score is the root of the sum of squares of its blocks', or their sum if they are nats.
-    Scores that are not finite take
-    no part, so ties, zeros, NaN and K = C swap nothing.
+    within the caps per row and per layer (largest gains first). If these are fewer than
+    `min_swap_frac` of the blocks, the largest gains below the threshold follow. With probability
+    `epsilon` the newcomer of a swap is a random absent column instead. Rows of a row group decide
+    together: the group's score is the root of the sum of squares of its blocks', or their sum if
+    they are nats. Scores that are not finite take no part, so ties, zeros, NaN and K = C swap
+    nothing.
 
     Args:
         present: float [R, K], scores of the live blocks.
@@ -76,7 +78,14 @@ def select_top_k(
     strong, strong_column = _strongest(grouped, columns, proposals)
 
     # an infinite present score is a protected one, and an infinite candidate never won anything
-    accept = (strong > config.swap_threshold * weak) & strong.isfinite() & weak.isfinite()
+    known = strong.isfinite() & weak.isfinite()
+    accept = (strong > config.swap_threshold * weak) & known
+    floor = math.ceil(config.min_swap_frac * K * groups)
+    if floor > 0:
+        better = (strong > weak) & known
+        # those over the threshold come first, whatever they gain
+        order = torch.where(accept, torch.inf, strong - weak)
+        accept |= better & _largest(order, better, floor)
     accept &= _largest(strong - weak, accept, max_group_swaps)
 
     arriving = _explore(accept, strong_column, columns, C, config.epsilon, generator)
