@@ -16,7 +16,7 @@ from ._state import Cache
 from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
 
 Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of some positions, [positions, D / 2] each."""
+"""Cosines and sines of some positions, [positions, 1, 1, D] each; see :func:`rotate`."""
 
 
 class Pass(NamedTuple):
@@ -37,22 +37,27 @@ class Pass(NamedTuple):
 def rotary_table(
     length: int, head_width: int, base: float, device: torch.device | None = None, start: int = 0
 ) -> Rotary:
-    """Cosines and sines of the rotary embedding, float32 [length, head_width / 2] each.
+    """Cosines and sines for :func:`rotate`, float32 [length, 1, 1, head_width] each.
 
     Su et al. 2021, "RoFormer", section 3.2.
     """
     pairs = torch.arange(0, head_width, 2, device=device, dtype=torch.float32)
     frequency = base ** (-pairs / head_width)
     row = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angle = row[:, None] * frequency
-    return angle.cos(), angle.sin()
+    angle = (row[:, None] * frequency)[:, None, None]
+    cos, sin = angle.cos(), angle.sin()
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of ``x`` [S, H, L, D] by the angles of its positions [L, D / 2]."""
+    """Rotate the halves of ``x`` [S, L, n, H, D] by the angles of its positions.
+
+    Left half l and right half r become ``l cos - r sin`` and ``r cos + l sin``. It is written with
+    as few passes over memory as torch allows: on a GPU they are all it costs.
+    """
     left, right = x.chunk(2, dim=-1)
-    cos, sin = cos.to(x.dtype), sin.to(x.dtype)
-    return torch.cat((left * cos - right * sin, left * sin + right * cos), dim=-1)
+    swapped = torch.cat((right, left), dim=-1)
+    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 class CausalWindowAttention(nn.Module):
@@ -78,15 +83,16 @@ class CausalWindowAttention(nn.Module):
         With a cache, ``x`` are the T tokens after the cached ones (with retrieval: of one segment).
         ``retrieved`` [S, T, d_model] is what the memory says to each token (MAC).
         """
-        query, key, value = self._heads(x)
-        query, key = rotate(query, *run.rotary), rotate(key, *run.rotary)
+        turning, value = self._project(x)
+        query, key = rotate(turning, *run.rotary).transpose(1, 3).unbind(2)
         recalled = None
         if retrieved is not None:
             # retrieved tokens are tokens of the attention like any other, at their token's position
-            _, recalled_key, recalled_value = self._heads(retrieved)
+            turning, recalled_value = self._project(retrieved)
             rows = slice(run.rotary[0].shape[0] - retrieved.shape[1], None)
             cos, sin = run.rotary[0][rows], run.rotary[1][rows]
-            recalled = (rotate(recalled_key, cos, sin), recalled_value)
+            recalled_key = rotate(turning[:, :, 1:], cos, sin).squeeze(2).transpose(1, 2)
+            recalled = (recalled_key, recalled_value)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
             mixed, cache = self._continue(query, (key, value), recalled, run, cache, dropout)
@@ -101,11 +107,11 @@ class CausalWindowAttention(nn.Module):
         output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return output, cache
 
-    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values [S, H, L, D]."""
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys as [S, L, 2, H, D], values as [S, H, L, D]."""
         heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind(0)
-        return query, key, value
+        turning, value = heads.split((2, 1), dim=2)
+        return turning, value.squeeze(2).transpose(1, 2)
 
     def _first_cache(
         self, pair: tuple[Tensor, Tensor], recalled: tuple[Tensor, Tensor] | None
