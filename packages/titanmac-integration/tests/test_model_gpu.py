@@ -104,3 +104,29 @@ def test_generation_runs(tiny_config: Make, variant: str) -> None:
     with torch.no_grad():
         expected = model.eval()(written[:, :-1])["logits"][:, 69:].argmax(-1)
     assert torch.equal(written[:, 70:], expected)
+
+
+def test_the_loss_without_logits(tiny_config: Make) -> None:
+    """Of a vocabulary that takes the kernel several blocks, without waiting for the device."""
+    shape = tiny_config(vocab_size=20_000)
+    model = create_titanmac_model(shape, device="cuda")
+    tokens = torch.randint(20_000, (4, 60), device="cuda")
+    labels = tokens.clone()
+    labels[1, 20:] = -100
+    model(tokens, labels, return_logits=False)["loss"].backward()  # compiles
+    gradients, losses, peaks = [], [], []
+    for return_logits in (True, False):
+        model.zero_grad()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with no_host_synchronisation(), torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens, labels, return_logits=return_logits)["loss"]
+            loss.backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+        losses.append(loss.item())
+        gradients.append({name: p.grad for name, p in model.named_parameters()})
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    assert peaks[1] < peaks[0]
+    for name, plain in gradients[0].items():
+        error = (gradients[1][name] - plain).norm() / plain.norm()
+        assert error < 0.02, name
