@@ -1,8 +1,13 @@
 """Rotary positions: rotations of pairs, by angles that only differences of positions decide."""
 
+import os
+import subprocess
+import sys
+
+import pytest
 import torch
 
-from titanmac_integration._attention import rotary_table, rotate
+from titanmac_integration._rotary import rotary_table, rotate
 
 LENGTH, HEADS, WIDTH, BASE = 7, 3, 8, 100.0
 
@@ -33,3 +38,50 @@ def test_scores_depend_on_the_distance_only() -> None:
     next_one = scores[0].diagonal(1)
     torch.testing.assert_close(next_one, next_one[:1].expand_as(next_one), rtol=1e-4, atol=1e-4)
     assert (scores[0][0] - scores[0][0, 0]).abs().max() > 1e-3
+
+
+CHECK = """
+import sys, torch
+from titanmac_integration import _rotary, _rotary_kernels
+device = sys.argv[1]
+_rotary_kernels.ROWS = 16
+calls = []
+turn = _rotary_kernels.turn
+_rotary_kernels.turn = lambda *a, **k: (calls.append(k["back"]), turn(*a, **k))
+for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
+    for n, width in ((3, 8), (2, 12)):
+        table = _rotary.rotary_table(11, width, 100.0, start=4, device=device)
+        rows = (table[0][4:], table[1][4:])
+        wide = torch.randn(2, 9, 5, 3, width, dtype=dtype, device=device)[:, 2:]
+        results = []
+        for kernel in (False, True):
+            _rotary._on_gpu = lambda x: kernel
+            heads = wide[:, :, 5 - n:].detach().requires_grad_()
+            parts = _rotary.turned_parts(heads, rows)
+            assert len(parts) == n and parts[0].shape == (2, 3, 7, width)
+            loss = sum((i + 1) * p.float().pow(3).sum() for i, p in enumerate(parts[1:]))
+            loss = loss + parts[0].sum()  # a gradient without strides
+            (first,) = torch.autograd.grad(loss, heads, create_graph=True)
+            (second,) = torch.autograd.grad(first.float().pow(2).sum(), heads)
+            results.append([*parts, first, second])
+        for plain, got in zip(*results, strict=True):
+            assert got.dtype == plain.dtype
+            error = (got.float() - plain.float()).norm() / plain.float().norm()
+            assert error < tolerance, float(error)
+assert calls.count(False) > 4 and calls.count(True) > 4
+print("agrees")
+"""
+
+
+def test_the_kernel_agrees_with_torch() -> None:
+    """Values, first and second derivatives; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run = subprocess.run(
+        [sys.executable, "-c", CHECK, "cuda" if gpu else "cpu"],
+        env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.stdout.strip() == "agrees", run.stderr[-2000:]

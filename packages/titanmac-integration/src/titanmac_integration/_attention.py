@@ -12,11 +12,9 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
+from ._rotary import Rotary, turned_parts
 from ._state import Cache
 from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
-
-Rotary = tuple[Tensor, Tensor]
-"""Cosines and sines of some positions, [positions, 1, 1, D] each; see :func:`rotate`."""
 
 
 class Pass(NamedTuple):
@@ -32,32 +30,6 @@ class Pass(NamedTuple):
     """Tokens before the first one."""
     keep_state: bool
     """Whether layers return their state."""
-
-
-def rotary_table(
-    length: int, head_width: int, base: float, device: torch.device | None = None, start: int = 0
-) -> Rotary:
-    """Cosines and sines for :func:`rotate`, float32 [length, 1, 1, head_width] each.
-
-    Su et al. 2021, "RoFormer", section 3.2.
-    """
-    pairs = torch.arange(0, head_width, 2, device=device, dtype=torch.float32)
-    frequency = base ** (-pairs / head_width)
-    row = torch.arange(start, start + length, device=device, dtype=torch.float32)
-    angle = (row[:, None] * frequency)[:, None, None]
-    cos, sin = angle.cos(), angle.sin()
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of ``x`` [S, L, n, H, D] by the angles of its positions.
-
-    Left half l and right half r become ``l cos - r sin`` and ``r cos + l sin``. It is written with
-    as few passes over memory as torch allows: on a GPU they are all it costs.
-    """
-    left, right = x.chunk(2, dim=-1)
-    swapped = torch.cat((right, left), dim=-1)
-    return torch.addcmul(x * cos.to(x.dtype), swapped, sin.to(x.dtype))
 
 
 class CausalWindowAttention(nn.Module):
@@ -83,15 +55,13 @@ class CausalWindowAttention(nn.Module):
         With a cache, ``x`` are the T tokens after the cached ones (with retrieval: of one segment).
         ``retrieved`` [S, T, d_model] is what the memory says to each token (MAC).
         """
-        turning, value = self._project(x)
-        query, key = rotate(turning, *run.rotary).transpose(1, 3).unbind(2)
+        query, key, value = turned_parts(self._project(x), run.rotary)
         recalled = None
         if retrieved is not None:
             # retrieved tokens are tokens of the attention like any other, at their token's position
-            turning, recalled_value = self._project(retrieved)
             rows = slice(run.rotary[0].shape[0] - retrieved.shape[1], None)
-            cos, sin = run.rotary[0][rows], run.rotary[1][rows]
-            recalled_key = rotate(turning[:, :, 1:], cos, sin).squeeze(2).transpose(1, 2)
+            rotary = (run.rotary[0][rows], run.rotary[1][rows])
+            recalled_key, recalled_value = turned_parts(self._project(retrieved)[:, :, 1:], rotary)
             recalled = (recalled_key, recalled_value)
         dropout = self.dropout if self.training else 0.0
         if cache is not None:
@@ -107,11 +77,10 @@ class CausalWindowAttention(nn.Module):
         output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
         return output, cache
 
-    def _project(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys as [S, L, 2, H, D], values as [S, H, L, D]."""
-        heads = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
-        turning, value = heads.split((2, 1), dim=2)
-        return turning, value.squeeze(2).transpose(1, 2)
+    def _project(self, x: Tensor) -> Tensor:
+        """Queries, keys and values: [S, L, 3, H, D]."""
+        heads: Tensor = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
+        return heads
 
     def _first_cache(
         self, pair: tuple[Tensor, Tensor], recalled: tuple[Tensor, Tensor] | None

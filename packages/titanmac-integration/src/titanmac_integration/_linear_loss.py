@@ -99,7 +99,7 @@ class _LinearLoss(torch.autograd.Function):
         log_sums = rows.new_empty(count, dtype=wide)
         at_target = rows.new_empty(count, dtype=wide)
         grad_rows = torch.empty_like(rows) if gradient else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if gradient else None
+        grad_weight: Tensor | None = None
         buffer = rows.new_empty(min(at_once, count), len(weight))
         if _on_gpu(buffer):
             from ._loss_kernels import softmax_gradient_ as turn
@@ -112,9 +112,12 @@ class _LinearLoss(torch.autograd.Function):
             logits = torch.mm(rows[part], head.t(), out=buffer[: part.stop - first])
             at_target[part] = logits.gather(1, index[part, None])[:, 0]
             log_sums[part] = turn(logits, targets[part], z_weight, gradient)
-            if grad_rows is not None and grad_weight is not None:
+            if grad_rows is not None:
                 torch.mm(logits, head, out=grad_rows[part])
-                grad_weight += logits.t() @ rows[part]
+                product = logits.t() @ rows[part]
+                grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
+        if gradient and grad_weight is None:  # no rows
+            grad_weight = torch.zeros_like(weight, dtype=wide)
         counted = (~ignored).sum()
         cross_entropy = (log_sums - at_target).masked_fill(ignored, 0.0).sum() / counted
         z_loss = log_sums.square().masked_fill(ignored, 0.0).sum() / counted

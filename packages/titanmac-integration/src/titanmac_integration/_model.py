@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from cms_topology import CMSBlockLinear, sparse_layers
 
-from ._attention import Pass, rotary_table
+from ._attention import Pass
 from ._block import TitanBlock
 from ._config import TitanMACConfig
 from ._generation import generate
@@ -20,6 +20,7 @@ from ._inputs import check_inputs
 from ._linear import init_linear
 from ._linear_loss import linear_loss
 from ._losses import language_model_loss
+from ._rotary import rotary_table
 from ._state import ModelState
 from ._window import plan_segments, plan_window
 
