@@ -233,7 +233,7 @@ def test_the_controller_finds_the_budget_of_a_quadratic_world() -> None:
 
 
 def test_the_controller_does_not_run_ahead_of_the_weights() -> None:
-    """While something else bounds the drift the budget stays near it, so that it can act at once."""
+    """While something else bounds the drift, the budget stays near it and can act at once."""
     controller = DriftController(0.003)
     drift = torch.tensor(2e-4, dtype=torch.float64)
     for _ in range(100):

@@ -219,6 +219,28 @@ def test_a_task_that_is_kept_in_part_is_rehearsed(setting: Setting) -> None:
         assert cell(setting, name, "sparse", 1.0)["nats"][-1][0] < plain, name
 
 
+def test_the_guard_and_rehearsal_go_together(setting: Setting, model: TitanMAC) -> None:
+    method = METHODS["ours-rehearsing"]()
+    task = additions(seq_len=40)
+    for _ in range(2):
+        method.remember(model, task, sampling())
+    memory, *written = method.kept
+    assert memory.tasks == ["arithmetic", "arithmetic"]
+    assert [tuple(tokens.shape) for tokens in written] == [(16, 40), (16, 40)]
+    method._generator = torch.Generator().manual_seed(0)
+    grads = penalty_gradients(model, method)
+    rows = torch.randint(16, (2, 16), generator=torch.Generator().manual_seed(0))
+    model.zero_grad()
+    for tokens, chosen in zip(written, rows, strict=True):
+        (0.3 * model(tokens[chosen], tokens[chosen])["loss"]).backward()
+    expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+    assert expected
+    for name, gradient in expected.items():
+        torch.testing.assert_close(grads[name], gradient, msg=name)
+    record = cell(setting, "ours-rehearsing", "spare")
+    assert record["method_metrics"]["retention/budget"] > 0
+
+
 def test_frozen_blocks_stay_and_others_grow(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,7 +133,7 @@ def _largest(gain: Tensor, accept: Tensor, limit: int) -> Tensor:
         return torch.ones_like(accept)
     order = torch.where(accept, gain, -torch.inf).flatten().argsort(descending=True, stable=True)
     chosen = torch.zeros_like(accept).flatten()
-    chosen[order[:limit]] = True
+    chosen.index_fill_(0, order[:limit], True)  # assigning a number would wait for the device
     return chosen.view_as(accept)
 
 

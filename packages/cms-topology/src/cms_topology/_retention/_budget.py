@@ -13,7 +13,7 @@ from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import SMALLEST, START, DriftController
 from cms_topology._retention._probes import LogitsFn, Probes, measure_divergence
 
-WATCHED_NATS = 0.003
+WATCHED_NATS = 0.001
 FORECAST_NATS = 0.01
 
 

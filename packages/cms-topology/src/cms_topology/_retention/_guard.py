@@ -60,7 +60,7 @@ class RetentionGuard:
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
             that stay are put back at every step.
         tolerance: nats that the old tasks may lose by the measure of "auto": divergence of the
-            answers to the probes (default 0.003), or rise of the loss (default 0.01).
+            answers to the probes (default 0.001), or rise of the loss (default 0.01).
         measure_every: optimizer steps between two looks at the probes.
         logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
 

@@ -17,7 +17,13 @@ from ._anchored import EWC, L2
 from ._kronecker import KroneckerEWC
 from ._method import Method
 from ._plain import FineTuning, LowRate
-from ._projection import DenseProjection, FixedEps, GrowingProjection, Projection
+from ._projection import (
+    DenseProjection,
+    FixedEps,
+    GrowingProjection,
+    Projection,
+    RehearsingProjection,
+)
 from ._rehearsal import Joint, RealRehearsal, SelfRehearsal
 from ._topological import FreezeAndGrow, RigL
 
@@ -37,6 +43,7 @@ METHODS: dict[str, type[Method]] = {
         Joint,
         Projection,
         GrowingProjection,
+        RehearsingProjection,
         FixedEps,
         OpenLoop,
         EveryStep,

@@ -20,6 +20,7 @@ from titanmac_integration._training import PhaseReport, Trainer
 from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._plain import density_after
+from ._rehearsal import SelfRehearsal, captured_generator, rehearse
 from ._score import RetentionTask
 
 
@@ -52,12 +53,12 @@ class Projection(Method):
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         batches = task_batches(task, sampling, self.batches, device_of(model))
-        previous = self.kept[-1] if self.kept else None
+        previous = self.kept[0] if self.kept else None
         probes = self._make_probes(model, batches[0])
         memory = consolidate(
             model, batches, task=task.name, previous=previous, probes=probes, **self.consolidation
         )
-        self.kept = [memory]
+        self.kept = [memory, *self.kept[1:]]
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
@@ -69,7 +70,7 @@ class Projection(Method):
         self._guard = RetentionGuard(
             trainer.model,
             None if self._by_hand else trainer.optimizer,
-            self.kept[-1],
+            self.kept[0],
             **self._strength(),
             **self.options,
         )
@@ -123,12 +124,38 @@ class GrowingProjection(Projection):
         layer = next(iter(sparse_layers(trainer.model).values()))
         grow_for_task(
             trainer.model,
-            self.kept[-1],
+            self.kept[0],
             density_after(layer, self._task, self._n_tasks),
             prefer=self.prefer,
             optimizers=[trainer.optimizer],
             generator=torch.Generator().manual_seed(trainer.config.seed),
         )
+
+
+class RehearsingProjection(GrowingProjection):
+    """The growing form, which also rehearses what the model wrote after every old task.
+
+    The guard holds the old answers from the first step on, where rehearsal alone loses them for a
+    while; rehearsal lets the weights move where the guard alone would hold them. No data is kept.
+    """
+
+    name = "ours-rehearsing"
+    keeps = "covariance and generated"
+    weight = 0.3
+    """Of the rehearsed loss, per old task."""
+
+    def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
+        super().remember(model, task, sampling)
+        batch = task_batches(task, sampling, 1, device_of(model))[0]
+        self.kept = [*self.kept, written_by(model, batch, SelfRehearsal.rows)]
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        super().on_fit_start(trainer, task, steps)
+        self._generator = captured_generator(trainer)
+
+    def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        for tokens in self.kept[1:]:
+            rehearse(trainer.model, tokens, tokens, self.weight, self._generator)
 
 
 class FixedEps(Projection):

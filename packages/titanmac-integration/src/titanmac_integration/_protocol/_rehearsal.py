@@ -26,18 +26,30 @@ class Rehearsal(Method):
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
-        self._generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
-        if isinstance(trainer, GraphedTrainer) and trainer.graphed:
-            trainer.generators.append(self._generator)
+        self._generator = captured_generator(trainer)
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
         assert self.dial is not None
         for tokens, labels in self.kept:
-            chosen = torch.randint(
-                len(tokens), (REHEARSED_ROWS,), generator=self._generator, device=tokens.device
-            )
-            old = trainer.model(tokens[chosen], labels[chosen])["loss"]
-            (self.dial * old).backward()
+            rehearse(trainer.model, tokens, labels, self.dial, self._generator)
+
+
+def captured_generator(trainer: Trainer) -> torch.Generator:
+    """A generator of the device, which a captured step may draw from."""
+    generator = torch.Generator(trainer.device).manual_seed(trainer.config.seed)
+    if isinstance(trainer, GraphedTrainer) and trainer.graphed:
+        trainer.generators.append(generator)
+    return generator
+
+
+def rehearse(
+    model: nn.Module, tokens: Tensor, labels: Tensor, weight: float, generator: torch.Generator
+) -> None:
+    """Add the gradient of weight * loss on 16 of the kept sequences, int64 [rows, T] each."""
+    chosen = torch.randint(
+        len(tokens), (REHEARSED_ROWS,), generator=generator, device=tokens.device
+    )
+    (weight * model(tokens[chosen], labels[chosen])["loss"]).backward()
 
 
 class SelfRehearsal(Rehearsal):
