@@ -7,7 +7,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration import TitanMACConfig, _norm, _rotary, create_titanmac_model
 
 pytestmark = [
     pytest.mark.gpu,
@@ -134,3 +134,29 @@ def test_the_loss_without_logits(tiny_config: Make) -> None:
     for name, plain in gradients[0].items():
         error = (gradients[1][name] - plain).norm() / plain.norm()
         assert error < 0.02, name
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_kernels_err_no_more_than_torch(
+    tiny_config: Make, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rotary positions and norms, in bfloat16, against a model in double precision."""
+    shape = config(tiny_config, variant, 1)
+    tokens = torch.randint(256, (2, 150), device="cuda")
+    gradients = []
+    for dtype, kernels in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
+        with monkeypatch.context() as patch:
+            if not kernels:
+                for module in (_norm, _rotary):
+                    patch.setattr(module, "_on_gpu", lambda x: False)
+            model = create_titanmac_model(shape, dtype=dtype, device="cuda")
+            with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):
+                loss = model(tokens, tokens)["loss"]
+            loss.backward()
+        gradients.append({name: p.grad.double() for name, p in model.named_parameters()})
+    exact, plain, kernel = gradients
+    assert any(not torch.equal(plain[name], kernel[name]) for name in exact)
+    size = sum(float(g.norm() ** 2) for g in exact.values()) ** 0.5
+    for name, gradient in exact.items():
+        allowed = 1.5 * float((plain[name] - gradient).norm()) + 1e-3 * size
+        assert float((kernel[name] - gradient).norm()) < allowed, name

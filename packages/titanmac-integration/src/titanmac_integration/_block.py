@@ -8,6 +8,7 @@ from ._attention import CausalWindowAttention, Pass
 from ._config import TitanMACConfig
 from ._memory import NeuralMemory
 from ._mlp import TitanMLP
+from ._norm import NormBeforeLinear
 from ._state import LayerState
 
 
@@ -30,9 +31,12 @@ class TitanBlock(nn.Module):
         super().__init__()
         self.n_persistent = config.n_persistent
         self.variant = config.titans_variant if config.has_memory(layer) else None
-        self.norm_attention = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        # a memory beside attention reads the normalised tokens too, in full precision
+        alone = self.variant not in ("MAC", "MAG")
+        first = NormBeforeLinear if alone else nn.RMSNorm
+        self.norm_attention = first(config.d_model, eps=config.norm_eps)
         self.attention = CausalWindowAttention(config, layer, generator=generator)
-        self.norm_mlp = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+        self.norm_mlp = NormBeforeLinear(config.d_model, eps=config.norm_eps)
         self.mlp = TitanMLP(config, layer, generator=generator)
         self.dropout = nn.Dropout(config.dropout)
         if self.variant is not None:

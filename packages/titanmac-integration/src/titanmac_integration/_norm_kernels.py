@@ -1,0 +1,92 @@
+# mypy: ignore-errors
+"""Triton kernels for RMS normalisation; a row of D values fits into one program's registers."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+PROGRAMS = 1024
+"""Of the backward pass; each gathers a share of the gradient of the weight in its registers."""
+
+
+@triton.jit
+def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < D
+    x = tl.load(x_ptr + row * D + lane, inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + lane, inside, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
+    tl.store(scale_ptr + row, scale)
+    tl.store(y_ptr + row * D + lane, (x * scale * weight).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _backward(
+    grad_ptr,  # [N, D]
+    x_ptr,  # [N, D]
+    weight_ptr,  # [D]
+    scale_ptr,  # float32 [N]
+    grad_x_ptr,  # [N, D]
+    parts_ptr,  # float32 [programs, D]
+    N,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0)
+    lane = tl.arange(0, BLOCK)
+    inside = lane < D
+    weight = tl.load(weight_ptr + lane, inside, other=0.0).to(tl.float32)
+    gathered = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, N, tl.num_programs(0)):
+        row = first + program.to(tl.int64)
+        there = inside & (row < N)
+        start = row * D
+        grad = tl.load(grad_ptr + start + lane, there, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + start + lane, there, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row, row < N, other=0.0)
+        unit = x * scale
+        gathered += grad * unit
+        grad = grad * weight
+        along = tl.sum(grad * unit, 0) / D
+        grad_x = (grad - unit * along) * scale
+        tl.store(grad_x_ptr + start + lane, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+    tl.store(parts_ptr + program.to(tl.int64) * D + lane, gathered, inside)
+
+
+def normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``x / rms(x) * weight`` in ``dtype``, and 1 / rms(x) of each row, float32 [N]."""
+    x = x.contiguous()
+    width = x.shape[-1]
+    rows = x.numel() // width
+    normed = torch.empty(x.shape, dtype=dtype, device=x.device)
+    scales = torch.empty(rows, dtype=torch.float32, device=x.device)
+    if rows:
+        _forward[(rows,)](
+            x, weight, normed, scales, eps, D=width, BLOCK=triton.next_power_of_2(width)
+        )
+    return normed, scales
+
+
+def normalise_backward(
+    grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``x`` and of ``weight``, in their dtypes."""
+    grad, x = grad.contiguous(), x.contiguous()
+    width = x.shape[-1]
+    programs = min(PROGRAMS, max(1, len(scales)))
+    grad_x = torch.empty_like(x)
+    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    _backward[(programs,)](
+        grad,
+        x,
+        weight,
+        scales,
+        grad_x,
+        parts,
+        len(scales),
+        D=width,
+        BLOCK=triton.next_power_of_2(width),
+    )
+    return grad_x, parts.sum(0).to(weight.dtype)
