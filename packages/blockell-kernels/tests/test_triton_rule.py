@@ -171,13 +171,26 @@ def test_few_tiles_are_cut_to_fill_the_last_round(monkeypatch):
     assert tilings.tiling_for.__wrapped__(few_blocks).path == "descriptors"
 
 
-def test_unproven_weight_gradients_are_left_to_triton(monkeypatch):
+def test_gluon_takes_the_weight_gradients_that_it_was_measured_to_win(monkeypatch):
     monkeypatch.setattr(gluon_tilings, "num_sms", lambda device: 132)
     monkeypatch.setattr(tilings, "num_sms", lambda device: 132)
-    large = case("grad_values", 65536, 4096, 14336, 64, 2)
-    assert tilings.tiling_for.__wrapped__(large).path == "descriptors"
-    monkeypatch.setattr(gluon_tilings, "PROVEN", ("grad_values",))
-    assert tilings.tiling_for.__wrapped__(large).path == "gluon"
+
+    def by_gluon(N, inp, out, B, G=1, density=0.5):
+        found = case("grad_values", N, inp, out, B, G, density=density)
+        return tilings.tiling_for.__wrapped__(found).path == "gluon"
+
+    assert by_gluon(65536, 640, 2560, 64, 2)
+    assert by_gluon(8192, 4096, 14336, 32, 4, 0.25)
+    assert not by_gluon(8192, 14336, 4096, 32, 4, 0.25)
+    assert by_gluon(8192, 14336, 4096, 32, 4)
+    for B, G in ((16, 8), (128, 1)):
+        assert by_gluon(8192, 4096, 14336, B, G)
+        assert not by_gluon(8192, 14336, 4096, B, G)
+    assert by_gluon(8192, 4096, 14336, 64, 1)
+    assert by_gluon(65536, 2560, 640, 64, 1)
+    assert not by_gluon(65536, 2560, 640, 64, 1, 0.25)
+    assert not by_gluon(8192, 640, 2560, 64, 2)
+    assert not by_gluon(2048, 4096, 14336, 64, 2)
 
 
 def test_a_new_number_of_tokens_needs_no_new_kernel():

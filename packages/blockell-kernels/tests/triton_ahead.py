@@ -32,6 +32,11 @@ from blockell_kernels._triton._grad_values_kernels import (
     reduce_parts,
 )
 from blockell_kernels._triton._mlp_kernels import grad_input_activated
+from blockell_kernels._triton._walk_kernels import (
+    walk_forward,
+    walk_grad_input,
+    walk_grad_values,
+)
 
 SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
 NO_ACTIVATION = {"ACTIVATION": "none", "KEEP_PRE": False, "ARITHMETIC": "exact"}
@@ -179,6 +184,42 @@ def few_cases(arch, dtype, B):
     yield few.add_parts, {"PARTS": 8, "BLOCK": 512, "HAS_BIAS": True}, tensors
 
 
+def walk_case(arch, dtype, kernel, B, BM, BN, BK, *, boxes, **options):
+    constants = {"B": B, "BM": BM, "BN": BN, "CH": 8, "UPCAST": False}
+    constants["PRECISION"] = precision(dtype, arch)
+    pointers = dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr", "map_ptr"), "i32")
+    pointers |= dict.fromkeys(("values_ptr", "bias_ptr", "out_ptr"), dtype)
+    if kernel is walk_grad_values:
+        constants |= {"BT": BK, "GROUP": 8}
+        described = {"dy_desc": (dtype, (BK, BM)), "x_desc": (dtype, (BK, BN))}
+        return compile_for(arch, kernel, constants, pointers=pointers, boxes=described, **options)
+    constants |= {"BK": BK, "GROUP_M": 8, "BOXES": boxes}
+    if kernel is walk_forward:
+        constants["HAS_BIAS"] = True
+    name = "x" if kernel is walk_forward else "dy"
+    described = {name: (dtype, (BM, BK))} if boxes else {}
+    pointers |= {} if boxes else {name: dtype}
+    return compile_for(arch, kernel, constants, pointers=pointers, boxes=described, **options)
+
+
+def walk_cases(arch):
+    """All tilings that the rules choose, for the tiles that stress them most."""
+    deep, boxes = {"boxes": False, "stages": 3}, {"boxes": True, "stages": 4}
+    for B in (8, 32):
+        yield f"walk_forward tile {B}", (walk_forward, B, 32, 64, 128), deep
+        wide = boxes | {"warps": 8}
+        yield f"walk_forward boxes tile {B}", (walk_forward, B, 128, 128, 64), wide
+        yield (
+            f"walk_grad_input tile {B}",
+            (walk_grad_input, B, 32, 64, 64),
+            boxes | {"boxes": False},
+        )
+        yield f"walk_grad_input boxes tile {B}", (walk_grad_input, B, 128, 64, 64), boxes
+        yield f"walk_grad_values tile {B}", (walk_grad_values, B, 64, 128, 64), boxes
+        widest = boxes | {"warps": 8, "stages": 3}
+        yield f"walk_grad_values wide tile {B}", (walk_grad_values, B, 128, 256, 64), widest
+
+
 def tiles(dtype, arch, path):
     """Tiles compiled: all by descriptors in bfloat16, a few elsewhere, for the time it takes."""
     if dtype == "bf16":
@@ -221,6 +262,9 @@ def report(name, compiled):
 def main(arch):
     for name, compile_one, arguments, options in all_cases(arch):
         report(name, compile_one(*arguments, **options))
+    if arch == 90:  # elsewhere they are not taken
+        for name, arguments, options in walk_cases(arch):
+            report(name, walk_case(arch, "bf16", *arguments, **options))
     for B in (8, 128) if arch >= 80 else (8,):
         cases = [*block_cases(arch, "fp32", B), *few_cases(arch, "fp32", B)]
         for kernel, constants, tensors in cases:

@@ -130,8 +130,9 @@ def _grad_values_by_chunks(
     step = -(-R // chunks)
     for start in range(0, R, step):
         rows = pattern._replace(col_indices=cols[start : start + step])
-        product = torch.mm(dy[:, start * B : (start + step) * B].T, x)
-        kernels.from_dense(product, rows, out=out[start : start + step])
+        part = dy[:, start * B : (start + step) * B].T
+        # Unnamed: a product is not in memory any more when the next one is computed.
+        kernels.from_dense(torch.mm(part, x), rows, out=out[start : start + step])
     return out
 
 

@@ -29,8 +29,9 @@ from blockell_kernels._dense import WHOLE_GRADIENT_BYTES, DenseBackend
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
-MIN_FORKED, MAX_FORKED = 2**20, 2**24
-"""Elements of input and output between which both gradients fit on a GPU at a time, and gain."""
+MIN_FORKED, MAX_FORKED = 2**20, 2**27
+"""Elements of input and output between which computing both gradients at a time gains: up to 19%
+at 2**25 (68 -> 59 us) and 16% at 2**27 (791 -> 666 us), most where blocks are few and large."""
 KEPT_DENSITY = 2 / 3
 """Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
@@ -273,8 +274,10 @@ def _make(
         and device.type == "cuda"
         and not KEPT_DENSITY < case.density < PROMISED_DENSITY
     )
-    small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES  # two dense ones may be in memory
-    forks = device.type == "cuda" and small and MIN_FORKED <= N * (R + C) * B <= MAX_FORKED
+    # A large dense copy must be gone before the weight's gradient is computed, for memory.
+    small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES
+    lean = small or "dense" not in (choices[1].backend, choices[2].backend)
+    forks = device.type == "cuda" and lean and MIN_FORKED <= N * (R + C) * B <= MAX_FORKED
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
     return Plan(

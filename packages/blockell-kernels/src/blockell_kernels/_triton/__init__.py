@@ -11,7 +11,14 @@ from torch import Tensor
 from blockell_kernels import _tuning
 from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
 from blockell_kernels._gpu import TILE_SIZES
-from blockell_kernels._triton import _blocks, _few_tokens, _forward, _grad_input, _grad_values
+from blockell_kernels._triton import (
+    _blocks,
+    _few_tokens,
+    _forward,
+    _grad_input,
+    _grad_values,
+    _walk,
+)
 from blockell_kernels._triton._device import INTERPRETED
 from blockell_kernels._triton._rule import arithmetic, verdict
 from blockell_kernels._triton._tiling import Tiling
@@ -45,18 +52,24 @@ class TritonBackend(Backend):
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         case = _case("forward", x, pattern)
+        if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
+            return _walk.forward(x, values, bias, pattern, walk)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.forward(x, values, bias, pattern, strip)
         return _forward.forward(x, values, bias, pattern, _tiling(case))
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_input", dy, pattern)
+        if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
+            return _walk.grad_input(dy, values, pattern, walk)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_input(dy, values, pattern, strip)
         return _grad_input.grad_input(dy, values, pattern, _tiling(case))
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_values", x, pattern)
+        if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
+            return _walk.grad_values(dy, x, pattern, walk)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_values(dy, x, pattern, strip)
         return _grad_values.grad_values(dy, x, pattern, _tiling(case))

@@ -177,7 +177,7 @@ def forward(
         num_stages=strip.stages,
     )
     if parts > 1:
-        _add(target, bias, y, parts)
+        add_parts_of(target, bias, y)
     return y
 
 
@@ -214,7 +214,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, strip: Strip) -> Te
         num_stages=strip.stages,
     )
     if parts > 1:
-        _add(target, None, dx, parts)
+        add_parts_of(target, None, dx)
     return dx
 
 
@@ -253,9 +253,9 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, strip: Strip) -> Tensor
     return out
 
 
-def _add(parts: Tensor, bias: Tensor | None, out: Tensor, count: int) -> None:
+def add_parts_of(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [N, features] = sum of parts [count, N, features] + bias [features]."""
-    size, BLOCK = out.numel(), 512
+    size, count, BLOCK = out.numel(), parts.shape[0], 512
     launch(
         add_parts,
         (ceil_div(size, BLOCK),),

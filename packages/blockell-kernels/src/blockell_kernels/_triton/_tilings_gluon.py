@@ -20,19 +20,14 @@ from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divi
 
 MANY_TOKENS = 32768
 LONG_TOKENS = 8192
+DEEP = 1024
+"""Weights in a row from which tile 128, and tile 64 with free rows, gain: 1.04 to 1.4 times."""
 LONG_STEPS = 100
 """Of 64 tokens, per multiprocessor: shorter weight gradients are bound by their partial sums."""
 
 
-PROVEN = ("forward", "grad_input")
-"""Directions whose kernels have passed every test on a device in their present form. Weight
-gradients join them once tests/gpu/test_cuda_gluon.py has run to its end."""
-
-
 def prefer_gluon(case: Case, triton: Tiling) -> Tiling:
     """The Gluon kernel's tiling, where it wins, with Triton's behind it; else Triton's."""
-    if case.direction not in PROVEN:
-        return triton
     rules = {"forward": _forward, "grad_input": _grad_input, "grad_values": _grad_values}
     found = rules[case.direction](case)
     return triton if found is None else replace(found, path="gluon", otherwise=triton)
@@ -89,18 +84,32 @@ def _grad_input(case: Case) -> Tiling | None:
 
 
 def _grad_values(case: Case) -> Tiling | None:
-    """Long sums, in tiles of 256 or 320 columns with little padding; or a last round to split."""
-    if case.B < 16 or _width(case) < 128:
+    """Long sums, in tiles of 256 or 320 columns with little padding; or a last round to split.
+
+    Rows of blocks side by side in x are read once per row of blocks. Where x is wider than dy they
+    fall out of L2, which tiles 16 and 128 do not gain enough to pay for, nor tile 32 if few are
+    present.
+    """
+    B, width = case.B, _width(case)
+    if B < 16 or width < 64:
         return None
-    width = case.K * case.B
-    columns = 320 if width == 320 else 256
-    chunks = ceil_div(width, columns)
-    tiles, sms = case.R * case.B // 128 * chunks, num_sms(case.device)
-    if chunks * columns > 1.06 * width:
+    depth = case.K * B
+    columns = 320 if depth == 320 else 256
+    chunks = ceil_div(depth, columns)
+    if chunks * columns > 1.06 * depth or case.N < LONG_TOKENS:
         return None
-    split_last = case.N >= LONG_TOKENS and sms < tiles < 1.5 * sms
-    steps = tiles * ceil_div(case.N, 64)
-    long = case.N >= LONG_TOKENS and steps >= LONG_STEPS * sms
-    if split_last or (long and case.B in (32, 64)):
+    if width < 128:
+        return Tiling(BM=64, BN=columns, BK=64) if B == 64 and depth >= DEEP else None
+    tiles, sms = case.R * B // 128 * chunks, num_sms(case.device)
+    widens = case.R > case.C
+    if B == 32:
+        gains = widens or case.density >= 0.4
+    elif B == 128:
+        gains = widens and depth >= DEEP
+    else:
+        gains = widens or B == 64
+    split_last = sms < tiles < 1.5 * sms
+    long = tiles * ceil_div(case.N, 64) >= LONG_STEPS * sms
+    if split_last or (long and gains):
         return Tiling(BM=128, BN=columns, BK=64)
     return None
