@@ -45,7 +45,7 @@ def crossing(low: tuple[float, float, float], high: tuple[float, float, float]) 
 
 
 def main(grids: list[str], target: str) -> None:
-    points = defaultdict(lambda: defaultdict(list))
+    points = defaultdict(lambda: defaultdict(dict))
     devices, sources = set(), []
     for grid in grids:
         header, rows = read(Path(grid))
@@ -58,10 +58,13 @@ def main(grids: list[str], target: str) -> None:
             key = f"{row['direction']} {kind} {B}x{B * int(row['row_group'])}"
             shape = (int(row["N"]), int(row["in"]), int(row["out"]))
             times = float(row["sparse_us"]), float(row["fallback_us"])
-            points[key][shape].append((float(row["density"]), *times))
+            points[key][shape][float(row["density"])] = times
     assert len(devices) == 1, f"grids of several devices: {devices}"
     rows = {
-        key: [[*shape, round(break_even(p), 2)] for shape, p in sorted(shapes.items())]
+        key: [
+            [*shape, round(break_even([(d, *t) for d, t in p.items()]), 2)]
+            for shape, p in sorted(shapes.items())
+        ]
         for key, shapes in sorted(points.items())
     }
     body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())

@@ -28,7 +28,7 @@ from tune_gpu import SHAPES, Problem, relative_error
 from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
 from blockell_kernels._plan import plan_for
 
-FEW = [(n, i, o) for n in (1, 32, 64, 128, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
+FEW = [(n, i, o) for n in (1, 32, 64, 128, 256, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
 MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
 MEDIUM += [(4096, 1024, 1024), (16384, 1536, 6144)]
 CLEAR = None  # more bytes than the L2 cache holds; made where there is a GPU
@@ -167,21 +167,21 @@ def header(commit: str) -> str:
     return f"# {device}, {versions}, commit {commit}, {today}"
 
 
-def problems(quick: bool, dtype: torch.dtype, tokens: range):
+def problems(part: str, dtype: torch.dtype, tokens: range, structures: list[tuple[int, int]]):
     """Functions that make the problems of the grid: 25% and 50% of all shapes, then the rest."""
     first, rest = [], []
-    for make, density in all_problems(dtype, tokens):
+    for make, density in all_problems(dtype, tokens, structures):
         (first if density in (0.25, 0.5) else rest).append(make)
-    return first if quick else first + rest
+    return {"all": first + rest, "first": first, "rest": rest}[part]
 
 
-def all_problems(dtype: torch.dtype, tokens: range):
+def all_problems(dtype: torch.dtype, tokens: range, structures: list[tuple[int, int]]):
     """Pairs of such a function and its density."""
     wide = dtype == torch.float32
-    for shapes, structures, densities in [
-        (SHAPES[:2] if wide else SHAPES, STRUCTURES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
-        (MEDIUM, STRUCTURES, [0.1, 0.25, 0.5, 0.75, 1.0]),
-        (FEW, STRUCTURES, [0.1, 0.25, 0.5, 0.75, 1.0]),
+    for shapes, densities in [
+        (SHAPES[:2] if wide else SHAPES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
+        (MEDIUM, [0.1, 0.25, 0.5, 0.75, 1.0]),
+        (FEW, [0.1, 0.25, 0.5, 0.75, 1.0]),
     ]:
         for shape in shapes:
             for B, G in structures:
@@ -205,7 +205,10 @@ def main() -> None:
     parser.add_argument("--rep-ms", type=int, default=6)
     parser.add_argument("--compile-s", type=float, default=600, help="compile no longer ahead")
     parser.add_argument("--jobs", type=int, default=14)
-    parser.add_argument("--quick", action="store_true", help="densities 0.25 and 0.5 only")
+    parser.add_argument("--part", default="all", choices=["all", "first", "rest"],
+                        help="first: densities 0.25 and 0.5; rest: the others")  # fmt: skip
+    parser.add_argument("--structures", nargs="+", metavar="TILExROWGROUP",
+                        default=[f"{B}x{G}" for B, G in STRUCTURES])  # fmt: skip
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
     parser.add_argument("--bsr", action="store_true", help="time torch's BSR product (untuned)")
@@ -221,7 +224,8 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = arguments.tf32
     span = range(arguments.min_tokens, arguments.max_tokens + 1)
     shard, shards = map(int, arguments.shard.split("/"))
-    makers = list(problems(arguments.quick, dtype, span))[shard::shards]
+    structures = [tuple(map(int, name.split("x"))) for name in arguments.structures]
+    makers = problems(arguments.part, dtype, span, structures)[shard::shards]
     if arguments.compile_only:
         worker, workers = map(int, arguments.compile_only.split("/"))
         for make in makers[worker::workers]:

@@ -167,7 +167,12 @@ def main() -> None:
     parser.add_argument("--redispatch", action="store_true", help="by today's table")
     arguments = parser.parse_args()
     read_all = [read(path) for path in arguments.grids]
-    rows = [row for _, some in read_all for row in some]
+    by_facts = {}  # where several grids measured the same, the last counts
+    for _, some in read_all:
+        for row in some:
+            facts = ("direction", "N", "in", "out", "B", "row_group", "K", "dtype")
+            by_facts[tuple(row[name] for name in facts)] = row
+    rows = list(by_facts.values())
     if arguments.redispatch:
         redispatch(rows)
     shapes = list(dict.fromkeys((row["N"], row["in"], row["out"]) for row in rows))

@@ -83,6 +83,20 @@ def test_a_gpu_not_measured_gets_half(monkeypatch):
     assert "times 0.5 on a GPU not measured" in said.why
 
 
+def test_a_gpu_that_cannot_walk_is_not_told_to(monkeypatch):
+    """A break-even of 1 that was reached by walking says nothing of a GPU without descriptors."""
+    row = rule.Measured(1024, 640, 2560, 1.0)
+    monkeypatch.setattr(rule, "nearest", lambda case, kind: (row, 16))
+    free = case("grad_values", 1024, 640, 2560, 16)._replace(device=torch.device("cuda"))
+    for capability, wins in (((9, 0), True), ((8, 0), False)):
+        monkeypatch.setattr(rule, "capability", lambda device, found=capability: found)
+        rule._verdict.cache_clear()
+        said = rule._verdict(free, "half")
+        rule._verdict.cache_clear()
+        assert said.wins is wins
+    assert "times 0.5 on a GPU not measured" in said.why
+
+
 @pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_case_has_a_tiling_that_fits(monkeypatch, capability, dtype):

@@ -208,16 +208,24 @@ def walk_cases(arch):
     for B in (8, 32):
         yield f"walk_forward tile {B}", (walk_forward, B, 32, 64, 128), deep
         wide = boxes | {"warps": 8}
-        yield f"walk_forward boxes tile {B}", (walk_forward, B, 128, 128, 64), wide
+        yield f"walk_forward by descriptors, tile {B}", (walk_forward, B, 128, 128, 64), wide
         yield (
             f"walk_grad_input tile {B}",
             (walk_grad_input, B, 32, 64, 64),
             boxes | {"boxes": False},
         )
-        yield f"walk_grad_input boxes tile {B}", (walk_grad_input, B, 128, 64, 64), boxes
-        yield f"walk_grad_values tile {B}", (walk_grad_values, B, 64, 128, 64), boxes
+        yield f"walk_grad_input by descriptors, tile {B}", (walk_grad_input, B, 128, 64, 64), boxes
+        yield (
+            f"walk_grad_values by descriptors, tile {B}",
+            (walk_grad_values, B, 64, 128, 64),
+            boxes,
+        )
         widest = boxes | {"warps": 8, "stages": 3}
-        yield f"walk_grad_values wide tile {B}", (walk_grad_values, B, 128, 256, 64), widest
+        yield (
+            f"walk_grad_values by descriptors, wide, tile {B}",
+            (walk_grad_values, B, 128, 256, 64),
+            widest,
+        )
 
 
 def tiles(dtype, arch, path):

@@ -10,6 +10,7 @@ gradient of b1, while h is at hand. Elsewhere the activation is a pass of its ow
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from blockell_kernels._activation import activate, gradient_and_activation, sum_over_tokens
 from blockell_kernels._backends import Pattern
-from blockell_kernels._plan import Plan
+from blockell_kernels._plan import Plan, branch
 
 Recompute = Literal["none", "activation", "hidden"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "hidden")
@@ -110,16 +111,35 @@ def backward(
         a = activate(h, activation)
     h = None
     dbias2 = sum_over_tokens(dy) if needs.bias2 else None
+    need_first = dh is not None and (needs.x or needs.values1 or samples[0] != "none")
+    side = branch(dy.device) if need_first and _forks(first, second) else None
     only = (False, needs.values2, False)
-    _, dvalues2, _, dprobe2 = second.plan.backward(dy, a, None, second.pattern, only, samples[1])
-    a = None
+    with nullcontext() if side is None else torch.cuda.stream(side):
+        _, dvalues2, _, dprobe2 = second.plan.backward(
+            dy, a, None, second.pattern, only, samples[1]
+        )
+    if side is None:
+        a = None
     dx = dvalues1 = dprobe1 = None
-    if dh is not None and (needs.x or needs.values1 or samples[0] != "none"):
+    if need_first:
+        assert dh is not None
         only = (needs.x, needs.values1, False)
         dx, dvalues1, _, dprobe1 = first.plan.backward(
             dh, x, first.values, first.pattern, only, samples[0], weight1
         )
+    if side is not None:  # only now may the memory of a and dy be used again
+        torch.cuda.current_stream(dy.device).wait_stream(side)
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
+
+
+def _forks(first: Layer, second: Layer) -> bool:
+    """Whether the weight gradient of layer 2 is computed beside the gradients of layer 1.
+
+    a is in memory longer then, while dx is, too: no more than h and dh were before.
+    """
+    one, two = first.plan, second.plan
+    narrow = one.C * one.B <= one.R * one.B
+    return one.forks and two.forks and narrow and torch.cuda.is_current_stream_capturing()
 
 
 def _middle(

@@ -163,8 +163,7 @@ class Plan:
         weight: list[Tensor | None] | None,
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
         """`backward` as two branches of a CUDA graph: neither gradient alone fills the GPU."""
-        here, side = torch.cuda.current_stream(dy.device), _side_stream(dy.device)
-        side.wait_stream(here)
+        here, side = torch.cuda.current_stream(dy.device), branch(dy.device)
         with torch.cuda.stream(side):
             dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, True, sample)
         dx = self._grad_input(dy, dy2d, values, pattern, weight)
@@ -228,6 +227,16 @@ class Plan:
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
+
+
+def branch(device: torch.device) -> torch.cuda.Stream:
+    """The stream beside the current one, after what was put on that so far.
+
+    What its work reads must be held until the current stream has waited for it.
+    """
+    side = _side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    return side
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

@@ -127,6 +127,18 @@ def test_large_gradients_are_cut_where_a_step_would_take_more_memory(
     assert not actual[:, K:].any()
 
 
+def test_a_large_dense_copy_is_gone_before_the_next_gradient(make_problem):
+    """Gradients are computed side by side where no two large dense weights are in memory then."""
+    x = make_problem(B=128, R=2, C=2, K=1, N=4, dtype=torch.bfloat16).x
+
+    def forks(R, C, requested):
+        return _plan._make(torch.bfloat16, x.device, 2048, (R, C, 128, 1, C // 2), requested).forks
+
+    assert forks(8, 8, "dense")
+    assert not forks(48, 48, "dense")
+    assert forks(48, 48, "triton")
+
+
 def test_peak_of_a_step_is_not_above_dense():
     """Parameters, gradients and activations of a large layer, at densities up to 85%."""
     N, R, C, B = 256, 128, 128, 16

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from blockell_format import create_random_topology, to_dense, transposed_index
-from blockell_kernels import block_ell_mlp, probe_size
+from blockell_kernels import _mlp_core, _plan, block_ell_mlp, probe_size
 from blockell_kernels._activation import activate
 
 # torch's, when the first product of a process is one of the backward pass
@@ -193,3 +193,35 @@ def test_compiled_captured_and_under_autocast(error):
     graph.replay()
     for ours, expected in zip(captured, step(), strict=True):
         assert torch.equal(ours, expected)
+
+
+@pytest.mark.parametrize("recompute", ["none", "activation", "hidden"])
+@pytest.mark.parametrize("layout", ["tile 128", "tile 16"])
+def test_a_captured_step_computes_gradients_side_by_side(monkeypatch, layout, recompute):
+    """Branches of the graph, the same bits, replayed on new data."""
+    monkeypatch.setattr(_plan, "MIN_FORKED", 0)
+    monkeypatch.setattr(_plan, "_plans", {})
+    mlp = MLP(*LAYOUTS[layout])
+    x, dy = mlp.random(1024)
+    inputs, forked = [x.requires_grad_(), *mlp.parameters_], []
+    monkeypatch.setattr(_mlp_core, "branch", lambda d: forked.append(d) or _plan.branch(d))
+
+    def step():
+        return torch.autograd.grad(mlp(x, recompute=recompute), inputs, dy)
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+        assert not forked
+        with torch.cuda.graph(graph, stream=side):
+            captured = step()
+    assert forked
+    for _ in range(2):
+        with torch.no_grad():
+            x.copy_(torch.randn_like(x))
+            dy.copy_(torch.randn_like(dy))
+        graph.replay()
+        torch.cuda.synchronize()
+        for ours, expected in zip(captured, step(), strict=True):
+            assert torch.equal(ours, expected)

@@ -20,9 +20,11 @@ import torch
 
 from blockell_kernels._backends import Case, Verdict
 from blockell_kernels._triton._device import capability, dot_precision
+from blockell_kernels._triton._walk import least_density
 
 UNMEASURED_FACTOR = 0.5
-"""Of the break-even density, on GPUs of another generation than the measured one."""
+"""Of the break-even density, on GPUs of another generation than the measured one; of no more than
+the density up to which the measured one took kernels that they run, too."""
 
 
 class Measured(NamedTuple):
@@ -77,7 +79,8 @@ def _verdict(case: Case, kind: str) -> Verdict:
     row, width = found
     limit, factor = row.density, ""
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
-        limit *= UNMEASURED_FACTOR
+        # Above that density a kernel was measured that other GPUs do not run.
+        limit = min(limit, least_density(case)) * UNMEASURED_FACTOR
         factor = f" times {UNMEASURED_FACTOR} on a GPU not measured"
     wins = case.density <= limit
     return Verdict(

@@ -60,21 +60,29 @@ class Walk:
 
 @lru_cache(maxsize=4096)
 def walk_for(case: Case) -> Walk | None:
-    """How to run a case, None: not here. Rules read off one H200, at 50% density.
-
-    A walk takes as long at any density, the other kernels in proportion: hence the density from
-    which it wins, by tile.
-    """
-    if capability(case.device)[0] != 9 or case.dtype.itemsize != 2 or case.N == 0:
+    """How to run a case, None: not here."""
+    if capability(case.device)[0] != 9:
         return None
-    if case.B > 64:
+    found = _rule(case)
+    return found[0] if found is not None and case.density > found[1] else None
+
+
+def least_density(case: Case) -> float:
+    """From which density Hopper GPUs walk; 1 where they never do."""
+    found = _rule(case)
+    return 1.0 if found is None else found[1]
+
+
+def _rule(case: Case) -> tuple[Walk, float] | None:
+    """A walk and the density from which it wins. Rules read off one H200, at 50% density.
+
+    A walk takes as long at any density, the other kernels in proportion: hence a density from which
+    it wins, by tile.
+    """
+    if case.dtype.itemsize != 2 or case.N == 0 or case.B > 64:
         return None
     rules = {"forward": _forward, "grad_input": _grad_input, "grad_values": _grad_values}
-    found = rules[case.direction](case)
-    if found is None:
-        return None
-    walk, least = found
-    return walk if case.density > least else None
+    return rules[case.direction](case)
 
 
 def _by_tokens(N: int, *rows: tuple[int, Walk, dict[int, float]]) -> tuple[Walk, dict[int, float]]:
