@@ -1,0 +1,54 @@
+"""Compiles the package's Triton kernels for one GPU architecture, without a GPU.
+
+Run as `python triton_ahead.py 90` in a process of its own: the test process may run the
+interpreter, which replaces the compiler. Prints a line per kernel.
+"""
+
+import sys
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from titanmac_integration import _loss_kernels, _norm_kernels, _rotary_kernels
+
+FLOATS = {"eps": "fp32", "z_weight": "fp32"}
+ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xy" for of in ("batch", "row", "head"))}
+BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
+
+
+def compile_for(arch, kernel, pointers, constants, warps=4):
+    signature = {
+        name: "constexpr" if name in constants else pointers.get(name, FLOATS.get(name, "i32"))
+        for name in kernel.arg_names
+    }
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if name in pointers or name in ALIGNED
+    }
+    source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+    target = GPUTarget("cuda", arch, 32)
+    return triton.compile(source, target=target, options={"num_warps": warps})
+
+
+def cases():
+    """Name, kernel, types of its pointers, constants, warps; d_model 640, 10 heads."""
+    for back in (False, True):
+        pointers = {"x_ptr": BF16, "y_ptr": BF16, "cos_ptr": FP32, "sin_ptr": FP32}
+        constants = {"HALF": 32, "BACK": back, "ROWS": _rotary_kernels.ROWS, "BLOCK": 32}
+        yield f"turn back={back}", _rotary_kernels._turn, pointers, constants, 4
+    constants = {"D": 640, "BLOCK": 1024}
+    pointers = {"x_ptr": FP32, "weight_ptr": FP32, "y_ptr": BF16, "scale_ptr": FP32}
+    yield "norm", _norm_kernels._forward, pointers, constants, 4
+    pointers = {"grad_ptr": BF16, "x_ptr": FP32, "weight_ptr": FP32, "scale_ptr": FP32}
+    pointers |= {"grad_x_ptr": FP32, "parts_ptr": FP32}
+    yield "norm, backward", _norm_kernels._backward, pointers, constants, 4
+    pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
+    constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
+    yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16
+
+
+for name, kernel, pointers, constants, warps in cases():
+    compiled = compile_for(int(sys.argv[1]), kernel, pointers, constants, warps)
+    sys.stdout.write(f"{name} {len(compiled.asm['cubin']) > 0}\n")
