@@ -22,13 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cms_topology import CMSBlockLinear, Consolidation, RetentionGuard, consolidate
+from cms_topology import CMSBlockLinear, Consolidation, RetentionGuard, consolidate, make_probes
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "drift, every step": {"drift": 1e-3, "eps": math.inf, "every": 1},
     "drift, every 10": {"drift": 1e-3, "eps": math.inf, "every": 10},
     "drift + eps, every step": {"drift": 1e-3, "eps": 0.1, "every": 1},
     "drift + eps, every 10": {"drift": 1e-3, "eps": 0.1, "every": 10},
+    "probes + eps, every 10": {"drift": "auto", "eps": 0.1, "every": 10},
 }
 
 
@@ -114,7 +115,8 @@ def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     turn = torch.linalg.qr(torch.randn(args.width, args.width, device=args.device))[0]
     batches = [torch.randn(2048, args.width, device=args.device) * decay @ turn for _ in range(4)]
     started = time.perf_counter()
-    memory = consolidate(model, batches, loss_fn=loss_of, sensitivity_batches=0)
+    probes = make_probes(model, batches[0], confidence=0.0)  # 2048 tokens, outputs as logits
+    memory = consolidate(model, batches, loss_fn=loss_of, sensitivity_batches=0, probes=probes)
     consolidated_s = time.perf_counter() - started
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     state = {name: t.clone() for name, t in model.state_dict().items()}
