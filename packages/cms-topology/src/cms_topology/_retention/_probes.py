@@ -62,12 +62,17 @@ class Probes:
                 half has a divergence of log 2; without a limit a handful of answers, each lost by
                 many nats, would speak for all.
         """
-        now = logits.flatten(0, -2)[self.positions].double().log_softmax(-1)
-        now = now.gather(1, self.classes)
+        chosen = logits.flatten(0, -2)[self.positions]
+        # in float32, like `log_probs`: for large V twice the memory would be felt
+        now = _widened(chosen).log_softmax(-1).gather(1, self.classes).double()
         then = self.log_probs.double()
         inside = (then.exp() * (then - now)).sum(1)
         p, q = ((1 - t.exp().sum(1)).clamp(min=1e-12) for t in (then, now))
         return (inside + p * (p / q).log()).clamp(max=limit).mean()
+
+
+def _widened(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def default_logits(model: nn.Module, inputs: Tensor) -> Tensor:
