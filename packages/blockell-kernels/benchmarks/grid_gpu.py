@@ -101,9 +101,14 @@ def choices(problem: Problem) -> dict[str, str]:
     return {d: select(Case(d, x.device, x.dtype, *sizes)).backend for d in DIRECTIONS}
 
 
-def measure(problem: Problem, rep_ms: int, bsr: bool):
+def measure(problem: Problem, rep_ms: int, bsr: bool, layers_only: bool):
     """Rows of one problem: the three products and the layer."""
     chosen = choices(problem)
+    if layers_only:
+        dense = all_of({d: problem.dense_product(d) for d in DIRECTIONS})
+        auto, whole = microseconds(layer(problem), rep_ms), microseconds(dense, rep_ms)
+        yield row(problem, "layer", "/".join(chosen.values()), auto, [None], [None], whole)
+        return
     sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))
     fallback = products(problem, dict.fromkeys(DIRECTIONS, "dense"))
     dense = {d: problem.dense_product(d) for d in DIRECTIONS}
@@ -212,6 +217,7 @@ def main() -> None:
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
     parser.add_argument("--bsr", action="store_true", help="time torch's BSR product (untuned)")
+    parser.add_argument("--layers-only", action="store_true", help="by a table made since")
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th problem, from the I-th")
     parser.add_argument("--max-tokens", type=int, default=2**20, help="leave larger ones out")
@@ -234,6 +240,7 @@ def main() -> None:
                     all_of(products(make(), dict.fromkeys(DIRECTIONS, name)))()
                 except Exception as error:  # the measuring process will meet it, and say so
                     print(f"compiling: {error!r}"[:200], flush=True)
+            torch.cuda.empty_cache()  # many workers share the GPU
         return
     command = [sys.executable, *sys.argv, "--compile-only"]
     workers = [subprocess.Popen([*command, f"{i}/{arguments.jobs}"]) for i in range(arguments.jobs)]
@@ -250,7 +257,9 @@ def main() -> None:
         for make in makers:
             problem = make()
             try:
-                lines = list(measure(problem, arguments.rep_ms, arguments.bsr))
+                lines = list(
+                    measure(problem, arguments.rep_ms, arguments.bsr, arguments.layers_only)
+                )
             except Exception as error:  # one cell's failure is reported, the others measured
                 print(f"FAILED {problem.facts}: {error!r}"[:400], flush=True)
                 continue

@@ -17,7 +17,15 @@ import torch
 from blockell_format import create_random_topology, transposed_index
 from blockell_kernels._activation import activate, activation_gradient
 from blockell_kernels._backends import Pattern, get_backend
-from blockell_kernels._triton import _activate, _blocks, _forward, _grad_input, _grad_values, _mlp
+from blockell_kernels._triton import (
+    _activate,
+    _blocks,
+    _forward,
+    _grad_input,
+    _grad_values,
+    _mlp,
+    _walk,
+)
 from blockell_kernels._triton._tiling import Tiling
 
 Kernel = Callable[[], torch.Tensor]
@@ -55,6 +63,13 @@ def shipped(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
     yield "forward", lambda: b.forward(p.x, p.values, p.bias, p.pattern), p.y
     yield "grad_input", lambda: b.grad_input(p.dy, p.values, p.pattern), p.dx
     yield "grad_values", lambda: b.grad_values(p.dy, p.x, p.pattern), p.dv
+
+
+def walks(p: Problem, walk: _walk.Walk) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
+    run = (p.values, p.pattern, walk)
+    yield "forward", lambda: _walk.forward(p.x, p.values, p.bias, *run[1:]), p.y
+    yield "grad_input", lambda: _walk.grad_input(p.dy, *run), p.dx
+    yield "grad_values", lambda: _walk.grad_values(p.dy, p.x, *run[1:]), p.dv
 
 
 def fused(p: Problem, tiling: Tiling) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
@@ -114,6 +129,10 @@ def cases() -> Iterator[tuple[str, Kernel, torch.Tensor]]:
             p = Problem(B, G, R, C, K, N, bf16)
             for name, kernel, expected in shipped(p):
                 yield f"shipped, tile {B}x{G}, {N} tokens: {name}", kernel, expected
+    for boxes in (False, True):
+        walk = _walk.Walk(BM=64, BN=64, BK=32, parts=2, boxes=boxes, stages=3)
+        for name, kernel, expected in walks(Problem(*narrow), walk):
+            yield f"walk, boxes {boxes}: {name}", kernel, expected
     for sizes in (narrow, large):
         for name, kernel, expected in blocks(Problem(*sizes)):
             yield f"tile {sizes[0]}: {name}", kernel, expected
