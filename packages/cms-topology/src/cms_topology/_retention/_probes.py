@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
 from cms_topology._retention._capture import captured, undisturbed
+from cms_topology._retention._precision import products
 
 LOST_NATS = math.log(2)
 
@@ -227,7 +228,10 @@ def measure_divergence(
     modes = {module: module.training for module in model.modules()}
     try:
         model.eval()
-        found = [p.divergence(logits_fn(model, p.inputs)) for p in probes]
+        # what TF32 rounds away is far below any divergence that matters, and a float32 pass of the
+        # probes would be felt in a training in half precision
+        with products(full=False):
+            found = [p.divergence(logits_fn(model, p.inputs)) for p in probes]
     finally:
         for module, training in modes.items():
             module.training = training
