@@ -3,7 +3,8 @@
     python draw_retention.py RUN_DIR_OR_JSONL... --out curves.svg
 
 One line per method and architecture through the values of its dial; a point is the mean over seeds,
-its cross the standard deviation both ways. Needs nothing beyond titanmac_integration.
+its cross the standard deviation both ways. With --tables the tables of `titanmac continual` and a line
+per seed in Markdown are printed as well. Needs nothing beyond titanmac_integration.
 """
 
 import argparse
@@ -12,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 from titanmac_integration._protocol._records import read_records
-from titanmac_integration._protocol._summary import summarise
+from titanmac_integration._protocol._summary import describe, summarise
+from titanmac_integration._protocol._tables import retention_tables
 
 WIDTH, HEIGHT = 860, 520
 LEFT, RIGHT, TOP, BOTTOM = 70, 250, 30, 60
 COLOURS = {
     "ours": "#d62728",
     "ours-grown": "#ff7f0e",
+    "ours-rehearsing": "#aec7e8",
+    "ours-fixed-eps": "#c49c94",
     "dense-projection": "#8c564b",
     "kronecker-ewc": "#1f77b4",
     "ewc": "#17becf",
@@ -127,10 +131,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("paths", nargs="+", type=Path, help="run directories or .jsonl files")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--tables", action="store_true", help="print the tables, too")
     parser.add_argument("--lowest", type=float, help="left edge, nats (default: what there is)")
     parser.add_argument("--highest", type=float, help="right edge, nats (default: what there is)")
     arguments = parser.parse_args()
-    settings = list(summarise(read_records(arguments.paths))["settings"].values())
+    records = read_records(arguments.paths)
+    summary = summarise(records)
+    settings = list(summary["settings"].values())
     if len(settings) != 1:
         parser.error(f"the records must be of one setting, not of {len(settings)}")
     nats = [row["new_nats"]["mean"] for row in settings[0]["rows"]]
@@ -138,6 +145,30 @@ def main() -> None:
     highest = max(nats) + 0.02 if arguments.highest is None else arguments.highest
     arguments.out.write_text(draw(settings[0], lowest, highest), encoding="utf-8")
     print(arguments.out)
+    if arguments.tables:
+        print(retention_tables(summary), "", seed_table(records), sep="\n")
+
+
+def seed_table(records: list[dict[str, Any]]) -> str:
+    """One line of Markdown per cell: what is kept of the first task, what the others cost."""
+    lines = [
+        "| method | dial | seed | learned | lowest | at the end | forgotten | change of its NLL | "
+        "new task, nats: test / validation |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in sorted(
+        records, key=lambda r: (r["method"], r["arch"], r["dial"] or 0, r["seed"])
+    ):
+        cell = describe(record)
+        dial = "auto" if record["dial"] is None else f"{record['dial']:g}"
+        lines.append(
+            f"| {record['method']}@{record['arch']} | {dial} | {record['seed']} | "
+            f"{cell['first_learned']:.1%} | {cell['first_lowest']:.1%} | "
+            f"{cell['first_at_end']:.1%} | {cell['relative_forgetting']:.1%} | "
+            f"{cell['first_nats_change']:+.3f} | "
+            f"{cell['new_nats']:.4f} / {cell['validation_new_nats']:.4f} |"
+        )
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":
