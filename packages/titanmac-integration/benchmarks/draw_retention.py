@@ -3,8 +3,8 @@
     python draw_retention.py RUN_DIR_OR_JSONL... --out curves.svg
 
 One line per method and architecture through the values of its dial; a point is the mean over seeds,
-its cross the standard deviation both ways. With --tables the tables of `titanmac continual` and a line
-per seed in Markdown are printed as well. Needs nothing beyond titanmac_integration.
+its cross the standard deviation both ways. With --tables the tables of `titanmac continual` and, in
+Markdown, a line per seed are printed as well. Needs nothing beyond titanmac_integration.
 """
 
 import argparse
