@@ -2,8 +2,10 @@
 
     python break_even.py results/*.csv ../src/blockell_kernels/_triton/break_even.json
 
-The break-even density is where the lines of both times, the sparse kernel's and the scattered dense
-product's, cross between two measured densities, or beyond them where none of them decides.
+Two densities are written per shape: against the dense product with the weight scattered first, and
+against the dense product alone, which counts where another product has scattered the weight
+already. Each is where the lines of both times cross between two measured densities, or beyond them
+where none of them decides. Where several grids measured the same product, the last counts.
 """
 
 from __future__ import annotations
@@ -57,16 +59,15 @@ def main(grids: list[str], target: str) -> None:
             B, kind = int(row["B"]), ARITHMETIC[row["dtype"]]
             key = f"{row['direction']} {kind} {B}x{B * int(row['row_group'])}"
             shape = (int(row["N"]), int(row["in"]), int(row["out"]))
-            times = float(row["sparse_us"]), float(row["fallback_us"])
+            times = [float(row[name]) for name in ("sparse_us", "fallback_us", "dense_us")]
             points[key][shape][float(row["density"])] = times
     assert len(devices) == 1, f"grids of several devices: {devices}"
-    rows = {
-        key: [
-            [*shape, round(break_even([(d, *t) for d, t in p.items()]), 2)]
-            for shape, p in sorted(shapes.items())
-        ]
-        for key, shapes in sorted(points.items())
-    }
+    rows = defaultdict(list)
+    for key, shapes in sorted(points.items()):
+        for shape, found in sorted(shapes.items()):
+            density = break_even([(d, sparse, copied) for d, (sparse, copied, _) in found.items()])
+            alone = break_even([(d, sparse, dense) for d, (sparse, _, dense) in found.items()])
+            rows[key].append([*shape, round(density, 2), round(min(alone, density), 2)])
     body = ",\n".join(f"  {json.dumps(key)}: {json.dumps(value)}" for key, value in rows.items())
     head = f'"device": {json.dumps(devices.pop())},\n"sources": {json.dumps(sources, indent=1)}'
     Path(target).write_text(f'{{{head},\n"rows": {{\n{body}\n}}}}\n')

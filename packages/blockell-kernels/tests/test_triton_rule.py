@@ -12,7 +12,7 @@ import itertools
 import pytest
 import torch
 
-from blockell_kernels._backends import DIRECTIONS, Case
+from blockell_kernels._backends import DIRECTIONS, Case, Choice, shares
 from blockell_kernels._gpu import TILE_SIZES
 
 rule = importlib.import_module("blockell_kernels._triton._rule")
@@ -39,18 +39,18 @@ def test_table_is_complete_and_sane():
         keys = [k for k in table["rows"] if k.startswith(f"{direction} {kind} {B}x")]
         assert f"{direction} {kind} {B}x{B}" in keys
         for key in keys:
-            for N, inp, out, density in table["rows"][key]:
+            for N, inp, out, density, alone in table["rows"][key]:
                 assert N >= 1
                 assert inp % B == 0
                 assert out % B == 0
-                assert 0 <= density <= 1
+                assert 0 <= alone <= density <= 1
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_measured_shapes_are_found_again(direction):
     rows = rule.table()["rows"]
     for B, width in ((128, 128), (16, 128), (16, 16)):
-        for N, inp, out, density in rows[f"{direction} half {B}x{width}"]:
+        for N, inp, out, density, _ in rows[f"{direction} half {B}x{width}"]:
             found, found_width = rule.nearest(case(direction, N, inp, out, B, width // B), "half")
             assert (found.N, found.in_features, found.out_features) == (N, inp, out)
             assert (found.density, found_width) == (density, width)
@@ -85,7 +85,7 @@ def test_a_gpu_not_measured_gets_half(monkeypatch):
 
 def test_a_gpu_that_cannot_walk_is_not_told_to(monkeypatch):
     """A break-even of 1 that was reached by walking says nothing of a GPU without descriptors."""
-    row = rule.Measured(1024, 640, 2560, 1.0)
+    row = rule.Measured(1024, 640, 2560, 1.0, 1.0)
     monkeypatch.setattr(rule, "nearest", lambda case, kind: (row, 16))
     free = case("grad_values", 1024, 640, 2560, 16)._replace(device=torch.device("cuda"))
     for capability, wins in (((9, 0), True), ((8, 0), False)):
@@ -95,6 +95,27 @@ def test_a_gpu_that_cannot_walk_is_not_told_to(monkeypatch):
         rule._verdict.cache_clear()
         assert said.wins is wins
     assert "times 0.5 on a GPU not measured" in said.why
+
+
+def test_a_copy_made_for_one_product_serves_the_other_where_that_is_faster(monkeypatch):
+    density_alone = {"forward": (0.6, 0.3), "grad_input": (0.4, 0.3)}
+    monkeypatch.setattr(
+        rule, "nearest",
+        lambda case, kind: (rule.Measured(512, 640, 2560, *density_alone[case.direction]), 128),
+    )  # fmt: skip
+
+    def shared(density):
+        # 20 columns; the forward product wins up to 0.6, grad_input up to 0.4, both alone to 0.3
+        found = case("forward", 512, 640, 2560, 32, 4, density=density)
+        chosen = [
+            Choice("triton" if found.density <= density_alone[d][0] else "dense", "")
+            for d in ("forward", "grad_input")
+        ]
+        return shares(found, *chosen)
+
+    assert [shared(d) for d in (0.25, 0.35, 0.5, 0.8)] == [False, False, True, True]
+    sparse_enough = case("forward", 512, 640, 2560, 32, 4, density=0.2)
+    assert not shares(sparse_enough, Choice("triton", ""), Choice("dense", ""))
 
 
 @pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0)])

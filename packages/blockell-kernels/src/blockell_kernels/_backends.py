@@ -152,6 +152,10 @@ class Backend:
         """Whether this backend beats the dense one on this case."""
         return Verdict(False, f"{self.name} is never chosen by itself")
 
+    def beats_copied(self, case: Case) -> bool:
+        """Whether this backend beats the dense product of a weight that is dense already."""
+        return True
+
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         """y [N, R*B], contiguous, from values [R, slots, B, B] and bias [R*B].
 
@@ -229,6 +233,22 @@ def select(case: Case, requested: str = "auto") -> Choice:
         return Choice("dense", f"{sparse} cannot run: {why_not}")
     wins, why = get_backend(sparse).verdict(case)
     return Choice(sparse if wins else "dense", why)
+
+
+def shares(case: Case, forward: Choice, grad_input: Choice) -> bool:
+    """Whether one dense copy of the weight had better serve both products of a training step.
+
+    A product that is chosen sparse by itself may lose to a dense one whose weight the other
+    product has copied already.
+    """
+    names = forward.backend, grad_input.backend
+    if "dense" not in names:
+        return False
+    return not any(
+        get_backend(name).beats_copied(case._replace(direction=direction))
+        for name, direction in zip(names, DIRECTIONS, strict=False)
+        if name != "dense"
+    )
 
 
 def requested_backend(argument: str | None) -> str:

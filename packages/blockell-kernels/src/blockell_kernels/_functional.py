@@ -15,7 +15,7 @@ from blockell_kernels._activation import Activation, check_activation
 from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
 from blockell_kernels._eager import eager_linear, plain
 from blockell_kernels._ops import linear_op
-from blockell_kernels._plan import compute_dtype
+from blockell_kernels._plan import compute_dtype, keeps_copy
 from blockell_kernels._stats import Sample, block_grad_norms_sq
 from blockell_kernels._validation import check_operands
 
@@ -171,6 +171,9 @@ def explain(
 ) -> Explanation:
     """Which backend `block_ell_linear` with the same arguments would use, and why.
 
+    Of each product by itself: a training step takes the dense product for both `forward` and
+    `grad_input` where one copy of the weight for the two is faster; `why` says so then.
+
     Computes nothing; tensors on the "meta" device will do for sizes, but choices are per device.
     """
     slots = col_indices.shape[-1] if num_live is None else num_live
@@ -180,4 +183,18 @@ def explain(
     sizes = (x.numel() // x.shape[-1], R, C, slots, B, row_group)
     requested = requested_backend(backend)
     dtype = compute_dtype(x)
-    return Explanation(*(select(Case(d, x.device, dtype, *sizes), requested) for d in DIRECTIONS))
+    cases = [Case(direction, x.device, dtype, *sizes) for direction in DIRECTIONS]
+    choices = [select(case, requested) for case in cases]
+    if keeps_copy(cases[0], choices[0], choices[1]):
+        choices[:2] = [_shared(choice) for choice in choices[:2]]
+    return Explanation(*choices)
+
+
+def _shared(choice: Choice) -> Choice:
+    """Says of a sparse choice that a training step takes the other product's dense copy."""
+    if choice.backend == "dense":
+        return choice
+    return choice._replace(
+        why=f"{choice.why}; but a training step takes the dense product here, since the other one "
+        "has made a dense copy of the weight"
+    )

@@ -154,7 +154,8 @@ def _middle(
     """(dh, a, dbias1): the input gradient of layer 2, through the activation."""
     plan, values, pattern = second.plan, second.values, second.pattern
     assert values is not None
-    if plan.grad_input_backend.name == "triton" and dy.dtype is plan.dtype:
+    kept = weight is not None and weight[0] is not None
+    if plan.grad_input_backend.name == "triton" and dy.dtype is plan.dtype and not kept:
         from blockell_kernels._triton import _mlp
 
         fused = _mlp.middle(dy, values, pattern, h, activation, keep_a=keep_a, need_bias=need_bias)

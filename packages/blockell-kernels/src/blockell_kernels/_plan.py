@@ -23,9 +23,11 @@ from blockell_kernels._backends import (
     Pattern,
     get_backend,
     select,
+    shares,
     warn_refused,
 )
-from blockell_kernels._dense import WHOLE_GRADIENT_BYTES, DenseBackend
+from blockell_kernels._dense import BACKEND as DENSE
+from blockell_kernels._dense import WHOLE_GRADIENT_BYTES
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
@@ -74,7 +76,7 @@ class Plan:
     grad_input_backend: Backend
     grad_values_backend: Backend
     keeps: bool
-    """Whether forward and grad_input share one dense copy of the weight."""
+    """Whether forward and grad_input share one dense copy of the weight, if it may be kept."""
     forks: bool
     """Whether both gradients are computed at a time where a CUDA graph is captured."""
     requested: str
@@ -102,13 +104,11 @@ class Plan:
             x2d, values = x2d.to(self.dtype), values.to(self.dtype)
             bias = None if bias is None else bias.to(self.dtype)
         weight = None
-        backend = self.forward_backend
         if keep and self.keeps:
-            assert isinstance(backend, DenseBackend)
-            weight = backend.weight(values, pattern)
-            y = backend.forward_by(weight, x2d, bias)
+            weight = DENSE.weight(values, pattern)
+            y = DENSE.forward_by(weight, x2d, bias)
         else:
-            y = backend.forward(x2d, values, bias, pattern)
+            y = self.forward_backend.forward(x2d, values, bias, pattern)
         if given is not self.dtype:
             y = y.to(given)
         # Not `view`: of a view made here autograd allows no change in place.
@@ -181,15 +181,13 @@ class Plan:
     ) -> Tensor:
         """dx, of the shape and dtype that dy's say."""
         assert values is not None
-        backend = self.grad_input_backend
         if weight is not None and weight[0] is not None:
-            assert isinstance(backend, DenseBackend)
-            dx = backend.grad_input_by(weight[0], dy2d)
+            dx = DENSE.grad_input_by(weight[0], dy2d)
             weight[0] = None
         else:
             if values.dtype is not self.dtype:
                 values = values.to(self.dtype)
-            dx = backend.grad_input(dy2d, values, pattern)
+            dx = self.grad_input_backend.grad_input(dy2d, values, pattern)
         if dy.dtype is not self.dtype:
             dx = dx.to(dy.dtype)
         return dx if dy.ndim == 2 else dx.view(*dy.shape[:-1], self.C * self.B)
@@ -263,6 +261,15 @@ def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested
     return plan
 
 
+def keeps_copy(case: Case, forward: Choice, grad_input: Choice) -> bool:
+    """Whether a training step keeps one dense copy of the weight for both products."""
+    return (
+        case.device.type == "cuda"
+        and not KEPT_DENSITY < case.density < PROMISED_DENSITY
+        and shares(case, forward, grad_input)
+    )
+
+
 def forget() -> None:
     """Decide anew from here on."""
     _plans.clear()
@@ -278,14 +285,10 @@ def _make(
     R, C, B, row_group, num_live = sizes
     case = Case("forward", device, dtype, N, R, C, num_live, B, row_group)
     choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
-    keeps = (
-        choices[0].backend == choices[1].backend == "dense"
-        and device.type == "cuda"
-        and not KEPT_DENSITY < case.density < PROMISED_DENSITY
-    )
+    keeps = keeps_copy(case, choices[0], choices[1])
     # A large dense copy must be gone before the weight's gradient is computed, for memory.
     small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES
-    lean = small or "dense" not in (choices[1].backend, choices[2].backend)
+    lean = small or not (keeps or "dense" in (choices[1].backend, choices[2].backend))
     forks = device.type == "cuda" and lean and MIN_FORKED <= N * (R + C) * B <= MAX_FORKED
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)

@@ -5,11 +5,13 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from blockell_kernels import _dense, _plan, block_ell_linear, probe_size
+from blockell_kernels import _backends, _dense, _plan, block_ell_linear, probe_size
 
 FREE = {"B": 16, "R": 8, "C": 6, "K": 3, "N": 70}
 
@@ -125,6 +127,28 @@ def test_large_gradients_are_cut_where_a_step_would_take_more_memory(
     actual = _dense.BACKEND.grad_values(p.dy, p.x, p.pattern)
     assert error(actual, p.expected()["grad_values"]) < 3e-6
     assert not actual[:, K:].any()
+
+
+@pytest.mark.parametrize("sparse", ["forward", "grad_input"])
+def test_one_copy_serves_both_where_one_is_chosen_sparse(make_problem, error, monkeypatch, sparse):
+    """Kept, the copy is used by both; where nothing may be kept, each goes its own way."""
+    problem = make_problem(B=16, R=8, C=6, K=3, N=20)
+    p, q, run = problem, problem.pattern, []
+    plan = _plan._make(torch.float32, p.x.device, 20, (8, 6, 16, 1, 3), "dense")
+    assert plan.keeps
+    triton = _backends.get_backend("triton")
+    plan = dataclasses.replace(plan, **{f"{sparse}_backend": triton})
+    original = getattr(triton, sparse)
+    monkeypatch.setattr(triton, sparse, lambda *a: run.append(sparse) or original(*a))
+    for keep, seen in ((True, []), (False, [sparse])):
+        run.clear()
+        y, weight = plan.forward(p.x, p.values, p.bias, q, keep=keep)
+        needs = (True, True, False)
+        dx, dvalues, _, _ = plan.backward(p.dy, p.x, p.values, q, needs, "none", [weight])
+        assert run == seen
+        expected = p.expected()
+        for name, actual in (("y", y), ("grad_input", dx), ("grad_values", dvalues)):
+            assert error(actual, expected[name]) < 3e-6, name
 
 
 def test_a_large_dense_copy_is_gone_before_the_next_gradient(make_problem):

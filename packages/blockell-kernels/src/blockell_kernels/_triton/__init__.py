@@ -20,7 +20,7 @@ from blockell_kernels._triton import (
     _walk,
 )
 from blockell_kernels._triton._device import INTERPRETED
-from blockell_kernels._triton._rule import arithmetic, verdict
+from blockell_kernels._triton._rule import arithmetic, beats_copied, verdict
 from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
 
@@ -49,6 +49,9 @@ class TritonBackend(Backend):
         if tuned is not None:
             return tuned
         return verdict(case)
+
+    def beats_copied(self, case: Case) -> bool:
+        return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         case = _case("forward", x, pattern)

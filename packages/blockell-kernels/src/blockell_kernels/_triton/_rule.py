@@ -2,10 +2,10 @@
 
 Legend: B tile side, N tokens; width: outputs that share a column list (row_group*B).
 
-For every direction, arithmetic, tile and width, `break_even.json` holds the density up to which the
-sparse kernel was faster than scattering the weight and multiplying densely, at each measured
-(N, in, out). A case takes the number of the nearest of them, in octaves. `benchmarks/grid_gpu.py`
-measures, `benchmarks/break_even.py` writes the file.
+For every direction, arithmetic, tile and width, `break_even.json` holds the densities up to which
+the sparse kernel was faster than scattering the weight and multiplying densely, and than
+multiplying alone, at each measured (N, in, out). A case takes the numbers of the nearest of them,
+in octaves. `benchmarks/grid_gpu.py` measures, `benchmarks/break_even.py` writes the file.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ the density up to which the measured one took kernels that they run, too."""
 
 
 class Measured(NamedTuple):
-    """The break-even density at one shape."""
+    """The break-even densities at one shape."""
 
     N: int
     in_features: int
     out_features: int
     density: float
+    alone: float
+    """The density up to which it beats a dense product whose weight need not be copied."""
 
 
 @cache
@@ -69,6 +71,17 @@ def nearest(case: Case, kind: str) -> tuple[Measured, int] | None:
 def verdict(case: Case) -> Verdict:
     """Whether the sparse kernel beats the dense product on this case, and by which measurement."""
     return _verdict(case, arithmetic(case))
+
+
+def beats_copied(case: Case) -> bool:
+    """Whether the sparse kernel beats a dense product whose weight is dense already.
+
+    True where that was not measured: nothing is then changed for the sake of a shared copy.
+    """
+    if case.device.type == "cuda" and capability(case.device) != (9, 0):
+        return True
+    found = nearest(case, arithmetic(case))
+    return found is None or case.density <= found[0].alone
 
 
 @lru_cache(maxsize=4096)
