@@ -83,10 +83,14 @@ def all_of(functions):
     return lambda: [function() for function in functions.values()]
 
 
+def plan_of(problem: Problem):
+    p, x = problem.pattern, problem.x
+    return plan_for(x, x.shape[0], (p.R, p.C, p.B, p.row_group, p.num_live), "auto")
+
+
 def layer(problem: Problem):
     """The three products of a training step as the operator runs them."""
-    p, t = problem.pattern, problem
-    plan = plan_for(t.x, t.x.shape[0], (p.R, p.C, p.B, p.row_group, p.num_live), "auto")
+    p, t, plan = problem.pattern, problem, plan_of(problem)
 
     def step():
         y, weight = plan.forward(t.x, t.values, None, p, keep=True)
@@ -101,13 +105,21 @@ def choices(problem: Problem) -> dict[str, str]:
     return {d: select(Case(d, x.device, x.dtype, *sizes)).backend for d in DIRECTIONS}
 
 
+def layer_choices(problem: Problem) -> str:
+    """What the products of a training step run by: a copy of the weight serves two of them."""
+    names = choices(problem)
+    if plan_of(problem).keeps:
+        names |= {"forward": "dense", "grad_input": "dense"}
+    return "/".join(names.values())
+
+
 def measure(problem: Problem, rep_ms: int, bsr: bool, layers_only: bool):
     """Rows of one problem: the three products and the layer."""
     chosen = choices(problem)
     if layers_only:
         dense = all_of({d: problem.dense_product(d) for d in DIRECTIONS})
         auto, whole = microseconds(layer(problem), rep_ms), microseconds(dense, rep_ms)
-        yield row(problem, "layer", "/".join(chosen.values()), auto, [None], [None], whole)
+        yield row(problem, "layer", layer_choices(problem), auto, [None], [None], whole)
         return
     sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))
     fallback = products(problem, dict.fromkeys(DIRECTIONS, "dense"))
@@ -133,8 +145,7 @@ def measure(problem: Problem, rep_ms: int, bsr: bool, layers_only: bool):
         ) | {"sparse_tflops": flops / sparse_us[0] / 1e6, "bsr_us": bsr_us, "error": error}
     auto = microseconds(layer(problem), rep_ms)
     whole = microseconds(all_of(dense), rep_ms)
-    names = "/".join(chosen.values())
-    yield row(problem, "layer", names, auto, [totals["sparse"]], [None], whole)
+    yield row(problem, "layer", layer_choices(problem), auto, [totals["sparse"]], [None], whole)
 
 
 def row(problem, direction, chosen, auto, sparse, fallback, dense) -> dict[str, object]:
