@@ -30,7 +30,7 @@ def test_scatter_writes_every_element(make_problem, shape, dtype):
     assert torch.equal(dense, _dense.to_dense(problem.values, problem.pattern))
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s["B"] >= 16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_large_weights_are_written_once(make_problem, monkeypatch, shape):
     monkeypatch.setattr(_blocks, "_LARGE_WEIGHT", 0)
     problem = make_problem(**shape, dtype=torch.bfloat16)
