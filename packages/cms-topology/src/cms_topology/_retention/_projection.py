@@ -59,6 +59,8 @@ class ProjectionBatch:
         self.last_drift = torch.zeros_like(self.scale)
         self._complete = self.vectors.shape[3] >= self.vectors.shape[2]
         """No direction is outside of U."""
+        self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
+        """Weights are written as they were computed, not rounded."""
 
     def states(self) -> list[WeightState]:
         """What is known of each weight matrix now; views, not copies."""
@@ -138,9 +140,10 @@ class ProjectionBatch:
             if not self._complete:
                 now = now + moved * _per_row(outside - 1, C)
         self.last_drift.copy_((self.debt + drift(self.spectrum, energy)) / self.scale)
-        self._write(self._plus_back(now if taken is None else now - taken, difference))
+        result = self._plus_back(now if taken is None else now - taken, difference)
+        self._write(result)
         if eps is not None:
-            self.reference.copy_(self.read())
+            self.reference.copy_(result if self._exact else self.read())
 
     @torch.no_grad()
     def measure(self) -> Tensor:

@@ -41,13 +41,14 @@ def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor) 
     Returns:
         float64 [L].
     """
-    s, e = spectrum.double(), energy.double()
+    s = spectrum.double().flatten(1)
+    inside = s * energy.double().flatten(1)
+    both = torch.stack((inside, inside * s))
     lam = start.double()
     for _ in range(ITERATIONS):
-        shrunk = 1 / (1 + lam[:, None, None] * s)
-        inside = s * e * shrunk.square()
-        D = inside.sum((1, 2))
-        Q = (inside * s * shrunk).sum((1, 2))
+        shrunk = (1 + lam[:, None] * s).reciprocal()
+        squared = shrunk.square()
+        D, Q = (both * torch.stack((squared, squared * shrunk))).sum(2)
         step = D * ((D / budget).sqrt() - 1) / Q
         # where nothing drifts, 0/0: no step
         lam = (lam + torch.where(Q > 0, step, 0.0)).clamp(min=0)
