@@ -1,9 +1,13 @@
 """Shared fixtures: models small enough for one core."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 
 from titanmac_integration import TitanMACConfig
 
@@ -29,3 +33,25 @@ def tiny_config() -> Callable[..., TitanMACConfig]:
         return TitanMACConfig(**{**TINY, **changes})
 
     return make
+
+
+@pytest.fixture
+def assert_agrees() -> Callable[[str], None]:
+    """Runs a check of Triton kernels in a process of its own, in the interpreter without a GPU.
+
+    The check takes a device from ``sys.argv`` and prints "agrees".
+    """
+
+    def run(check: str) -> None:
+        pytest.importorskip("triton")
+        gpu = torch.cuda.is_available()
+        done = subprocess.run(
+            [sys.executable, "-c", check, "cuda" if gpu else "cpu"],
+            env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.strip() == "agrees", done.stderr[-2000:]
+
+    return run

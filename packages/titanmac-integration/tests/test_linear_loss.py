@@ -1,8 +1,5 @@
 """The loss without logits is the loss with logits, gradients included."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -149,19 +146,9 @@ print("agrees")
 """
 
 
-def test_the_kernel_agrees_with_torch() -> None:
+def test_the_kernel_agrees_with_torch(assert_agrees: Callable[[str], None]) -> None:
     """In Triton's interpreter where there is no GPU."""
-    pytest.importorskip("triton")
-    gpu = torch.cuda.is_available()
-    environment = os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"})
-    run = subprocess.run(
-        [sys.executable, "-c", CHECK, "cuda" if gpu else "cpu"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout.strip() == "agrees", run.stderr[-2000:]
+    assert_agrees(CHECK)
 
 
 def test_the_gradient_of_a_row_takes_the_place_of_its_logits() -> None:

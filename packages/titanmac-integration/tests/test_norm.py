@@ -1,10 +1,7 @@
 """RMS normalisation by the kernels is torch's."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
-import pytest
 import torch
 
 from titanmac_integration._norm import NormBeforeLinear
@@ -37,18 +34,9 @@ print("agrees")
 """
 
 
-def test_the_kernels_agree_with_torch() -> None:
+def test_the_kernels_agree_with_torch(assert_agrees: Callable[[str], None]) -> None:
     """Values, first and second derivatives; in Triton's interpreter where there is no GPU."""
-    pytest.importorskip("triton")
-    gpu = torch.cuda.is_available()
-    run = subprocess.run(
-        [sys.executable, "-c", CHECK, "cuda" if gpu else "cpu"],
-        env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout.strip() == "agrees", run.stderr[-2000:]
+    assert_agrees(CHECK)
 
 
 def test_on_a_cpu_it_is_torchs_norm_to_the_bit() -> None:

@@ -1,10 +1,7 @@
 """Rotary positions: rotations of pairs, by angles that only differences of positions decide."""
 
-import os
-import subprocess
-import sys
+from collections.abc import Callable
 
-import pytest
 import torch
 
 from titanmac_integration._rotary import rotary_table, rotate
@@ -73,15 +70,6 @@ print("agrees")
 """
 
 
-def test_the_kernel_agrees_with_torch() -> None:
+def test_the_kernel_agrees_with_torch(assert_agrees: Callable[[str], None]) -> None:
     """Values, first and second derivatives; in Triton's interpreter where there is no GPU."""
-    pytest.importorskip("triton")
-    gpu = torch.cuda.is_available()
-    run = subprocess.run(
-        [sys.executable, "-c", CHECK, "cuda" if gpu else "cpu"],
-        env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert run.stdout.strip() == "agrees", run.stderr[-2000:]
+    assert_agrees(CHECK)

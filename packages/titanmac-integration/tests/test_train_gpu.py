@@ -19,6 +19,8 @@ from titanmac_integration._config import TitanMACConfig
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+    # the compiler recommends TF32 to whoever compiles single precision
+    pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning"),
 ]
 STEPS, TAKEN = 40, 20
 SETTINGS = {

@@ -10,10 +10,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titanmac_integration import _loss_kernels, _norm_kernels, _rotary_kernels
+from titanmac_integration import _loss_kernels, _norm_kernels, _rotary_kernels, _window_kernels
 
-FLOATS = {"eps": "fp32", "z_weight": "fp32"}
-ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xy" for of in ("batch", "row", "head"))}
+FLOATS = dict.fromkeys(("eps", "z_weight", "scale", "natural"), "fp32")
+ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xyqkvogd" for of in ("batch", "row", "head"))}
 BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
 
@@ -47,6 +47,13 @@ def cases():
     pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
     constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
     yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16
+    tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
+    window = {f"{name}_ptr": BF16 for name in tensors} | {"log_ptr": FP32, "delta_ptr": FP32}
+    for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):
+        tiles = dict(getattr(_window_kernels, name))
+        kernel = getattr(_window_kernels, f"_{name.lower()}")
+        sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
+        yield name, kernel, window, sizes, tiles["num_warps"]
 
 
 for name, kernel, pointers, constants, warps in cases():

@@ -9,8 +9,6 @@ Legend: S batch, T tokens, N rows that predict, S (T - 1), D width, V vocabulary
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
@@ -18,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._inputs import IGNORE_INDEX
+from ._triton import has_triton
 
 CHUNK_BYTES = 2**30
 """Logits that exist at a time; smaller chunks cost passes over the gradient of the head."""
@@ -71,14 +70,9 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, z_weight: float, gradient
     return log_sums
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _on_gpu(logits: Tensor) -> bool:
     """Whether the Triton kernel takes these logits."""
-    return logits.is_cuda and logits.dtype != torch.float64 and _has_triton()
+    return logits.is_cuda and logits.dtype != torch.float64 and has_triton()
 
 
 class _LinearLoss(torch.autograd.Function):

@@ -5,13 +5,13 @@ Zhang and Sennrich 2019, "Root Mean Square Layer Normalization". Legend: N rows,
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
+
+from ._triton import has_triton
 
 
 class NormBeforeLinear(nn.RMSNorm):
@@ -33,16 +33,11 @@ class NormBeforeLinear(nn.RMSNorm):
         return normed
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _on_gpu(x: Tensor) -> bool:
     """Whether the Triton kernels take ``x``; compiled, torch fuses the norm itself."""
     if torch.compiler.is_compiling() or not x.is_cuda:
         return False
-    return x.dtype != torch.float64 and _has_triton()
+    return x.dtype != torch.float64 and has_triton()
 
 
 class _Norm(torch.autograd.Function):

@@ -7,12 +7,12 @@ Legend: S batch, L rows, n parts of a projection, H heads, D head width.
 
 from __future__ import annotations
 
-import functools
-import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ._triton import has_triton
 
 Rotary = tuple[Tensor, Tensor]
 """Cosines and sines of some positions, [positions, 1, 1, D] each; see :func:`rotate`."""
@@ -55,16 +55,11 @@ def turned_parts(heads: Tensor, rotary: Rotary) -> tuple[Tensor, ...]:
     return tuple(part.transpose(1, 2) for part in parts)
 
 
-@functools.cache
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
 def _on_gpu(heads: Tensor) -> bool:
     """Whether the Triton kernel takes these heads."""
     if torch.compiler.is_compiling() or not heads.is_cuda:
         return False
-    return heads.dtype != torch.float64 and _has_triton()
+    return heads.dtype != torch.float64 and has_triton()
 
 
 class _Turn(torch.autograd.Function):

@@ -4,15 +4,22 @@ Legend: S batch, P persistent tokens, T tokens of the sequence, H heads, D head 
 Rows of queries, keys and values are the P persistent tokens, then the T tokens.
 """
 
-from typing import NamedTuple
+from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from ._triton import has_triton
 
 DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
 """Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
 SMALLEST_BLOCK = 64
+KERNEL_WIDTHS = (16, 32, 64, 128)
+"""Widths of heads that the Triton kernels take."""
 
 
 class WindowPlan(NamedTuple):
@@ -101,6 +108,49 @@ def window_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, dropout: float
 ) -> Tensor:
     """Causal window attention in time and memory O(T window): [S, H, P + T, D], all of them."""
+    if _on_gpu(query, dropout):
+        out: Tensor = _Attend.apply(query, key, value, plan)
+        return out
+    return _by_torch(query, key, value, plan, dropout)
+
+
+def _on_gpu(query: Tensor, dropout: float) -> bool:
+    """Whether the Triton kernels take these queries: half precision, without dropout."""
+    if torch.compiler.is_compiling() or not query.is_cuda or dropout > 0:
+        return False
+    half = query.dtype in (torch.bfloat16, torch.float16)
+    return half and query.shape[-1] in KERNEL_WIDTHS and has_triton()
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan) -> Tensor:
+        from ._window_kernels import attend
+
+        out, log = attend(query, key, value, plan.window, plan.n_persistent)
+        ctx.save_for_backward(query, key, value, out, log)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        query, key, value, out, log = ctx.saved_tensors
+        plan: WindowPlan = ctx.plan
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            inputs = (query, key, value)
+            with sdpa_kernel(SDPBackend.MATH):
+                again = _by_torch(*inputs, plan, 0.0)
+            return *torch.autograd.grad(again, inputs, grad, create_graph=True), None
+        from ._window_kernels import attend_backward
+
+        sizes = (plan.window, plan.n_persistent)
+        return *attend_backward(grad, query, key, value, out, log, *sizes), None
+
+
+def _by_torch(
+    query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, dropout: float
+) -> Tensor:
+    """One masked call, or one for the first block and one for all others."""
     head = plan.n_persistent + plan.block
     first = functional.scaled_dot_product_attention(
         query[:, :, :head],
