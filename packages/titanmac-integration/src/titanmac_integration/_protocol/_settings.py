@@ -135,7 +135,7 @@ SETTINGS = {
             },
             first_swaps=True,
             tasks=("arithmetic", "prose"),
-            steps=(800, 400),
+            steps=(1200, 400),
             lr=(3e-3,),
             batch_size=(24,),
         ),
