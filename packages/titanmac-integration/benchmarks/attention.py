@@ -1,10 +1,11 @@
-"""Window attention: blocks against one masked call, plain causal attention and FlexAttention.
+"""Window attention: the kernels against masked calls of torch's and plain causal attention.
 
     python benchmarks/attention.py --out out
 
-Forward and backward in bfloat16, 10 heads of width 64, 16 persistent tokens. Every way is compared
-with the masked call before it is timed; plain causal attention computes something else and is there
-as a yardstick. One JSON line per cell goes to OUT/attention.jsonl.
+Forward and backward in bfloat16, 10 heads of width 64, 16 persistent tokens, replayed from a CUDA
+graph. Every way is compared with the masked call before it is timed; plain causal attention
+computes something else and is there as a yardstick. FlexAttention compiles for each shape and runs
+on request only. One JSON line per cell goes to OUT/attention.jsonl.
 """
 
 from __future__ import annotations
@@ -15,10 +16,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from step_parts import graph_ms
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from titanmac_integration._window import WindowPlan, attention_mask, near_mask, window_attention
+from titanmac_integration._window import (
+    WindowPlan,
+    _by_torch,
+    attention_mask,
+    near_mask,
+    window_attention,
+)
 
 HEADS, WIDTH, PERSISTENT = 10, 64, 16
 CELLS = [(8, 1024, 512), (8, 2048, 512), (8, 4096, 512), (8, 4096, 128), (2, 16384, 512)]
@@ -32,51 +40,57 @@ def block_plan(tokens: int, window: int) -> WindowPlan:
     return WindowPlan(P, window, window, first, functional.pad(near, (P, 0), value=True))
 
 
-def ways(tokens: int, window: int) -> dict[str, Callable]:
+def ways(tokens: int, window: int, flex: bool) -> dict[str, Callable]:
     mask = attention_mask(tokens, window_size=window, n_persistent=PERSISTENT, device="cuda")
     plan = block_plan(tokens, window)
 
-    def visible(batch, head, row, column):
-        near = (row >= column) & (row - column < window) & (row >= PERSISTENT)
-        return near | (column < PERSISTENT)
-
-    length = PERSISTENT + tokens
-    sparse = create_block_mask(visible, None, None, length, length, device="cuda")
-    flex = torch.compile(flex_attention, dynamic=False)
     sdpa = functional.scaled_dot_product_attention
-    return {
+    found: dict[str, Callable] = {
         "one masked call": lambda q, k, v: sdpa(q, k, v, attn_mask=mask),
-        "blocks": lambda q, k, v: window_attention(q, k, v, plan, 0.0),
-        "flex, compiled": lambda q, k, v: flex(q, k, v, block_mask=sparse),
+        "blocks": lambda q, k, v: _by_torch(q, k, v, plan, 0.0),
+        "kernels": lambda q, k, v: window_attention(q, k, v, plan, 0.0),
         "plain causal": lambda q, k, v: sdpa(q, k, v, is_causal=True),
     }
+    if flex:
+
+        def visible(batch, head, row, column):
+            near = (row >= column) & (row - column < window) & (row >= PERSISTENT)
+            return near | (column < PERSISTENT)
+
+        length = PERSISTENT + tokens
+        sparse = create_block_mask(visible, None, None, length, length, device="cuda")
+        compiled = torch.compile(flex_attention, dynamic=False)
+        found["flex, compiled"] = lambda q, k, v: compiled(q, k, v, block_mask=sparse)
+    return found
 
 
 def measure(way: Callable, tensors: list[torch.Tensor], grad: torch.Tensor) -> dict:
-    for _ in range(3):
-        way(*tensors).backward(grad)
+    def both() -> None:
+        torch.autograd.grad(way(*tensors), tensors, grad)
+
+    def forward() -> None:
+        with torch.no_grad():
+            way(*tensors)
+
+    both()
     torch.cuda.synchronize()
     base = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(15):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        way(*tensors).backward(grad)
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end))
-    times.sort()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - base) >> 20
+    runs = sorted(graph_ms(both, 20) for _ in range(5))
     return {
-        "p20_ms": round(times[3], 3),
-        "p50_ms": round(times[7], 3),
-        "p80_ms": round(times[11], 3),
-        "peak_mib": (torch.cuda.max_memory_allocated() - base) >> 20,
+        "forward_ms": graph_ms(forward, 20),
+        "both_ms": runs[2],
+        "both_lowest_ms": runs[0],
+        "both_highest_ms": runs[-1],
+        "peak_mib": peak,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--flex", action="store_true", help="FlexAttention, too")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -88,7 +102,7 @@ def main() -> None:
         ]
         grad = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
         expected = None
-        for name, way in ways(tokens, window).items():
+        for name, way in ways(tokens, window, options.flex).items():
             row = {"batch": batch, "tokens": tokens, "window": window, "way": name}
             try:
                 with torch.no_grad():

@@ -26,11 +26,15 @@ from titanmac_integration._window import window_attention
 
 KINDS = {
     "optimizer": ("adam", "fused_adam"),
-    "attention": ("fmha", "flash", "attention", "mem_eff", "efficient"),
+    "attention": ("window_", "fmha", "flash", "attention", "mem_eff", "efficient", "sdpa"),
+    "rotary": ("rotary_",),
     "softmax and loss": ("softmax", "nll", "cross_entropy", "loss"),
     "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce"),
-    "block-sparse": ("block", "grad_values", "grad_input", "forward", "few_", "strip"),
-    "norm": ("norm", "rms"),
+    "norm": ("norm_", "rms"),
+    "block-sparse": (
+        *("block_", "grad_values", "grad_input", "gradient_tiles", "reduce_parts"),
+        *("forward_", "few_", "strip", "walk"),
+    ),
     "embedding": ("embedding", "index", "scatter", "sort"),
     "copy and cast": ("copy", "memcpy", "memset", "fill", "cat"),
     "elementwise": ("elementwise", "reduce", "gelu"),
@@ -56,6 +60,7 @@ def by_kernel(step: Callable[[], object], steps: int) -> list[tuple[str, float, 
         (event.key, event.self_device_time_total / 1e3 / steps, event.count // steps)
         for event in profiler.key_averages()
         if event.device_type == torch.autograd.DeviceType.CUDA
+        and not event.key.startswith("Optimizer.")  # a range around kernels, not one of them
     ]
     return sorted(kernels, key=lambda kernel: -kernel[1])
 

@@ -37,13 +37,13 @@ def cases():
     for back in (False, True):
         pointers = {"x_ptr": BF16, "y_ptr": BF16, "cos_ptr": FP32, "sin_ptr": FP32}
         constants = {"HALF": 32, "BACK": back, "ROWS": _rotary_kernels.ROWS, "BLOCK": 32}
-        yield f"turn back={back}", _rotary_kernels._turn, pointers, constants, 4
+        yield f"turn back={back}", _rotary_kernels._rotary_turn, pointers, constants, 4
     constants = {"D": 640, "BLOCK": 1024}
     pointers = {"x_ptr": FP32, "weight_ptr": FP32, "y_ptr": BF16, "scale_ptr": FP32}
-    yield "norm", _norm_kernels._forward, pointers, constants, 4
+    yield "norm", _norm_kernels._norm_forward, pointers, constants, 4
     pointers = {"grad_ptr": BF16, "x_ptr": FP32, "weight_ptr": FP32, "scale_ptr": FP32}
     pointers |= {"grad_x_ptr": FP32, "parts_ptr": FP32}
-    yield "norm, backward", _norm_kernels._backward, pointers, constants, 4
+    yield "norm, backward", _norm_kernels._norm_backward, pointers, constants, 4
     pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
     constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
     yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16
@@ -51,7 +51,7 @@ def cases():
     window = {f"{name}_ptr": BF16 for name in tensors} | {"log_ptr": FP32, "delta_ptr": FP32}
     for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):
         tiles = dict(getattr(_window_kernels, name))
-        kernel = getattr(_window_kernels, f"_{name.lower()}")
+        kernel = getattr(_window_kernels, f"_window_{name.lower()}")
         sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
         yield name, kernel, window, sizes, tiles["num_warps"]
 

@@ -11,7 +11,7 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
@@ -23,7 +23,7 @@ def _forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: t
 
 
 @triton.jit
-def _backward(
+def _norm_backward(
     grad_ptr,  # [N, D]
     x_ptr,  # [N, D]
     weight_ptr,  # [D]
@@ -63,7 +63,7 @@ def normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tupl
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
-        _forward[(rows,)](
+        _norm_forward[(rows,)](
             x, weight, normed, scales, eps, D=width, BLOCK=triton.next_power_of_2(width)
         )
     return normed, scales
@@ -78,7 +78,7 @@ def normalise_backward(
     programs = min(PROGRAMS, max(1, len(scales)))
     grad_x = torch.empty_like(x)
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _backward[(programs,)](
+    _norm_backward[(programs,)](
         grad,
         x,
         weight,

@@ -14,7 +14,7 @@ ROWS = 64
 
 
 @triton.jit
-def _turn(
+def _rotary_turn(
     x_ptr,  # [S, L, H, D], D contiguous
     y_ptr,  # [S, L, H, D], D contiguous
     cos_ptr,  # float32 [L, D]
@@ -62,7 +62,7 @@ def turn(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor, *, back: bool) -> No
     if x.stride(3) != 1:
         x = x.contiguous()  # gradients of a reduction come with stride 0
     half = D // 2
-    _turn[(triton.cdiv(S * L * H, ROWS),)](
+    _rotary_turn[(triton.cdiv(S * L * H, ROWS),)](
         x,
         into,
         cos,

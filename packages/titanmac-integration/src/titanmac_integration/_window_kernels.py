@@ -68,7 +68,7 @@ def _query_step(
 
 
 @triton.jit
-def _forward(
+def _window_forward(
     q_ptr, k_ptr, v_ptr, out_ptr, log_ptr, scale, H, L, P, W,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
@@ -134,14 +134,14 @@ def _grad_query_step(
 
 
 @triton.jit
-def _grad_query(
+def _window_grad_query(
     q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_ptr, delta_ptr, grad_q_ptr,
     scale, natural, H, L, P, W,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     g_batch, g_head, g_row, d_batch, d_head, d_row,
     M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
 ):  # fmt: skip
-    """Also leaves sum(out * grad) of each row in delta, for `_grad_key`."""
+    """Also leaves sum(out * grad) of each row in delta, for `_window_grad_key`."""
     start = tl.program_id(1) * M
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // H, pair % H
@@ -173,7 +173,7 @@ def _grad_query(
 
 
 @triton.jit
-def _grad_key(
+def _window_grad_key(
     q_ptr, k_ptr, v_ptr, grad_ptr, log_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
     scale, natural, H, L, P, W,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
@@ -236,7 +236,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, window: int, persistent: int) -> tup
     strides = [n for x in (q, k, v, out) for n in x.stride()[:3]]
     scale = D**-0.5 * LOG2_E
     grid = (S * H, triton.cdiv(L, FORWARD["M"]))
-    _forward[grid](q, k, v, out, log, scale, H, L, persistent, window, *strides, D=D, **FORWARD)
+    _window_forward[grid](
+        q, k, v, out, log, scale, H, L, persistent, window, *strides, D=D, **FORWARD
+    )
     return out, log
 
 
@@ -262,12 +264,12 @@ def attend_backward(
         return [n for x in tensors for n in x.stride()[:3]]
 
     grid = (S * H, triton.cdiv(L, GRAD_QUERY["M"]))
-    _grad_query[grid](
+    _window_grad_query[grid](
         q, k, v, out, grad, log, delta, grads[0], scale, natural, H, L, persistent, window,
         *strides(q, k, v, out, grad, grads[0]), D=D, **GRAD_QUERY,
     )  # fmt: skip
     grid = (S * H, triton.cdiv(L, GRAD_KEY["N"]))
-    _grad_key[grid](
+    _window_grad_key[grid](
         q, k, v, grad, log, delta, grads[1], grads[2], scale, natural, H, L, persistent, window,
         *strides(q, k, v, grad, grads[1]), D=D, **GRAD_KEY,
     )  # fmt: skip
