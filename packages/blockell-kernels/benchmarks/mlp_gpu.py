@@ -116,6 +116,7 @@ def measure(p: Problem, compiled_dense, compiled_ours, rep_ms: int, quick: bool)
         try:
             step()
             torch.cuda.synchronize()
+            time.sleep(0.05)  # until autograd's thread has let go of what it held
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
             kept = step()

@@ -39,21 +39,25 @@ def test_table_is_complete_and_sane():
         keys = [k for k in table["rows"] if k.startswith(f"{direction} {kind} {B}x")]
         assert f"{direction} {kind} {B}x{B}" in keys
         for key in keys:
-            for N, inp, out, density, alone in table["rows"][key]:
+            for N, inp, out, *limits in table["rows"][key]:
                 assert N >= 1
                 assert inp % B == 0
                 assert out % B == 0
-                assert 0 <= alone <= density <= 1
+                assert len(limits) == 2
+                for rising in limits:
+                    assert rising
+                    assert sorted(rising) == rising
+                    assert 0 <= rising[0] <= rising[-1] <= 1
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
 def test_measured_shapes_are_found_again(direction):
     rows = rule.table()["rows"]
     for B, width in ((128, 128), (16, 128), (16, 16)):
-        for N, inp, out, density, _ in rows[f"{direction} half {B}x{width}"]:
+        for N, inp, out, copied, _ in rows[f"{direction} half {B}x{width}"]:
             found, found_width = rule.nearest(case(direction, N, inp, out, B, width // B), "half")
             assert (found.N, found.in_features, found.out_features) == (N, inp, out)
-            assert (found.density, found_width) == (density, width)
+            assert (found.copied, found_width) == (copied, width)
 
 
 def test_a_group_takes_the_widest_measured_width_below_it():
@@ -83,9 +87,25 @@ def test_a_gpu_not_measured_gets_half(monkeypatch):
     assert "times 0.5 on a GPU not measured" in said.why
 
 
+def test_a_kernel_for_more_blocks_may_win_again(monkeypatch):
+    row = rule.Measured(1024, 640, 2560, [0.1, 0.3, 0.7], [0.0, 0.4])
+    monkeypatch.setattr(rule, "nearest", lambda case, kind: (row, 16))
+    said = {}
+    rule._verdict.cache_clear()
+    for density in (0.1, 0.2, 0.5, 0.8):
+        found = case("grad_values", 1024, 640, 2560, 16, density=density)
+        said[density] = rule._verdict(found, "half")
+        assert rule.beats_copied(found) is (density >= 0.5)
+    rule._verdict.cache_clear()
+    assert [verdict.wins for verdict in said.values()] == [True, False, True, False]
+    starts = ["0.10 <= 0.10", "0.20 > 0.10", "0.50 <= 0.70", "0.80 > 0.70"]
+    for verdict, start in zip(said.values(), starts, strict=True):
+        assert verdict.why.startswith(f"density {start}, ")
+
+
 def test_a_gpu_that_cannot_walk_is_not_told_to(monkeypatch):
     """A break-even of 1 that was reached by walking says nothing of a GPU without descriptors."""
-    row = rule.Measured(1024, 640, 2560, 1.0, 1.0)
+    row = rule.Measured(1024, 640, 2560, [1.0], [1.0])
     monkeypatch.setattr(rule, "nearest", lambda case, kind: (row, 16))
     free = case("grad_values", 1024, 640, 2560, 16)._replace(device=torch.device("cuda"))
     for capability, wins in (((9, 0), True), ((8, 0), False)):
@@ -101,8 +121,11 @@ def test_a_copy_made_for_one_product_serves_the_other_where_that_is_faster(monke
     density_alone = {"forward": (0.6, 0.3), "grad_input": (0.4, 0.3)}
     monkeypatch.setattr(
         rule, "nearest",
-        lambda case, kind: (rule.Measured(512, 640, 2560, *density_alone[case.direction]), 128),
+        lambda case, kind: (measured(*density_alone[case.direction]), 128),
     )  # fmt: skip
+
+    def measured(copied, alone):
+        return rule.Measured(512, 640, 2560, [copied], [alone])
 
     def shared(density):
         # 20 columns; the forward product wins up to 0.6, grad_input up to 0.4, both alone to 0.3

@@ -74,10 +74,13 @@ def gradient_and_activation(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dh, a, sum of dh over the tokens) from the gradient of a and h [N, width].
 
-    On the GPU in one pass. None for what is not asked for.
+    On the GPU in one pass, dh in the memory of da, which is not to be used afterwards. None for
+    what is not asked for.
     """
     if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
-        dh, a, total = kernels.gradient(da, h, activation, recompute=recompute, need_sum=need_sum)
+        dh, a, total = kernels.gradient(
+            da, h, activation, recompute=recompute, need_sum=need_sum, overwrite=True
+        )
         return dh, a, None if total is None else total.to(h.dtype)
     dh = activation_gradient(da, h, activation)
     a = activate(h, activation) if recompute else None

@@ -50,6 +50,14 @@ def test_values_and_slopes(error, name, dtype):
     assert torch.equal(again, a)
     assert torch.equal(total, dh.float())
     assert torch.equal(_activate.gradient(da, h, name, recompute=False)[0], dh)
+    kept = (again.clone(), total.clone())
+    over, again, total = _activate.gradient(
+        da, h, name, recompute=True, need_sum=True, overwrite=True
+    )
+    assert over.data_ptr() == da.data_ptr()
+    assert torch.equal(over, dh)
+    assert torch.equal(again, kept[0])
+    assert torch.equal(total, kept[1])
     # near zero and in the tails, where a norm sees nothing
     worst = (a.cpu().double() - activate(h64, name)).abs().max()
     assert worst < 9 * 2 * TOLERANCE[dtype]

@@ -45,13 +45,21 @@ def activate(h: Tensor, activation: str) -> Tensor:
 
 @on_its_device
 def gradient(
-    da: Tensor, h: Tensor, activation: str, *, recompute: bool, need_sum: bool = False
+    da: Tensor,
+    h: Tensor,
+    activation: str,
+    *,
+    recompute: bool,
+    need_sum: bool = False,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dh, a, sum of dh over the tokens) for contiguous operands [..., width].
 
-    None for what is not asked for; the sum is float32 [width].
+    None for what is not asked for; the sum is float32 [width]. `overwrite`: dh may take da's
+    memory, which works because a program reads an element of da before it writes that of dh.
     """
-    dh, width = torch.empty_like(h), h.shape[-1]
+    dh = da if overwrite and da.dtype is h.dtype else torch.empty_like(h)
+    width = h.shape[-1]
     a = torch.empty_like(h) if recompute else None
     if not h.numel():
         zeros = torch.zeros(width, dtype=torch.float32, device=h.device)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from blockell_kernels._triton._device import dot_precision, upcast
-from blockell_kernels._triton._tiling import Tiling
 
 
-def arithmetic(t: Tensor, tiling: Tiling) -> dict[str, Any]:
+class Pipelined(Protocol):
+    """A way to run a product: `Tiling`, `Walk`, `Strip`."""
+
+    @property
+    def warps(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+
+
+def arithmetic(t: Tensor, tiling: Pipelined) -> dict[str, Any]:
     """Launch options of a product of operands like `t`."""
     return {
         "PRECISION": dot_precision(t.dtype, t.device),

@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Pattern
+from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
-    dot_precision,
     num_sms,
     on_its_device,
-    upcast,
 )
 from blockell_kernels._triton._few_tokens_kernels import (
     add_parts,
@@ -171,10 +170,7 @@ def forward(
         BK=strip.BK,
         EVEN=depth % (steps * strip.BK) == 0,
         HAS_BIAS=bias is not None and parts == 1,
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=strip.warps,
-        num_stages=strip.stages,
+        **arithmetic(x, strip),
     )
     if parts > 1:
         add_parts_of(target, bias, y)
@@ -208,10 +204,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, strip: Strip) -> Te
         BN=max(BN, 16),
         BN_LIVE=BN,
         BK=strip.BK,
-        PRECISION=dot_precision(dy.dtype, dy.device),
-        UPCAST=upcast(dy),
-        num_warps=strip.warps,
-        num_stages=strip.stages,
+        **arithmetic(dy, strip),
     )
     if parts > 1:
         add_parts_of(target, None, dx)
@@ -245,10 +238,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, strip: Strip) -> Tensor
         BR_LIVE=BR,
         KB=KB,
         BM=_token_tile(x.shape[0]),
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=strip.warps,
-        num_stages=strip.stages,
+        **arithmetic(x, strip),
     )
     return out
 

@@ -4,8 +4,9 @@ Legend: B tile side, N tokens; width: outputs that share a column list (row_grou
 
 For every direction, arithmetic, tile and width, `break_even.json` holds the densities up to which
 the sparse kernel was faster than scattering the weight and multiplying densely, and than
-multiplying alone, at each measured (N, in, out). A case takes the numbers of the nearest of them,
-in octaves. `benchmarks/grid_gpu.py` measures, `benchmarks/break_even.py` writes the file.
+multiplying alone, at each measured (N, in, out); and where a kernel for more blocks took over and
+was faster again. A case takes the numbers of the nearest of them, in octaves.
+`benchmarks/grid_gpu.py` measures, `benchmarks/break_even.py` writes the file.
 """
 
 from __future__ import annotations
@@ -28,14 +29,23 @@ the density up to which the measured one took kernels that they run, too."""
 
 
 class Measured(NamedTuple):
-    """The break-even densities at one shape."""
+    """The break-even densities at one shape: rising, at each of them the faster one changes.
+
+    Up to the first the sparse kernel is: [0.0] never, [1.0] always.
+    """
 
     N: int
     in_features: int
     out_features: int
-    density: float
-    alone: float
-    """The density up to which it beats a dense product whose weight need not be copied."""
+    copied: list[float]
+    """Against a dense product whose weight is copied first."""
+    alone: list[float]
+    """Against one whose weight need not be copied."""
+
+
+def passed(density: float, limits: list[float]) -> int:
+    """How many of the break-evens lie below a density; after an even number sparse is faster."""
+    return sum(density > limit for limit in limits)
 
 
 @cache
@@ -81,7 +91,7 @@ def beats_copied(case: Case) -> bool:
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         return True
     found = nearest(case, arithmetic(case))
-    return found is None or case.density <= found[0].alone
+    return found is None or passed(case.density, found[0].alone) % 2 == 0
 
 
 @lru_cache(maxsize=4096)
@@ -90,15 +100,19 @@ def _verdict(case: Case, kind: str) -> Verdict:
     if found is None:
         return Verdict(False, f"tile {case.B} was not measured for {case.direction} in {kind}")
     row, width = found
-    limit, factor = row.density, ""
+    limits, factor = row.copied, ""
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         # Above that density a kernel was measured that other GPUs do not run.
-        limit = min(limit, least_density(case)) * UNMEASURED_FACTOR
+        limits = [min(limits[0], least_density(case)) * UNMEASURED_FACTOR]
         factor = f" times {UNMEASURED_FACTOR} on a GPU not measured"
-    wins = case.density <= limit
+    below = passed(case.density, limits)
+    wins = below % 2 == 0
+    # An always faster one is named by the limit above it, 1; a slower one by the one it has passed.
+    limit = limits[below] if wins and below < len(limits) else limits[below - 1]
+    sign = "<=" if case.density <= limit else ">"
     return Verdict(
         wins,
-        f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, the break-even of "
+        f"density {case.density:.2f} {sign} {limit:.2f}, the break-even of "
         f"{case.direction} measured on {table()['device']} at N={row.N}, {row.in_features} -> "
         f"{row.out_features}, tile {case.B}, {width} outputs sharing columns, {kind}{factor}",
     )

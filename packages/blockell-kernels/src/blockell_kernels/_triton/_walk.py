@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Pattern
+from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
     describable,
-    dot_precision,
     on_its_device,
-    upcast,
 )
 from blockell_kernels._triton._few_tokens import SMALL_WEIGHT, add_parts_of
 from blockell_kernels._triton._launch import descriptor, launch
@@ -74,7 +73,7 @@ def least_density(case: Case) -> float:
 
 
 def _rule(case: Case) -> tuple[Walk, float] | None:
-    """A walk and the density from which it wins. Rules read off one H200, at 50% density.
+    """A walk and the density from which it wins. Rules read off one H200, at 10 to 100% density.
 
     A walk takes as long at any density, the other kernels in proportion: hence a density from which
     it wins, by tile.
@@ -101,9 +100,9 @@ def _forward(case: Case) -> tuple[Walk, float] | None:
     walk, least = _by_tokens(
         N,
         (32, Walk(BM=_rows(N), BN=64, BK=128, stages=3), {8: 0.17, 16: 0.4, 32: 0.65}),
-        (64, Walk(BM=64, BN=64, BK=128, stages=3), {8: 0.12, 16: 0.32, 32: 0.55}),
+        (64, Walk(BM=64, BN=64, BK=128, stages=3), {8: 0.08, 16: 0.32, 32: 0.55}),
         (128, Walk(BM=128, BN=64, boxes=True), {8: 0.08, 16: 0.2, 32: 0.4, 64: 0.65}),
-        (256, Walk(BM=128, BN=128, boxes=True, warps=8), {8: 0.1, 16: 0.22, 32: 0.48}),
+        (256, Walk(BM=128, BN=128, boxes=True, warps=8), {8: 0.08, 16: 0.22, 32: 0.48}),
     )
     if case.row_group * B >= 64 and B < 64:  # the other kernels are faster on such rows
         least = {8: 0.25, 16: 0.42, 32: 0.58} if 64 < N <= 128 else {}
@@ -117,12 +116,12 @@ def _grad_input(case: Case) -> tuple[Walk, float] | None:
     walk, least = _by_tokens(
         N,
         (32, Walk(BM=_rows(N), BN=64, parts=4), {8: 0.2, 16: 0.52, 32: 0.65}),
-        (64, Walk(BM=64, BN=64, parts=4), {8: 0.16, 16: 0.48, 32: 0.6}),
-        (128, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.13, 16: 0.4, 32: 0.6}),
-        (256, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.1, 16: 0.35, 32: 0.5}),
+        (64, Walk(BM=64, BN=64, parts=4), {8: 0.08, 16: 0.48, 32: 0.6}),
+        (128, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.08, 16: 0.4, 32: 0.6}),
+        (256, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.08, 16: 0.35, 32: 0.45}),
     )
     if case.row_group > 1 and B >= 16:
-        least = {16: 0.56, 32: 0.58} if N > 64 else {}
+        least = {16: 0.45, 32: 0.45} if N > 128 else {16: 0.56, 32: 0.58} if N > 64 else {}
     return walk, least.get(B, 1.0)
 
 
@@ -132,28 +131,29 @@ def _grad_values(case: Case) -> tuple[Walk, float] | None:
         walk, least = _by_tokens(
             N,
             (16, Walk(BM=64, BN=64), {}),  # the kernels for few tokens
-            (32, Walk(BM=64, BN=64, BK=32, stages=2), {8: 0.2, 16: 0.4}),
-            (128, Walk(BM=64, BN=64, stages=3), {8: 0.1, 16: 0.3, 32: 0.45}),
-            (511, Walk(BM=64, BN=64, stages=3), {8: 0.04, 16: 0.17, 32: 0.28}),
-            (16384, Walk(BM=64, BN=128), {8: 0.04, 16: 0.15, 32: 0.27}),
+            (32, Walk(BM=64, BN=64, BK=32, stages=2), {8: 0.2, 16: 0.2}),
+            (128, Walk(BM=64, BN=64, stages=3), {8: 0.08, 16: 0.2, 32: 0.2}),
+            (511, Walk(BM=64, BN=64, stages=3), {8: 0.04, 16: 0.08, 32: 0.08}),
+            (2048, Walk(BM=64, BN=128), {8: 0.04, 16: 0.08, 32: 0.08}),
+            (16384, Walk(BM=64, BN=128), {8: 0.04, 16: 0.15, 32: 0.2}),
             (N, Walk(BM=64, BN=128), {}),
         )
         if width >= 64:
-            least = {8: 0.4, 16: 0.4, 32: 0.6} if 512 <= N <= 4096 else {}
+            least = {8: 0.2, 16: 0.2, 32: 0.6} if 512 <= N <= 4096 else {}
         return walk, least.get(B, 1.0)
     square = Walk(BM=128, BN=128, warps=8 if B == 8 else 4, stages=3)
     walk, least = _by_tokens(
         N,
         (16, square, {}),
         (32, square, {8: 0.45}),
-        (64, square, {8: 0.3, 16: 0.46}),
-        (128, square, {8: 0.1, 16: 0.27}),
+        (64, square, {8: 0.2, 16: 0.46}),
+        (128, square, {8: 0.08, 16: 0.2}),
         (512, square, {8: 0.06, 16: 0.2, 32: 0.4}),
-        (16384, Walk(BM=128, BN=256, warps=8, stages=3), {8: 0.06, 16: 0.14, 32: 0.3}),
+        (16384, Walk(BM=128, BN=256, warps=8, stages=3), {8: 0.06, 16: 0.08, 32: 0.2}),
         (N, square, {}),
     )
     if width >= 64:
-        least = {8: 0.6, 16: 0.8, 32: 0.8} if 128 < N <= 2048 else {}
+        least = {8: 0.6 if N <= 512 else 0.4, 16: 0.8, 32: 0.8} if 128 < N <= 2048 else {}
     return walk, least.get(B, 1.0)
 
 
@@ -203,10 +203,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, wa
         GROUP_M=8,
         HAS_BIAS=bias is not None and parts == 1,
         BOXES=walk.boxes,
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=walk.warps,
-        num_stages=walk.stages,
+        **arithmetic(x, walk),
     )
     if parts > 1:
         add_parts_of(target, bias, y)
@@ -247,10 +244,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, walk: Walk) -> Tens
         CH=min(LINE, B),
         GROUP_M=8,
         BOXES=walk.boxes,
-        PRECISION=dot_precision(dy.dtype, dy.device),
-        UPCAST=upcast(dy),
-        num_warps=walk.warps,
-        num_stages=walk.stages,
+        **arithmetic(dy, walk),
     )
     if parts > 1:
         add_parts_of(target, None, dx)
@@ -287,10 +281,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, walk: Walk) -> Tensor:
         BT=walk.BK,
         CH=min(LINE, B),
         GROUP=8,
-        PRECISION=dot_precision(x.dtype, x.device),
-        UPCAST=upcast(x),
-        num_warps=walk.warps,
-        num_stages=walk.stages,
+        **arithmetic(x, walk),
     )
     if slots > pattern.num_live:
         out[:, pattern.num_live :].zero_()
