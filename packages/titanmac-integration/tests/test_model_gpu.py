@@ -7,7 +7,14 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from titanmac_integration import TitanMACConfig, _norm, _rotary, _window, create_titanmac_model
+from titanmac_integration import (
+    TitanMACConfig,
+    _norm,
+    _project,
+    _rotary,
+    _window,
+    create_titanmac_model,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -142,14 +149,14 @@ def test_the_loss_without_logits(tiny_config: Make) -> None:
 def test_the_kernels_err_no_more_than_torch(
     tiny_config: Make, variant: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rotary positions, norms and window attention in bfloat16, against double precision."""
+    """Rotary, norms, biases and window attention in bfloat16, against double precision."""
     shape = config(tiny_config, variant, 1)
     tokens = torch.randint(256, (2, 150), device="cuda")
     gradients = []
     for dtype, kernels in ((torch.float64, False), (torch.float32, False), (torch.float32, True)):
         with monkeypatch.context() as patch:
             if not kernels:
-                for module in (_norm, _rotary, _window):
+                for module in (_norm, _project, _rotary, _window):
                     patch.setattr(module, "_on_gpu", lambda *_: False)
             model = create_titanmac_model(shape, dtype=dtype, device="cuda")
             with torch.autocast("cuda", torch.bfloat16, enabled=dtype == torch.float32):

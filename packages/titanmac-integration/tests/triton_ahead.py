@@ -10,7 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titanmac_integration import _loss_kernels, _norm_kernels, _rotary_kernels, _window_kernels
+from titanmac_integration import (
+    _loss_kernels,
+    _norm_kernels,
+    _project_kernels,
+    _rotary_kernels,
+    _window_kernels,
+)
 
 FLOATS = dict.fromkeys(("eps", "z_weight", "scale", "natural"), "fp32")
 ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xyqkvogd" for of in ("batch", "row", "head"))}
@@ -47,6 +53,10 @@ def cases():
     pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
     constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
     yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16
+    pointers = {"x_ptr": BF16, "parts_ptr": FP32}
+    names = ("ROWS", "COLUMNS", "TILES")
+    constants = {name: getattr(_project_kernels, name) for name in names}
+    yield "bias", _project_kernels._bias_gradient, pointers, constants, 4
     tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
     window = {f"{name}_ptr": BF16 for name in tensors} | {"log_ptr": FP32, "delta_ptr": FP32}
     for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
+from ._project import project
 from ._rotary import Rotary, turned_parts
 from ._state import Cache
 from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
@@ -74,13 +75,11 @@ class CausalWindowAttention(nn.Module):
             mixed = window_attention(query, key, value, run.window, dropout)
         if run.keep_state and cache is None:
             cache = self._first_cache((key, value), recalled)
-        output: Tensor = self.out(mixed.transpose(1, 2).flatten(2))
-        return output, cache
+        return project(self.out, mixed.transpose(1, 2).flatten(2)), cache
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys and values: [S, L, 3, H, D]."""
-        heads: Tensor = self.qkv(x).unflatten(-1, (3, self.n_heads, -1))
-        return heads
+        return project(self.qkv, x).unflatten(-1, (3, self.n_heads, -1))
 
     def _first_cache(
         self, pair: tuple[Tensor, Tensor], recalled: tuple[Tensor, Tensor] | None

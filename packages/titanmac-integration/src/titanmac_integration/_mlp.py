@@ -2,11 +2,13 @@
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cms_topology import block_sparse_mlp
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
+from ._project import project
 
 
 class TitanMLP(nn.Module):
@@ -28,4 +30,6 @@ class TitanMLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x`` [..., d_model] -> [..., d_model]."""
+        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+            return project(self.fc2, functional.gelu(project(self.fc1, x)))
         return block_sparse_mlp(x, self.fc1, self.fc2, "gelu")

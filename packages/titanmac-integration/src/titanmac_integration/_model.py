@@ -20,6 +20,7 @@ from ._inputs import check_inputs
 from ._linear import init_linear
 from ._linear_loss import linear_loss
 from ._losses import language_model_loss
+from ._project import has_hooks
 from ._rotary import rotary_table
 from ._state import ModelState
 from ._window import plan_segments, plan_window
@@ -165,7 +166,7 @@ class TitanMAC(nn.Module):
         weight = self.config.z_loss_weight
         if self.head is None:
             return linear_loss(hidden, self.embedding.weight, labels, weight)
-        if type(self.head) is nn.Linear and not _has_hooks(self.head):
+        if type(self.head) is nn.Linear and not has_hooks(self.head):
             return linear_loss(hidden, self.head.weight, labels, weight)
         return language_model_loss(self.head(hidden), labels, weight)
 
@@ -246,11 +247,6 @@ class TitanMAC(nn.Module):
             start=0 if state is None else config.n_persistent + position,
         )
         return Pass(rotary, window, segments, position, keep_state)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return "forward" in vars(module) or any(getattr(module, name) for name in names)
 
 
 def create_titanmac_model(
