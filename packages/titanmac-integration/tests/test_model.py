@@ -177,6 +177,25 @@ def test_compiles_without_graph_breaks(tiny_config: Make) -> None:
     assert model.blocks[0].mlp.fc1.values.grad is not None
 
 
+# compiling, torch looks at .grad of tensors that are no leaves; it hides the warning, not an error
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_in_pieces_it_computes_the_same(tiny_config: Make) -> None:
+    """Block by block, and as a whole whose loss without logits is left to run by itself."""
+    config = tiny_config(use_block_sparse=True)
+    tokens = torch.randint(256, (2, 12))
+    by_block, whole, plain = (create_titanmac_model(config) for _ in range(3))
+    for block in by_block.blocks:
+        block.compile(backend="aot_eager", fullgraph=True)
+    by_block(tokens, tokens)["loss"].backward()
+    compiled = torch.compile(whole, backend="aot_eager")
+    compiled(tokens, tokens, return_logits=False)["loss"].backward()
+    plain(tokens, tokens)["loss"].backward()
+    for name, parameter in plain.named_parameters():
+        for model in (by_block, whole):
+            got = model.get_parameter(name).grad
+            torch.testing.assert_close(got, parameter.grad, rtol=1e-3, atol=1e-6)
+
+
 def test_autocast_and_double(tiny_config: Make) -> None:
     config = tiny_config(use_block_sparse=True)
     tokens = torch.randint(256, (2, 12))
