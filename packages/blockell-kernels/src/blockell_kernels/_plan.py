@@ -33,7 +33,8 @@ from blockell_kernels._stats import probe_gradient
 MAX_PLANS = 4096
 MIN_FORKED, MAX_FORKED = 2**20, 2**27
 """Elements of input and output between which computing both gradients at a time gains: up to 19%
-at 2**25 (68 -> 59 us) and 16% at 2**27 (791 -> 666 us), most where blocks are few and large."""
+at 2**25 (68 -> 59 us) and 16% at 2**27 (791 -> 666 us), most where blocks are few and large.
+Beyond, the time changed by -4 to +2%."""
 KEPT_DENSITY = 2 / 3
 """Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
