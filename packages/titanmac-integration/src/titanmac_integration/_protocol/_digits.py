@@ -38,7 +38,7 @@ def split_digits(classes: str) -> ProblemTask:
 def _load() -> tuple[Tensor, Tensor]:
     """Pixels int64 [n, 64] from 0 to 16, digits int64 [n]."""
     try:
-        from sklearn.datasets import load_digits  # type: ignore[import-not-found, unused-ignore]
+        from sklearn.datasets import load_digits  # type: ignore[import-not-found, import-untyped, unused-ignore]
     except ImportError as error:
         raise ValueError(
             "the tasks of handwritten digits need scikit-learn: pip install scikit-learn."
