@@ -102,6 +102,11 @@ def test_a_run_of_another_command_is_not_touched(
         (["--steps", "0"], "steps (=(0, 0)) must be positive"),
         (["--tasks", "arithmetic"], "tasks (=('arithmetic',)) must be at least two"),
         (["--tasks", "arithmetic", "chess"], "task (='chess') must be one of"),
+        (
+            ["--methods", "ours=0"],
+            "tolerance (=0.0) of method ours must be greater than 0;",
+        ),
+        (["--methods", "fine-tuning=-1"], "lr (=-1.0) must be a number above 0"),
         (["--methods", "magic"], "method (='magic') must be one of fine-tuning"),
         (["--device", "abacus"], "--device (=abacus) cannot be used"),
         (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),

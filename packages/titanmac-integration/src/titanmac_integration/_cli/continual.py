@@ -10,7 +10,12 @@ import torch
 
 from blockell_format.snapshots import open_run
 from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._protocol._methods import METHOD_HELP, Asked, parse_methods
+from titanmac_integration._protocol._methods import (
+    METHOD_HELP,
+    METHODS,
+    Asked,
+    parse_methods,
+)
 from titanmac_integration._protocol._protocol import CHECKPOINTS_DIR, Protocol
 from titanmac_integration._protocol._records import (
     RECORDS_FILE,
@@ -98,8 +103,9 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _setting(arguments)
     asked = parse_methods(arguments.methods)
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
-    for cell in asked:
-        setting.training_config(0, 0, None).check_fits(setting.config(cell.arch))
+    for cell in asked:  # before anything is trained
+        rate = METHODS[cell.method](cell.dial).learning_rate
+        setting.training_config(1, 0, rate).check_fits(setting.config(cell.arch))
     out = arguments.out
     protocol = Protocol(
         setting,

@@ -47,6 +47,11 @@ class Projection(Method):
 
     def __init__(self, dial: float | None = None) -> None:
         super().__init__(dial)
+        if dial is not None and not dial > 0:
+            raise ValueError(
+                f"{self.dial_name} (={dial}) of method {self.name} must be greater than 0; leave "
+                f"it out or give one of {', '.join(f'{d:g}' for d in self.dials)}."
+            )
         self._guard: RetentionGuard | None = None
         self._by_hand = False
         self._last: dict[str, float] = {}
