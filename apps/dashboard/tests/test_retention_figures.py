@@ -96,6 +96,23 @@ def test_the_tradeoff_joins_the_dials_of_a_method_and_shows_every_seed(
     np.testing.assert_allclose(line.x, [mean + 0.2, mean])  # dials ascend
 
 
+def test_losses_far_off_do_not_squeeze_the_others(groups: list[Group]) -> None:
+    every = [cell for group in groups for cell in group.cells]
+    fig = figures.retention_tradeoff(groups)
+    assert fig.layout.xaxis.range is None
+    assert fig.layout.xaxis.title.text.endswith(", nats")
+    stuck = [
+        dataclasses.replace(cell, method="l2", dial=1e3, nats=cell.nats + 17.0)
+        for cell in groups[1].cells
+    ]
+    fig = figures.retention_tradeoff(numbers.group_cells([*every, *stuck]))
+    losses = [numbers.new_nats(cell) for cell in every]
+    left, right = fig.layout.xaxis.range
+    assert left < min(losses) <= max(losses) < right < max(losses) + 0.5
+    assert f"nats ({len(stuck)} beyond {right:.1f}: zoom out)" in fig.layout.xaxis.title.text
+    assert sum(len(t.x) for t in fig.data if t.mode == "markers") == len(every) + len(stuck)
+
+
 def test_many_methods_differ_in_more_than_colour(groups: list[Group]) -> None:
     many = [dataclasses.replace(groups[0], method=f"m{i}") for i in range(20)]
     fig = figures.old_task_over_steps(many)

@@ -106,7 +106,8 @@ def retention_tradeoff(
     """Draw how much of the old task is kept against the new task's loss.
 
     Points are seeds; a line joins the means of one method's dials, in the order of the dial.
-    Better is up and to the left.
+    Better is up and to the left. Strengths that stop all learning would squeeze the others
+    together: points far beyond the best loss lie outside of the first view, and are counted.
 
     Args:
         groups: methods and dials of one setting, each with at least one cell.
@@ -158,16 +159,33 @@ def retention_tradeoff(
                 "kept %{y:.1%}, new task %{x:.4f} nats<extra></extra>",
             )
         )
+    losses = np.array([numbers.new_nats(cell) for group in groups for cell in group.cells])
+    view, outside = _view(losses)
+    beyond = f" ({outside} beyond {view[1]:.1f}: zoom out)" if outside else ""
     return apply_layout(
         fig,
         theme,
         title="Old task kept against new task's loss",
         subtitle=f"a point per seed; better is up and left; 100%: {escape(first)} as before",
-        x_title="loss of the new tasks, each right after its training, nats",
+        x_title=f"loss of the new tasks, each right after its training, nats{beyond}",
         y_title="old task kept",
         height=height,
+        xaxis={"range": view} if outside else {},
         yaxis={"tickformat": ".0%"},
     )
+
+
+def _view(losses: numbers.Floats) -> tuple[list[float], int]:
+    """Left and right edge of the first view, nats, and how many of `losses` [n] lie beyond it.
+
+    The edge is twice the best loss, and at least one nat beyond it.
+    """
+    best = float(losses.min())
+    right = best + max(best, 1.0)
+    outside = int((losses > right).sum())
+    widest = float(losses[losses <= right].max()) if outside else right
+    pad = 0.06 * max(widest - best, 1e-3)
+    return [best - pad, widest + pad], outside
 
 
 def _style(number: int, theme: Theme) -> tuple[str, str, str]:
