@@ -286,6 +286,11 @@ def test_a_strict_guard_keeps_what_plain_training_loses(setting: Setting) -> Non
     assert abs(kept[2][0] - kept[1][0]) < 0.01 * abs(plain[2][0] - plain[1][0])
 
 
+def test_without_eps_nothing_is_lost(setting: Setting) -> None:
+    nats = cell(setting, "ours-fixed-eps", "sparse", 0.0)["nats"]
+    assert abs(nats[2][0] - nats[1][0]) < 1e-3
+
+
 def test_a_training_that_breaks_down_is_a_record(setting: Setting) -> None:
     wild = setting.changed(training={**setting.training, "max_nonfinite": 1, "grad_clip": 0.0})
     record = cell(wild, "l2", "sparse", float("inf"))

@@ -105,7 +105,9 @@ def run(arguments: argparse.Namespace) -> int:
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
     for cell in asked:  # before anything is trained
         rate = METHODS[cell.method](cell.dial).learning_rate
-        setting.training_config(1, 0, rate).check_fits(setting.config(cell.arch))
+        for number in range(len(setting.tasks)):
+            training = setting.training_config(number, 0, rate if number else None)
+            training.check_fits(setting.config(cell.arch))
     out = arguments.out
     protocol = Protocol(
         setting,

@@ -35,6 +35,8 @@ class Projection(Method):
     name = "ours"
     dial_name = "tolerance"
     dials = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+    may_be_zero: ClassVar[bool] = False
+    """Whether the dial may be 0."""
     keeps = "covariance"
     batches = 40
     """Training batches that the task is consolidated on."""
@@ -47,10 +49,11 @@ class Projection(Method):
 
     def __init__(self, dial: float | None = None) -> None:
         super().__init__(dial)
-        if dial is not None and not dial > 0:
+        if dial is not None and not (dial > 0 or (dial == 0 and self.may_be_zero)):
+            least = "0 or more" if self.may_be_zero else "greater than 0"
             raise ValueError(
-                f"{self.dial_name} (={dial}) of method {self.name} must be greater than 0; leave "
-                f"it out or give one of {', '.join(f'{d:g}' for d in self.dials)}."
+                f"{self.dial_name} (={dial}) of method {self.name} must be {least}; leave it "
+                f"out or give one of {', '.join(f'{d:g}' for d in self.dials)}."
             )
         self._guard: RetentionGuard | None = None
         self._by_hand = False
@@ -170,6 +173,7 @@ class FixedEps(Projection):
     dial_name = "eps"
     dials = (1e-3, 3e-3, 1e-2, 2e-2, 3e-2, 1e-1, 3e-1)
     default_dial = 1e-2
+    may_be_zero = True
     keeps = "covariance, no probes"
     probes = 0
 
