@@ -206,27 +206,42 @@ def test_exploration_draws_the_same_amount_whatever_happens() -> None:
 
 
 @given(problems(), st.floats(0.01, 0.5), st.floats(1.0, 3.0))
-def test_the_floor_takes_the_largest_gains_below_the_threshold(
+def test_the_floor_takes_the_largest_gains_and_then_the_smallest_losses(
     problem: tuple[Tensor, Tensor, Tensor, int], floor: float, threshold: float
 ) -> None:
     G = problem[3]
     free = {"epsilon": 0.0, "max_row_swap_frac": 1.0, "max_swap_frac": 1.0}
     strict = select(problem, swap_threshold=threshold, **free)
-    lax = select(problem, swap_threshold=1.0, **free)
+    every = select(problem, swap_threshold=threshold, min_swap_frac=1.0, **free)
     got = select(problem, swap_threshold=threshold, min_swap_frac=floor, **free)
-    # nothing that the threshold allows is lost, nothing that scores worse is taken
+    # nothing that the threshold allows is lost
     assert bool((got.swapped | ~strict.swapped).all())
-    assert bool((lax.swapped | ~got.swapped).all())
-    count, allowed, better = (int(x.swapped.sum()) // G for x in (got, strict, lax))
+    assert bool((every.swapped | ~got.swapped).all())
+    count, allowed, possible = (int(x.swapped.sum()) // G for x in (got, strict, every))
     wanted = math.ceil(floor * problem[0].numel() / G)
-    assert count == max(allowed, min(wanted, better))
+    assert count == max(allowed, min(wanted, possible))
     present, candidates, _, _ = problem
-    new = candidates.gather(1, lax.columns.long()).view(-1, G, present.shape[1])
+    new = candidates.gather(1, every.columns.long()).view(-1, G, present.shape[1])
     old = present.view(-1, G, present.shape[1])
     gain = (new.square().sum(1).sqrt() - old.square().sum(1).sqrt()).repeat_interleave(G, 0)
-    added, left = got.swapped & ~strict.swapped, lax.swapped & ~got.swapped
+    added, left = got.swapped & ~strict.swapped, every.swapped & ~got.swapped
     if added.any() and left.any():
         assert gain[added].min() >= gain[left].max()
+
+
+def test_a_floor_explores_where_no_candidate_is_better_and_spares_the_protected() -> None:
+    columns = create_random_topology(8, 16, 4, torch.Generator().manual_seed(1), 1)
+    present, candidates = 1.0 + torch.rand(8, 4), torch.rand(8, 16)
+    config = ScoringConfig(min_swap_frac=0.05, max_swap_frac=0.5)
+    result = select_top_k(present, candidates, columns, config)
+    assert int(result.swapped.sum()) == 2
+    assert result.columns.sort(1).values.diff().min() > 0
+    protected = torch.ones(8, 4, dtype=torch.bool)
+    protected[3, 2] = False
+    result = select_top_k(present, candidates, columns, config, protected=protected)
+    assert result.swapped.nonzero().tolist() == [[3, 2]]
+    unknown = torch.full((8, 4), math.nan)
+    assert int(select_top_k(unknown, candidates, columns, config).swapped.sum()) == 0
 
 
 def test_without_a_floor_nothing_changes_and_the_cap_is_kept() -> None:

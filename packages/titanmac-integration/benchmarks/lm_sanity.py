@@ -25,7 +25,7 @@ from graphed import adamw, set_rate, training_step
 from torch import nn
 from torch.nn import functional
 
-from cms_topology import TopologyManager
+from cms_topology import TopologyManager, sparse_layers
 from titanmac_integration import TitanMACConfig, create_titanmac_model
 from titanmac_integration._prose import load_prose
 
@@ -137,7 +137,12 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
     optimizer = adamw(groups, cell.lr, graph=options.graph, betas=(0.9, 0.95))
     manager = None
     if dynamic:
-        manager = TopologyManager(model, optimizer, periods=(1, 10, 50), seed=cell.seed)
+        for layer in sparse_layers(model).values():
+            layer.scorer.config = dataclasses.replace(layer.scorer.config, **options.scoring)
+        until = int(options.decide_until * steps)
+        manager = TopologyManager(
+            model, optimizer, periods=(1, 10, 50), seed=cell.seed, freeze_after=until
+        )
     for module in model.modules():
         if hasattr(module, "collect_candidates") and manager is None:
             module.collect_candidates = False
@@ -166,6 +171,8 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
         **dataclasses.asdict(cell),
         "text": Path(cell.text).stem,
         "steps": steps,
+        "scoring": options.scoring if dynamic else None,
+        "decide_until": options.decide_until if dynamic else None,
         "compiled": options.compile,
         "batch_size": options.batch_size,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -240,6 +247,8 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="compile block by block")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
     parser.add_argument("--tune", action="store_true", help="best rate of the first seed only")
+    parser.add_argument("--scoring", type=json.loads, default={}, help="fields of ScoringConfig")
+    parser.add_argument("--decide-until", type=float, default=1.0, help="share of the steps")
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))

@@ -49,9 +49,9 @@ class ScoringConfig:
     never below one block of one row group unless it is 0). In [0, 1]."""
 
     min_swap_frac: float = 0.0
-    """Where `swap_threshold` lets less than this share of a layer's live blocks swap, the largest
-    gains below the threshold are swapped too, as far as a candidate's score exceeds the present
-    block's at all. A floor of activity, not of benefit. In [0, max_swap_frac]."""
+    """Where `swap_threshold` lets less than this share of a layer's live blocks swap (rounded up),
+    the largest gains below the threshold are swapped too, and then the smallest losses: the
+    topology goes on exploring when the scores promise nothing. In [0, max_swap_frac]."""
 
     max_row_swap_frac: float = 0.25
     """The same limit within one row, so that no output loses its inputs at once. In [0, 1]."""

@@ -43,11 +43,11 @@ def select_top_k(
 
     A pair is swapped when its candidate exceeds `swap_threshold` times the present score, strictly,
     within the caps per row and per layer (largest gains first). If these are fewer than
-    `min_swap_frac` of the blocks, the largest gains below the threshold follow. With probability
-    `epsilon` the newcomer of a swap is a random absent column instead. Rows of a row group decide
-    together: the group's score is the root of the sum of squares of its blocks', or their sum if
-    they are nats. Scores that are not finite take no part, so ties, zeros, NaN and K = C swap
-    nothing.
+    `min_swap_frac` of the blocks, the largest gains below the threshold follow, the smallest losses
+    after them. With probability `epsilon` the newcomer of a swap is a random absent column instead.
+    Rows of a row group decide together: the group's score is the root of the sum of squares of its
+    blocks', or their sum if they are nats. Scores that are not finite take no part: NaN and K = C
+    swap nothing; nor do ties and zeros without a floor.
 
     Args:
         present: float [R, K], scores of the live blocks.
@@ -82,10 +82,9 @@ def select_top_k(
     accept = (strong > config.swap_threshold * weak) & known
     floor = math.ceil(config.min_swap_frac * K * groups)
     if floor > 0:
-        better = (strong > weak) & known
         # those over the threshold come first, whatever they gain
         order = torch.where(accept, torch.inf, strong - weak)
-        accept |= better & _largest(order, better, floor)
+        accept |= known & _largest(order, known, floor)
     accept &= _largest(strong - weak, accept, max_group_swaps)
 
     arriving = _explore(accept, strong_column, columns, C, config.epsilon, generator)
