@@ -107,6 +107,11 @@ def test_lines_count_steps_over_all_trainings(tmp_path: Path) -> None:
     np.testing.assert_allclose(third.scores, [0, 0, 0, 0.25])
 
 
+def test_a_method_with_a_learning_rate_of_its_own_is_a_group_of_its_own(tmp_path: Path) -> None:
+    assert cell_of(tmp_path, rate=2e-3).method == "ours:0.002"
+    assert cell_of(tmp_path, rate=None).method == "ours"
+
+
 def test_a_first_task_that_only_falls_has_its_lowest_at_the_highest_loss(tmp_path: Path) -> None:
     cell = cell_of(tmp_path, chance=[0.0, 8.0, 8.0], perfect=[-1.0, 0.0, 0.0])
     assert numbers.lowest(cell) == 0.8

@@ -108,6 +108,7 @@ def test_a_run_of_another_command_is_not_touched(
         ),
         (["--methods", "ours-fixed-eps=-1"], "eps (=-1.0) of method ours-fixed-eps must be 0 or"),
         (["--rates", "0", "0.001"], "lr (=0.0) must be a number above 0"),
+        (["--methods", "ours:-1"], "lr (=-1.0) must be a number above 0"),
         (["--methods", "fine-tuning=-1"], "lr (=-1.0) must be a number above 0"),
         (["--methods", "magic"], "method (='magic') must be one of fine-tuning"),
         (["--device", "abacus"], "--device (=abacus) cannot be used"),

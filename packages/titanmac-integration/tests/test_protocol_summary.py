@@ -142,6 +142,19 @@ def test_records_survive_a_kill(tmp_path: Path) -> None:
         read_records([tmp_path])
 
 
+def test_rates_of_one_method_are_rows_of_their_own() -> None:
+    rows = summarise(
+        [
+            record("ours", None, 0, 0.9, 1.5),
+            record("ours", None, 0, 0.95, 1.4, rate=2e-3),
+            record("ours", None, 1, 0.93, 1.4, rate=2e-3),
+        ]
+    )["settings"]["tiny-0"]
+    assert [(row["rate"], row["seeds"]) for row in rows["rows"]] == [(None, [0]), (2e-3, [0, 1])]
+    assert rows["curves"][0]["rate_at_90%_kept"] == 2e-3
+    assert "auto, lr 0.002" in retention_tables({"settings": {"tiny-0": rows}})
+
+
 def test_methods_are_asked_for_by_name() -> None:
     assert parse_methods(["ours", "ewc=1e3,1e4", "ours-grown=0.02", "fine-tuning@dense"]) == [
         Asked("ours", "sparse", None),
@@ -150,12 +163,25 @@ def test_methods_are_asked_for_by_name() -> None:
         Asked("ours-grown", "spare", 0.02),
         Asked("fine-tuning", "dense", None),
     ]
+    assert parse_methods(["ours:1e-3,2e-3=auto,0.01", "ewc@dense:5e-3=1"]) == [
+        Asked("ours", "sparse", None, 1e-3),
+        Asked("ours", "sparse", 0.01, 1e-3),
+        Asked("ours", "sparse", None, 2e-3),
+        Asked("ours", "sparse", 0.01, 2e-3),
+        Asked("ewc", "dense", 1.0, 5e-3),
+    ]
+    assert record_id("tiny-0", Asked("ours", "sparse", None, 2e-3), 3) == (
+        "tiny-0/ours@sparse:0.002=auto/seed3"
+    )
+    assert Asked("ours", "sparse", None, 2e-3).make().learning_rate == 2e-3
     assert len(parse_methods(["l2=sweep"])) == 10
     assert len(parse_methods(["ours", "ours", "ours=auto"])) == 1
     for wrong, message in (
         ("magic", r"method \(='magic'\) must be one of fine-tuning, "),
         ("ours@wide", r"architecture \(='wide'\) must be one of sparse, "),
         ("ewc=much", r"dial \(='much'\) of method ewc must be a number"),
+        ("ewc:fast", r"learning rate \(='fast'\) of method ewc must be a number"),
+        ("fine-tuning:1e-3", r"learning rate \(='1e-3'\) of method fine-tuning is its dial"),
     ):
         with pytest.raises(ValueError, match=message):
             parse_methods([wrong])

@@ -205,6 +205,8 @@ def _cell(record: Mapping[str, Any]) -> Cell:
     if (numbers["chance"] == numbers["perfect"]).any() or (numbers["steps"] < 0).any():
         raise ValueError("chance and perfect must differ, and steps not be negative")
     dial, overlap = record.get("dial"), record.get("overlap") or {}
+    if record.get("rate") is not None:  # a method with a learning rate of its own
+        texts["method"] += f":{float(_numbers(record, 'rate', ())):g}"
     if not isinstance(overlap, dict):
         raise ValueError(f"overlap (={overlap!r:.60}) must be an object or null")
     return Cell(

@@ -12,7 +12,6 @@ from blockell_format.snapshots import open_run
 from titanmac_integration._config import TitanMACConfig
 from titanmac_integration._protocol._methods import (
     METHOD_HELP,
-    METHODS,
     Asked,
     parse_methods,
 )
@@ -104,7 +103,7 @@ def run(arguments: argparse.Namespace) -> int:
     asked = parse_methods(arguments.methods)
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
     for cell in asked:  # before anything is trained
-        rate = METHODS[cell.method](cell.dial).learning_rate
+        rate = cell.make().learning_rate
         for number in range(len(setting.tasks)):
             training = setting.training_config(number, 0, rate if number else None)
             training.check_fits(setting.config(cell.arch))

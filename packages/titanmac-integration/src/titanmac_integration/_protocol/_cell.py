@@ -17,7 +17,7 @@ from titanmac_integration._seeding import stream
 from titanmac_integration._training import NonFiniteLossError
 
 from ._method import FirstTask, Method, Sampling
-from ._methods import METHODS, Asked
+from ._methods import Asked
 from ._overlap import block_overlap, usage_of, weights_of
 from ._phase import Phase, Scores, score_all, train_phase
 from ._recording import Recording
@@ -90,7 +90,7 @@ def run_cell(
 
     A training that breaks down gives a record whose "failed" says why.
     """
-    method = METHODS[asked.method](asked.dial)
+    method = asked.make()
     model = create_titanmac_model(setting.config(asked.arch), seed=start.seed, device=device)
     model.load_state_dict(start.state)
     moments = [start.untrained, start.learned]
@@ -122,6 +122,7 @@ def run_cell(
         "arch": asked.arch,
         "dial": method.dial if asked.dial is None else asked.dial,
         "dial_name": method.dial_name,
+        "rate": asked.rate,
         "seed": start.seed,
         "failed": failed,
         "uses_old_data": method.uses_old_data,

@@ -55,13 +55,15 @@ class Method(TrainerCallback):
 
     def __init__(self, dial: float | None = None) -> None:
         self.dial = self.default_dial if dial is None else dial
+        self.rate: float | None = None
+        """Learning rate asked for, of the tasks after the first; None leaves the setting's."""
         self.kept: list[Any] = []
         """One entry per task learned."""
 
     @property
     def learning_rate(self) -> float | None:
         """Learning rate of the tasks after the first; None leaves the setting's."""
-        return None
+        return self.rate
 
     @property
     def kept_bytes(self) -> int:

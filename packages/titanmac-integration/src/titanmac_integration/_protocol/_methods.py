@@ -61,36 +61,68 @@ ARCHES = ("sparse", "spare", "dense", "narrow")
 
 METHOD_HELP = (
     f"methods out of {', '.join(METHODS)}; NAME@ARCH runs one on another architecture "
-    f"({', '.join(ARCHES)}), NAME=DIAL,DIAL sets its dial, NAME=sweep tries all its decades, "
-    "NAME=auto leaves it to the method"
+    f"({', '.join(ARCHES)}), NAME:RATE,RATE gives it learning rates of its own for the tasks after "
+    "the first, NAME=DIAL,DIAL sets its dial, NAME=sweep tries all its decades, NAME=auto leaves it "
+    "to the method; all together NAME@ARCH:RATE=DIAL"
 )
 
 
 class Asked(NamedTuple):
-    """A method, an architecture and one value of the dial."""
+    """A method, an architecture, one value of the dial and one learning rate."""
 
     method: str
     arch: str
     dial: float | None
+    rate: float | None = None
+    """Of the tasks after the first; None: the setting's."""
+
+    def make(self) -> Method:
+        """The method with its dial and rate.
+
+        Raises:
+            ValueError: a dial that the method does not take.
+        """
+        method = METHODS[self.method](self.dial)
+        method.rate = self.rate
+        return method
 
 
 def parse_methods(texts: list[str]) -> list[Asked]:
-    """Requests such as "ours", "ewc=sweep", "fine-tuning@dense=1e-3,2e-3" as single cells.
+    """Requests such as "ours", "ours:2e-3,4e-3=0.01", "fine-tuning@dense=1e-3" as single cells.
 
     Raises:
-        ValueError: an unknown method or architecture, or a dial that is no number.
+        ValueError: an unknown method or architecture, a dial or rate that is no number, or a rate
+            for a method whose dial is the rate.
     """
     asked = []
     for text in texts:
         head, _, dials = text.partition("=")
+        head, _, rates = head.partition(":")
         name, _, arch = head.partition("@")
         if name not in METHODS:
             raise ValueError(f"method (={name!r}) must be one of {', '.join(METHODS)}.")
         arch = arch or METHODS[name].arch
         if arch not in ARCHES:
             raise ValueError(f"architecture (={arch!r}) must be one of {', '.join(ARCHES)}.")
-        asked += [Asked(name, arch, dial) for dial in _dials(name, dials)]
+        asked += [
+            Asked(name, arch, dial, rate)
+            for rate in _rates(name, rates)
+            for dial in _dials(name, dials)
+        ]
     return list(dict.fromkeys(asked))
+
+
+def _rates(name: str, text: str) -> tuple[float | None, ...]:
+    if not text:
+        return (None,)
+    if METHODS[name].dial_name == "lr":
+        raise ValueError(
+            f"learning rate (={text!r}) of method {name} is its dial; write {name}={text}."
+        )
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"learning rate (={text!r}) of method {name} must be a number.") from error
 
 
 def _dials(name: str, text: str) -> tuple[float | None, ...]:

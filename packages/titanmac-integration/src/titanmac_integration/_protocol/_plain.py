@@ -27,7 +27,7 @@ class FineTuning(Method):
 
     @property
     def learning_rate(self) -> float | None:
-        return self.dial
+        return self.rate if self.dial is None else self.dial
 
     def plan(self, task: int, n_tasks: int) -> None:
         self._task, self._n_tasks = task, n_tasks

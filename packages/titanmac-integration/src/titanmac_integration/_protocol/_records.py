@@ -21,7 +21,8 @@ VERSION = 1
 def record_id(setting_key: str, asked: Asked, seed: int) -> str:
     """Names a cell; a cell whose id is in the file is finished."""
     dial = "auto" if asked.dial is None else f"{asked.dial:g}"
-    return f"{setting_key}/{asked.method}@{asked.arch}={dial}/seed{seed}"
+    rate = "" if asked.rate is None else f":{asked.rate:g}"
+    return f"{setting_key}/{asked.method}@{asked.arch}{rate}={dial}/seed{seed}"
 
 
 def append_record(directory: Path, record: dict[str, Any]) -> None:

@@ -82,21 +82,24 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
 
 def _summarise_setting(records: list[Record]) -> dict[str, Any]:
     joints = {(r["arch"], r["seed"]): r for r in records if r["method"] == "joint"}
-    points: dict[tuple[str, str, float | None], list[dict[str, Any]]] = defaultdict(list)
+    points: dict[tuple[str, str, float | None, float | None], list[dict[str, Any]]]
+    points = defaultdict(list)
     for record in records:
         joint = joints.get((record["arch"], record["seed"]))
         figures: dict[str, Any] = {**describe(record, joint), "seed": record["seed"]}
-        points[record["method"], record["arch"], record["dial"]].append(figures)
+        key = (record["method"], record["arch"], record["dial"], record.get("rate"))
+        points[key].append(figures)
     rows = [
         {
             "method": method,
             "arch": arch,
             "dial": dial,
+            "rate": rate,
             "seeds": sorted(cell["seed"] for cell in cells),
             "void": [c["seed"] for c in cells if not _is_learned(c, records[0])],
             **_statistics(cells),
         }
-        for (method, arch, dial), cells in points.items()
+        for (method, arch, dial, rate), cells in points.items()
     ]
     return {
         "setting": records[0]["setting"],
@@ -113,8 +116,9 @@ def _summarise_setting(records: list[Record]) -> dict[str, Any]:
 def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Per method and architecture: what it keeps at given losses of the new task, and back.
 
-    The reference is the best fine-tuning on the same architecture or, where there is none, the
-    best on any. Dials with few seeds count like those with many: look at the rows.
+    Learning rates of one method lie on one curve. The reference is the best fine-tuning on the same
+    architecture or, where there is none, the best on any. Dials with few seeds count like those
+    with many: look at the rows.
     """
     plain = [row for row in rows if row["method"] == "fine-tuning"]
     curves = []
@@ -134,6 +138,7 @@ def _curves(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         chosen = min(keeping, key=lambda r: r["validation_new_nats"]["mean"], default=None)
         curve[f"new_nats_at_{KEPT:.0%}_kept"] = chosen and chosen["new_nats"]
         curve[f"dial_at_{KEPT:.0%}_kept"] = chosen and chosen["dial"]
+        curve[f"rate_at_{KEPT:.0%}_kept"] = chosen and chosen["rate"]
         curves.append(curve)
     return curves
 

@@ -58,7 +58,7 @@ def method_table(group: Mapping[str, Any]) -> str:
         rows.append(
             (
                 f"{row['method']}@{row['arch']}",
-                "auto" if row["dial"] is None else f"{row['dial']:g}",
+                dial_text(row["dial"], row["rate"]),
                 str(len(row["seeds"])),
                 *(
                     _share(row[key]) if exact else _number(row[key], 3)
@@ -97,9 +97,15 @@ def curve_table(group: Mapping[str, Any]) -> str:
     return format_table(header, rows)
 
 
+def dial_text(dial: float | None, rate: float | None) -> str:
+    """A dial, and the learning rate where a method had its own: "auto", "0.01, lr 0.004"."""
+    text = "auto" if dial is None else f"{dial:g}"
+    return text if rate is None else f"{text}, lr {rate:g}"
+
+
 def _dials(group: Mapping[str, Any], row: Mapping[str, Any]) -> list[Any]:
     mine = (row["method"], row["arch"])
-    return [r["dial"] for r in group["rows"] if (r["method"], r["arch"]) == mine]
+    return [(r["dial"], r["rate"]) for r in group["rows"] if (r["method"], r["arch"]) == mine]
 
 
 def _share(statistic: Statistic) -> str:
