@@ -125,7 +125,7 @@ def parts(model: TitanMAC, tokens: torch.Tensor) -> dict[str, float]:
         "attention": lambda x: block.attention(x, run)[0],
         "mlp": block.mlp,
         "norm": block.norm_mlp,
-        "block": lambda x: block(x, run)[0],
+        "block": lambda x: torch.add(*block(x, run)[:2]),
     }
     weights = list(block.parameters())
     times = {

@@ -40,16 +40,25 @@ def compile_for(arch, kernel, pointers, constants, warps=4):
 
 def cases():
     """Name, kernel, types of its pointers, constants, warps; d_model 640, 10 heads."""
-    for back in (False, True):
+    for sign in (1, -1, 0):
         pointers = {"x_ptr": BF16, "y_ptr": BF16, "cos_ptr": FP32, "sin_ptr": FP32}
-        constants = {"HALF": 32, "BACK": back, "ROWS": _rotary_kernels.ROWS, "BLOCK": 32}
-        yield f"turn back={back}", _rotary_kernels._rotary_turn, pointers, constants, 4
-    constants = {"D": 640, "BLOCK": 1024}
-    pointers = {"x_ptr": FP32, "weight_ptr": FP32, "y_ptr": BF16, "scale_ptr": FP32}
-    yield "norm", _norm_kernels._norm_forward, pointers, constants, 4
-    pointers = {"grad_ptr": BF16, "x_ptr": FP32, "weight_ptr": FP32, "scale_ptr": FP32}
-    pointers |= {"grad_x_ptr": FP32, "parts_ptr": FP32}
-    yield "norm, backward", _norm_kernels._norm_backward, pointers, constants, 4
+        constants = {"HALF": 32, "SIGN": sign, "ROWS": _rotary_kernels.ROWS, "BLOCK": 32}
+        yield f"turn sign={sign}", _rotary_kernels._rotary_turn, pointers, constants, 4
+    for adds in (False, True):
+        constants = {"D": 640, "BLOCK": 1024}
+        pointers = {"x_ptr": FP32, "weight_ptr": FP32, "y_ptr": BF16, "scale_ptr": FP32}
+        terms = {"added_ptr": BF16, "sum_ptr": FP32}
+        forward = (
+            (pointers | terms, constants) if adds else (pointers, constants | dict.fromkeys(terms))
+        )
+        yield f"norm adds={adds}", _norm_kernels._norm_forward, *forward, 4
+        pointers = {"grad_ptr": BF16, "x_ptr": FP32, "weight_ptr": FP32, "scale_ptr": FP32}
+        pointers |= {"grad_x_ptr": FP32, "parts_ptr": FP32}
+        terms = {"past_ptr": FP32, "grad_added_ptr": BF16}
+        backward = (
+            (pointers | terms, constants) if adds else (pointers, constants | dict.fromkeys(terms))
+        )
+        yield f"norm, backward adds={adds}", _norm_kernels._norm_backward, *backward, 4
     pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
     constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
     yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16

@@ -46,24 +46,42 @@ class TitanBlock(nn.Module):
             """MAC: of retrieved tokens. MAL: of what the memory reads."""
 
     def forward(
-        self, x: Tensor, run: Pass, state: LayerState | None = None
-    ) -> tuple[Tensor, Tensor | None, LayerState | None]:
+        self,
+        x: Tensor,
+        run: Pass,
+        state: LayerState | None = None,
+        added: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor | None, LayerState | None]:
         """One layer for [S, P + T, d_model], or with a state for the [S, T, d_model] that follow.
 
+        The residual stream comes, and goes, as two terms that are still to be added: so that who
+        reads it next can do that in the pass over memory that it takes anyway.
+
+        Args:
+            x: the residual stream without ``added``.
+            run: what the layers share.
+            state: of this layer, after the tokens before.
+            added: what the layer before adds to ``x``.
+
         Returns:
-            the new residual stream; the inner loss of the memory, if there is one; the state, if
-            ``run`` keeps it.
+            the new residual stream but for what the MLP adds to it; that; the inner loss of the
+            memory, if there is one; the state, if ``run`` keeps it.
         """
         skipped = 0 if state is not None else self.n_persistent
         cache = None if state is None else state.cache
         past = None if state is None else state.memory
         retrieved, memory, loss = None, None, None
 
+        if self.variant is not None and added is not None:
+            x, added = x + added, None
         if self.variant == "MAL":
             said = self.memory(self.norm_memory(x[:, skipped:]), past, run.position)
             memory, loss = said.state, said.loss
-            x = x + self.dropout(_behind(said.read, skipped))
-        normed = self.norm_attention(x)
+            added = self.dropout(_behind(said.read, skipped))
+        if isinstance(self.norm_attention, NormBeforeLinear):
+            x, normed = self.norm_attention.after_adding(x, added)
+        else:
+            normed = self.norm_attention(x)
         if self.variant in ("MAC", "MAG"):
             said = self.memory(normed[:, skipped:], past, run.position)
             memory, loss = said.state, said.loss
@@ -72,12 +90,12 @@ class TitanBlock(nn.Module):
         attended, cache = self.attention(normed, run, retrieved, cache)
         if self.variant in ("MAC", "MAG"):
             attended = attended + _behind(said.read, skipped)
-        x = x + self.dropout(attended)
-        x = x + self.dropout(self.mlp(self.norm_mlp(x)))
+        x, normed = self.norm_mlp.after_adding(x, self.dropout(attended))
+        added = self.dropout(self.mlp(normed))
         if not run.keep_state:
-            return x, loss, None
+            return x, added, loss, None
         assert cache is not None
-        return x, loss, LayerState(cache, memory)
+        return x, added, loss, LayerState(cache, memory)
 
 
 def _behind(tokens: Tensor, n_persistent: int) -> Tensor:

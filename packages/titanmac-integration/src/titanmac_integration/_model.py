@@ -202,15 +202,19 @@ class TitanMAC(nn.Module):
         recompute = config.activation_checkpointing and self.training and torch.is_grad_enabled()
         x = self.dropout(x)
         layers, losses = [], []
+        added: Tensor | None = None
         for index, block in enumerate(self.blocks):
             past = None if state is None else state.layers[index]
             if recompute:
-                x, loss, layer = checkpoint(block, x, run, past, use_reentrant=False)
+                # one tensor is kept per layer, not two
+                x, added = x if added is None else x + added, None
+                x, added, loss, layer = checkpoint(block, x, run, past, use_reentrant=False)
             else:
-                x, loss, layer = block(x, run, past)
+                x, added, loss, layer = block(x, run, past, added)
             layers.append(layer)
             if loss is not None:
                 losses.append(loss)
+        x = x if added is None else x + added
         if state is None:
             x = x[:, config.n_persistent :]
         new = ModelState(run.position + input_ids.shape[1], tuple(layers)) if keep_state else None

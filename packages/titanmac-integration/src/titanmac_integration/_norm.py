@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from ._project import has_hooks
 from ._triton import has_triton
 
 
@@ -24,13 +25,27 @@ class NormBeforeLinear(nn.RMSNorm):
     def forward(self, x: Tensor) -> Tensor:
         if not _on_gpu(x):
             return super().forward(x)
-        dtype = x.dtype
+        return self._by_kernels(x, None)[1]
+
+    def after_adding(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        """``x + added`` and its norm; on a GPU in the same pass. None adds nothing."""
+        if added is None:
+            return x, self(x)
+        if not _on_gpu(x) or has_hooks(self):
+            x = x + added
+            return x, self(x)
+        return self._by_kernels(x, added)
+
+    def _by_kernels(self, x: Tensor, added: Tensor | None) -> tuple[Tensor, Tensor]:
+        dtype = x.dtype if added is None else torch.result_type(x, added)
         if torch.is_autocast_enabled("cuda"):
             dtype = torch.get_autocast_dtype("cuda")
         assert self.weight is not None
         assert self.eps is not None
-        normed: Tensor = _Norm.apply(x, self.weight, self.eps, dtype)
-        return normed
+        if added is None:
+            return x, _Norm.apply(x, self.weight, self.eps, dtype)
+        pair: tuple[Tensor, Tensor] = _AddAndNorm.apply(x, added, self.weight, self.eps, dtype)
+        return pair
 
 
 def _on_gpu(x: Tensor) -> bool:
@@ -45,7 +60,7 @@ class _Norm(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
         from ._norm_kernels import normalise
 
-        normed, scales = normalise(x, weight, eps, dtype)
+        _, normed, scales = normalise(x, None, weight, eps, dtype)
         ctx.save_for_backward(x, weight, scales)
         ctx.eps = eps
         return normed
@@ -53,11 +68,51 @@ class _Norm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, scales = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
-            normed = functional.rms_norm(x.float(), weight.shape, weight.float(), ctx.eps)
-            pair = torch.autograd.grad(normed, (x, weight), grad.float(), create_graph=True)
-        else:
+        if torch.is_grad_enabled():
+            return *_differentiable(grad, x, weight, ctx.eps), None, None
+        from ._norm_kernels import normalise_backward
+
+        dtypes = (x.dtype, x.dtype)
+        grad_x, _, grad_weight = normalise_backward(grad, None, x, weight, scales, dtypes)
+        return grad_x, grad_weight, None, None
+
+
+class _AddAndNorm(torch.autograd.Function):
+    """The sum of two tensors and its norm. The sum's gradient is that of both."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, added: Tensor, weight: Tensor, eps: float, dtype: torch.dtype
+    ) -> tuple[Tensor, Tensor]:
+        from ._norm_kernels import normalise
+
+        total, normed, scales = normalise(x, added, weight, eps, dtype)
+        ctx.save_for_backward(total, weight, scales)
+        ctx.eps, ctx.dtypes = eps, (x.dtype, added.dtype)
+        ctx.set_materialize_grads(False)
+        return total, normed
+
+    @staticmethod
+    def backward(ctx: Any, past: Tensor | None, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        total, weight, scales = ctx.saved_tensors
+        grad_weight = None
+        if grad is None and past is None:
+            return None, None, None, None, None
+        if grad is not None and not torch.is_grad_enabled():
             from ._norm_kernels import normalise_backward
 
-            pair = normalise_backward(grad, x, weight, scales)
-        return *pair, None, None
+            grad_x, grad_added, grad_weight = normalise_backward(
+                grad, past, total, weight, scales, ctx.dtypes
+            )
+            return grad_x, grad_added, grad_weight, None, None
+        if grad is not None:
+            through, grad_weight = _differentiable(grad, total, weight, ctx.eps)
+            past = through if past is None else past + through
+        assert past is not None
+        return past.to(ctx.dtypes[0]), past.to(ctx.dtypes[1]), grad_weight, None, None
+
+
+def _differentiable(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    """Gradients of ``x`` and ``weight`` that can be differentiated in turn."""
+    normed = functional.rms_norm(x.float(), weight.shape, weight.float(), eps)
+    return torch.autograd.grad(normed, (x, weight), grad.float(), create_graph=True)

@@ -11,11 +11,26 @@ PROGRAMS = 1024
 
 
 @triton.jit
-def _norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLOCK: tl.constexpr):
+def _norm_forward(
+    x_ptr,  # [N, D]
+    added_ptr,  # [N, D], or None
+    sum_ptr,  # [N, D], or None without added_ptr
+    weight_ptr,  # [D]
+    y_ptr,  # [N, D]
+    scale_ptr,  # float32 [N]
+    eps,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     row = tl.program_id(0).to(tl.int64)
     lane = tl.arange(0, BLOCK)
     inside = lane < D
     x = tl.load(x_ptr + row * D + lane, inside, other=0.0).to(tl.float32)
+    if added_ptr is not None:
+        x += tl.load(added_ptr + row * D + lane, inside, other=0.0).to(tl.float32)
+        total = x.to(sum_ptr.dtype.element_ty)
+        tl.store(sum_ptr + row * D + lane, total, inside)
+        x = total.to(tl.float32)
     weight = tl.load(weight_ptr + lane, inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(x * x, 0) / D + eps)
     tl.store(scale_ptr + row, scale)
@@ -25,10 +40,12 @@ def _norm_forward(x_ptr, weight_ptr, y_ptr, scale_ptr, eps, D: tl.constexpr, BLO
 @triton.jit
 def _norm_backward(
     grad_ptr,  # [N, D]
+    past_ptr,  # [N, D], the gradient that comes to x past the norm, or None
     x_ptr,  # [N, D]
     weight_ptr,  # [D]
     scale_ptr,  # float32 [N]
     grad_x_ptr,  # [N, D]
+    grad_added_ptr,  # [N, D], the same in another precision, or None
     parts_ptr,  # float32 [programs, D]
     N,
     D: tl.constexpr,
@@ -51,42 +68,76 @@ def _norm_backward(
         grad = grad * weight
         along = tl.sum(grad * unit, 0) / D
         grad_x = (grad - unit * along) * scale
+        if past_ptr is not None:
+            grad_x += tl.load(past_ptr + start + lane, there, other=0.0).to(tl.float32)
         tl.store(grad_x_ptr + start + lane, grad_x.to(grad_x_ptr.dtype.element_ty), there)
+        if grad_added_ptr is not None:
+            grad_added = grad_x.to(grad_added_ptr.dtype.element_ty)
+            tl.store(grad_added_ptr + start + lane, grad_added, there)
     tl.store(parts_ptr + program.to(tl.int64) * D + lane, gathered, inside)
 
 
-def normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """``x / rms(x) * weight`` in ``dtype``, and 1 / rms(x) of each row, float32 [N]."""
+def normalise(
+    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``x + added`` (or ``x``), that over its rms times ``weight``, and 1 / rms of each row.
+
+    The second in ``dtype``, the third float32 [N].
+    """
     x = x.contiguous()
     width = x.shape[-1]
     rows = x.numel() // width
+    total = x
+    if added is not None:
+        added = added.contiguous()
+        total = torch.empty_like(x, dtype=torch.result_type(x, added))
     normed = torch.empty(x.shape, dtype=dtype, device=x.device)
     scales = torch.empty(rows, dtype=torch.float32, device=x.device)
     if rows:
         _norm_forward[(rows,)](
-            x, weight, normed, scales, eps, D=width, BLOCK=triton.next_power_of_2(width)
+            x,
+            added,
+            None if added is None else total,
+            weight,
+            normed,
+            scales,
+            eps,
+            D=width,
+            BLOCK=triton.next_power_of_2(width),
         )
-    return normed, scales
+    return total, normed, scales
 
 
 def normalise_backward(
-    grad: Tensor, x: Tensor, weight: Tensor, scales: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and of ``weight``, in their dtypes."""
+    grad: Tensor,
+    past: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    scales: Tensor,
+    dtypes: tuple[torch.dtype, torch.dtype],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of ``x`` and of what was added to it, in their ``dtypes``, and of ``weight``.
+
+    ``past`` is the gradient that comes to ``x`` past the norm.
+    """
     grad, x = grad.contiguous(), x.contiguous()
     width = x.shape[-1]
     programs = min(PROGRAMS, max(1, len(scales)))
-    grad_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x, dtype=dtypes[0])
+    other = dtypes[1] != dtypes[0]
+    grad_added = torch.empty_like(x, dtype=dtypes[1]) if other else grad_x
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     _norm_backward[(programs,)](
         grad,
+        None if past is None else past.contiguous(),
         x,
         weight,
         scales,
         grad_x,
+        grad_added if other else None,
         parts,
         len(scales),
         D=width,
         BLOCK=triton.next_power_of_2(width),
     )
-    return grad_x, parts.sum(0).to(weight.dtype)
+    return grad_x, grad_added, parts.sum(0).to(weight.dtype)

@@ -73,9 +73,8 @@ class _Turn(torch.autograd.Function):
             torch.empty(part.shape, dtype=part.dtype, device=part.device)
             for part in heads.unbind(2)
         )
-        for part, into in zip(heads.unbind(2)[:-1], parts[:-1], strict=True):
-            turn(part, cos, sin, into, back=False)
-        parts[-1].copy_(heads[:, :, -1])
+        for index, (part, into) in enumerate(zip(heads.unbind(2), parts, strict=True)):
+            turn(part, cos, sin, into, sign=0 if index == len(parts) - 1 else 1)
         return parts
 
     @staticmethod
@@ -96,9 +95,8 @@ class _TurnBack(torch.autograd.Function):
 
         S, L, H, D = parts[0].shape
         heads = parts[0].new_empty(S, L, len(parts), H, D)
-        for part, into in zip(parts[:-1], heads.unbind(2)[:-1], strict=True):
-            turn(part, cos, sin, into, back=True)
-        heads[:, :, -1].copy_(parts[-1])
+        for index, (part, into) in enumerate(zip(parts, heads.unbind(2), strict=True)):
+            turn(part, cos, sin, into, sign=0 if index == len(parts) - 1 else -1)
         return heads
 
     @staticmethod
