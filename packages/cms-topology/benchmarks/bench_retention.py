@@ -4,19 +4,21 @@
 
 One MLP of TitanMAC's shape (640 -> 2560 -> 640) per two layers, trained by fused AdamW, alone and
 under a `RetentionGuard`. Times are medians; the correctness of what is timed is the business of the
-tests. Prints a Markdown table, and with --json a line per row.
+tests. "GPU only" leaves out what the host needs, which an idle host hides behind the GPU's work.
+Prints a Markdown table, and with --json a line per row.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import math
 import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -65,49 +67,73 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
     return (model(x) - x.roll(1, 1)).square().mean()
 
 
-def seconds(run: Callable[[], object], args: argparse.Namespace, repeats: int) -> float:
-    """Median seconds of a call, the device waited for."""
+def seconds(run: Callable[[], object], args: argparse.Namespace) -> float:
+    """Seconds of a call, the device waited for."""
+    started = time.perf_counter()
+    run()
+    if args.device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def gpu_ms(run: Callable[[], object]) -> float:
+    """Milliseconds that the GPU itself is busy with a call of at most some hundred launches.
+
+    The GPU is held up until the host has queued everything, so that a slow host does not count.
+    """
     times = []
-    for _ in range(repeats):
-        started = time.perf_counter()
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        begin.record()
         run()
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
     return statistics.median(times)
 
 
-def training_ms(model: nn.Module, control: dict[str, Any] | None, args: argparse.Namespace,
-                memory: Consolidation, x: Tensor) -> tuple[float, float, int, float]:  # fmt: skip
-    """Milliseconds per step over whole intervals, seconds to build the guard, its bytes, and the
-    share of directions that it keeps."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=args.device == "cuda")
-    guard, built = None, 0.0
-    if control is not None:
-        started = time.perf_counter()
-        guard = RetentionGuard(model, optimizer, memory, **control)
-        if args.device == "cuda":
-            torch.cuda.synchronize()
-        built = time.perf_counter() - started
+class Training:
+    """A model in training, with a guard or without.
 
-    def ten_steps() -> None:
+    Args:
+        control: settings of the guard; None: no guard.
+    """
+
+    def __init__(self, model: nn.Module, control: dict[str, Any] | None, memory: Consolidation,
+                 x: Tensor, args: argparse.Namespace) -> None:  # fmt: skip
+        self.model, self.x, self.args = model, x, args
+        fused = args.device == "cuda"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
+        self.guard, self.built_s = None, 0.0
+        if control is not None:
+            started = time.perf_counter()
+            self.guard = RetentionGuard(model, self.optimizer, memory, **control)
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            self.built_s = time.perf_counter() - started
+
+    def step(self) -> None:
+        self.optimizer.zero_grad()
+        with torch.autocast(self.args.device, torch.bfloat16, enabled=self.args.amp):
+            loss = loss_of(self.model, self.x)
+        loss.backward()
+        self.optimizer.step()
+
+    def ten_steps(self) -> None:
         for _ in range(10):
-            optimizer.zero_grad()
-            with torch.autocast(args.device, torch.bfloat16, enabled=args.amp):
-                loss = loss_of(model, x)
-            loss.backward()
-            optimizer.step()
+            self.step()
 
-    ten_steps()
-    taken = seconds(ten_steps, args, args.repeats) * 100
-    if guard is None:
-        return taken, 0.0, 0, 0.0
-    shapes = [batch.vectors.shape for batch in guard._batches]
-    kept = sum(s[3] for s in shapes) / sum(s[2] for s in shapes)
-    return taken, built, guard.num_bytes, kept
+    def guard_ten_times(self) -> None:
+        assert self.guard is not None
+        for _ in range(10):
+            self.guard.step()
 
 
-def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
+def measure(kind: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row per control. Steps with and without the guard take turns, ten at a time, so that what
+    else the host does falls on both; the extra time is the median of the turns' ratios."""
     model = build(kind, args)
     x = torch.randn(args.tokens, args.width, device=args.device)
     # inputs whose energy falls off as 1/j^2 over their directions, or not at all
@@ -119,21 +145,28 @@ def measure(kind: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     memory = consolidate(model, batches, loss_fn=loss_of, sensitivity_batches=0, probes=probes)
     consolidated_s = time.perf_counter() - started
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    state = {name: t.clone() for name, t in model.state_dict().items()}
-    plain, *_ = training_ms(model, None, args, memory, x)
-    rows = []
-    for name, control in CONTROLS.items():
-        model.load_state_dict(state)
-        taken, built, held, kept = training_ms(model, control, args, memory, x)
-        rows.append(
-            {
-                "kind": kind, "control": name, "plain_ms": plain, "guarded_ms": taken,
-                "extra_frac": taken / plain - 1, "consolidate_s": consolidated_s,
-                "build_s": built, "weights_mb": weights / 2**20, "guard_mb": held / 2**20,
-                "memory_mb": memory.num_bytes / 2**20, "directions_frac": kept,
-            }
-        )  # fmt: skip
-    return rows
+    for name in args.controls or CONTROLS:
+        plain = Training(copy.deepcopy(model), None, memory, x, args)
+        guarded = Training(copy.deepcopy(model), CONTROLS[name], memory, x, args)
+        assert guarded.guard is not None
+        turns = [
+            (seconds(plain.ten_steps, args), seconds(guarded.ten_steps, args))
+            for _ in range(args.repeats + 1)
+        ][1:]
+        extra = sorted(with_guard / without - 1 for without, with_guard in turns)
+        shapes = [batch.vectors.shape for batch in guarded.guard._batches]
+        on_gpu = None
+        if args.device == "cuda":
+            on_gpu = gpu_ms(guarded.guard_ten_times) / gpu_ms(plain.step) / 10
+        yield {
+            "kind": kind, "control": name, "plain_ms": statistics.median(t for t, _ in turns) * 100,
+            "extra_frac": statistics.median(extra),
+            "extra_quartiles": [extra[len(extra) // 4], extra[-1 - len(extra) // 4]],
+            "extra_gpu_frac": on_gpu, "consolidate_s": consolidated_s, "build_s": guarded.built_s,
+            "weights_mb": weights / 2**20, "guard_mb": guarded.guard.num_bytes / 2**20,
+            "memory_mb": memory.num_bytes / 2**20,
+            "directions_frac": sum(s[3] for s in shapes) / sum(s[2] for s in shapes),
+        }  # fmt: skip
 
 
 def main() -> None:
@@ -141,7 +174,8 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16, help="weight matrices (even)")
     parser.add_argument("--width", type=int, default=640)
     parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="turns of ten steps each")
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, help="default: all")
     parser.add_argument("--kinds", nargs="+", default=["16/8", "16/1", "128/1", "dense"])
     parser.add_argument("--flat", action="store_true", help="consolidate on inputs of full rank")
     parser.add_argument("--amp", action="store_true", help="bf16 autocast")
@@ -166,12 +200,16 @@ def main() -> None:
         f"{torch.__version__}, commit {commit}, {time.strftime('%Y-%m-%d')}\n"
     )
     print(
-        "| tile/row group | control | step, ms | extra | directions | build, s | weights, MB | "
-        "guard, MB | memory, MB |\n|---|---|---|---|---|---|---|---|---|"
+        "| tile/row group | control | step, ms | extra (quartiles) | extra, GPU only | "
+        "directions | build, s | weights, MB | guard, MB | memory, MB |\n"
+        "|---|---|---|---|---|---|---|---|---|---|"
     )
     for r in rows:
+        low, high = r["extra_quartiles"]
+        on_gpu = "-" if r["extra_gpu_frac"] is None else f"{r['extra_gpu_frac']:+.1%}"
         print(
-            f"| {r['kind']} | {r['control']} | {r['plain_ms']:.2f} | {r['extra_frac']:+.1%} | "
+            f"| {r['kind']} | {r['control']} | {r['plain_ms']:.2f} | {r['extra_frac']:+.1%} "
+            f"({low:+.1%} to {high:+.1%}) | {on_gpu} | "
             f"{r['directions_frac']:.0%} | "
             f"{r['build_s']:.2f} | {r['weights_mb']:.0f} | {r['guard_mb']:.0f} | "
             f"{r['memory_mb']:.0f} |"

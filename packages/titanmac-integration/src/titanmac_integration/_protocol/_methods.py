@@ -62,8 +62,8 @@ ARCHES = ("sparse", "spare", "dense", "narrow")
 METHOD_HELP = (
     f"methods out of {', '.join(METHODS)}; NAME@ARCH runs one on another architecture "
     f"({', '.join(ARCHES)}), NAME:RATE,RATE gives it learning rates of its own for the tasks after "
-    "the first, NAME=DIAL,DIAL sets its dial, NAME=sweep tries all its decades, NAME=auto leaves it "
-    "to the method; all together NAME@ARCH:RATE=DIAL"
+    "the first, NAME=DIAL,DIAL sets its dial, NAME=sweep tries all its decades, NAME=auto leaves "
+    "it to the method; all together NAME@ARCH:RATE=DIAL"
 )
 
 
