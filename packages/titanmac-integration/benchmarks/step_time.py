@@ -2,7 +2,8 @@
 
 A step is forward, backward and AdamW (fused) in bfloat16 autocast, with the topology's work when
 the blocks move. The bound is what Amdahl's law allows: the step's multiply-adds if those of absent
-blocks were free.
+blocks were free. The percentiles wait for the device after each step; "ahead_ms" is the mean of
+steps that the host enqueues ahead, as in a training: where blocks move, up to and with a decision.
 
     python benchmarks/step_time.py --presets titanmac-163m titanmac-237m --out out
 
@@ -27,6 +28,8 @@ from cms_topology import TopologyManager
 from titanmac_integration import TitanMACConfig, create_titanmac_model
 
 MIDDLE = (8, 9, 10, 11, 12)
+TILES = ((128, 1), (64, 2), (32, 4), (16, 8))
+"""Sides of the tiles, and rows of blocks that share their columns."""
 WARM_UP = 5
 PERIODS = (1, 10, 100)
 
@@ -78,14 +81,18 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     if not graph:  # a replay allocates nothing: a graph's peak is that of its capture
         torch.cuda.reset_peak_memory_stats()
     times = []
-    overhead = manager.overhead_seconds if manager else 0.0
-    whole = time.perf_counter()
     for _ in range(options.steps):
         begun = time.perf_counter()
         step()
         torch.cuda.synchronize()
         times.append((time.perf_counter() - begun) * 1e3)
-    whole = time.perf_counter() - whole
+    overhead = manager.overhead_seconds if manager else 0.0
+    ahead = time.perf_counter()
+    steps = PERIODS[-1] if moving else options.steps
+    for _ in range(steps):
+        step()
+    torch.cuda.synchronize()
+    ahead = time.perf_counter() - ahead
     cuts = quantiles(times, n=10)
     dense, sparse = multiply_adds(config)
     return {
@@ -93,11 +100,12 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
         "p50_ms": round(cuts[4], 2),
         "p80_ms": round(cuts[7], 2),
         "mean_ms": round(sum(times) / len(times), 2),
-        "tokens_per_s": round(tokens.numel() * len(times) / whole),
+        "ahead_ms": round(ahead / steps * 1e3, 2),
+        "tokens_per_s": round(tokens.numel() * steps / ahead),
         "peak_mib": torch.cuda.max_memory_allocated() >> 20,
         "parameters": model.num_parameters,
         "bound": round(dense / sparse, 3),
-        "topology_host_frac": round((manager.overhead_seconds - overhead) / whole, 4)
+        "topology_host_frac": round((manager.overhead_seconds - overhead) / ahead, 4)
         if manager
         else None,
         "warm_up_s": round(compile_s, 1),
@@ -107,9 +115,7 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
 def cells(options: argparse.Namespace) -> list[tuple[str, dict, bool]]:
     """Name, changes of the configuration, whether blocks move."""
     found: list[tuple[str, dict, bool]] = [("dense", {}, False)]
-    for (tile, group), layers, density in itertools.product(
-        ((128, 1), (16, 8)), (None, MIDDLE), (0.5, 0.25)
-    ):
+    for (tile, group), layers, density in itertools.product(TILES, (None, MIDDLE), (0.5, 0.25)):
         changes = {
             "use_block_sparse": True,
             "block_sparse_tile_size": tile,
