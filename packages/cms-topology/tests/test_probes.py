@@ -133,6 +133,26 @@ def test_watched_it_keeps_the_old_task_and_learns_the_new_one(tmp_path: Path) ->
     assert results[False][0] < 0.8
 
 
+def test_what_the_second_task_cost_the_first_leaves_room_for_a_third() -> None:
+    model = learned()
+    memory = consolidate(model, [batch(*OLD, seed=0)], "a", probes=make_probes(model, own_samples))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    guard = RetentionGuard(model, optimizer, memory, drift=0.03, eps=math.inf)
+    fit(model, optimizer, NEW, 30)
+    guard.remove()
+    answers = model.eval()(memory.probes[0].inputs)["logits"]
+    lost = float(memory.probes[0].divergence(answers))
+    assert lost > 3e-3
+    both = consolidate(model, [batch(*NEW, seed=0)], "b", previous=memory,
+                       probes=make_probes(model, own_samples))  # fmt: skip
+    guard = RetentionGuard(model, optimizer, both, tolerance=1e-3)
+    fit(model, optimizer, (8, 16, 5), 10)
+    assert guard.metrics()["retention/divergence"] < 1e-3
+    assert guard.budget is not None
+    assert guard.budget > 1e-5  # wider than at first
+    guard.remove()
+
+
 def test_answers_behind_foreign_symbols_are_left_out() -> None:
     model = learned()
     inputs = torch.tensor([[0, 1, 2, 3], [4, 9, 5, 6], [12, 1, 2, 3]])  # the task uses 0 to 7

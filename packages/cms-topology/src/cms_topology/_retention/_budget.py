@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import SMALLEST, START, DriftController
-from cms_topology._retention._probes import LogitsFn, Probes, measure_divergence
+from cms_topology._retention._probes import LogitsFn, Probes, measure_divergences
 
 WATCHED_NATS = 0.001
 FORECAST_NATS = 0.01
@@ -19,6 +19,10 @@ FORECAST_NATS = 0.01
 
 class Budget(Protocol):
     """What the guard asks before and after a projection."""
+
+    def begin(self, model: nn.Module) -> None:
+        """Look at the model before its first step."""
+        ...
 
     def now(self, steps: int) -> Tensor | float:
         """Relative drift allowed after so many optimizer steps."""
@@ -47,6 +51,9 @@ class FixedBudget:
         self.value, self.ramp = value, ramp
         self._steps = 0
 
+    def begin(self, model: nn.Module) -> None:
+        pass
+
     def now(self, steps: int) -> float:
         self._steps = steps
         if steps >= self.ramp:
@@ -67,7 +74,12 @@ class FixedBudget:
 
 
 class WatchedBudget:
-    """A `DriftController` that is shown the model's answers to the probes now and then."""
+    """A `DriftController` that is shown now and then how far the answers to the probes have moved.
+
+    Moved since the guard was built: what earlier tasks have cost the older ones cannot be had back
+    by a smaller budget, which only pulls the weights to where this guard began. Counted again, it
+    would leave no room for a third task.
+    """
 
     def __init__(
         self,
@@ -78,13 +90,19 @@ class WatchedBudget:
     ) -> None:
         self.controller, self.probes = controller, probes
         self.measure_every, self.logits_fn = measure_every, logits_fn
+        self.base = torch.zeros(len(probes), dtype=torch.float64, device=controller.budget.device)
+        """float64 [tasks]: divergence of every task's answers when the guard was built."""
+
+    def begin(self, model: nn.Module) -> None:
+        self.base = measure_divergences(model, self.probes, self.logits_fn)
 
     def now(self, steps: int) -> Tensor:
         return self.controller.budget
 
     def observe(self, model: nn.Module, steps: int, since: int, drift: Tensor) -> None:
         if steps // self.measure_every > since // self.measure_every:
-            self.controller.update(measure_divergence(model, self.probes, self.logits_fn), drift)
+            found = measure_divergences(model, self.probes, self.logits_fn)
+            self.controller.update((found - self.base).max().clamp(min=0), drift)
 
     def figures(self) -> dict[str, float]:
         return {
@@ -93,10 +111,11 @@ class WatchedBudget:
         }
 
     def state_dict(self) -> dict[str, Any]:
-        return self.controller.state_dict()
+        return {**self.controller.state_dict(), "base": self.base}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state)
+        self.base = state["base"].to(self.base).clone()
 
 
 def make_budget(

@@ -59,8 +59,9 @@ class RetentionGuard:
             first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
             that stay are put back at every step.
-        tolerance: nats that the old tasks may lose by the measure of "auto": divergence of the
-            answers to the probes (default 0.001), or rise of the loss (default 0.01).
+        tolerance: nats that every old task may lose to this one by the measure of "auto":
+            divergence of the answers to the probes since the guard was built (default 0.001), or
+            rise of the loss (default 0.01).
         measure_every: optimizer steps between two looks at the probes.
         logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
 
@@ -111,6 +112,8 @@ class RetentionGuard:
             states = {weight.name: WeightState.of(weight) for weight in weights}
         self._weights = weights
         device = next(self.model.parameters()).device
+        if self._budget is not None:
+            self._budget.begin(self.model)
         self._allowed = torch.zeros((), dtype=torch.float64, device=device)
         self._arrange(states)
         self._hook = None

@@ -218,10 +218,10 @@ def sample_tokens(
 
 
 @torch.no_grad()
-def measure_divergence(
+def measure_divergences(
     model: nn.Module, probes: list[Probes], logits_fn: LogitsFn = default_logits
 ) -> Tensor:
-    """Largest mean divergence of the given probes now, float64 0-d; no host synchronisation.
+    """Mean divergence of each of the given probes now, float64 [probes]; no host synchronisation.
 
     Under torch.distributed all ranks get the mean of theirs, so that they act alike.
     """
@@ -235,8 +235,8 @@ def measure_divergence(
     finally:
         for module, training in modes.items():
             module.training = training
-    worst = torch.stack(found).max()
+    means = torch.stack(found)
     if dist_sync.world_size() > 1:
-        dist.all_reduce(worst)
-        worst = worst / dist_sync.world_size()
-    return worst
+        dist.all_reduce(means)
+        means = means / dist_sync.world_size()
+    return means
