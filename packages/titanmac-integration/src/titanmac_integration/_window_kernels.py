@@ -26,6 +26,12 @@ def _visible(row, column, L, P, W):
 
 
 @triton.jit
+def _all_visible(row, M: tl.constexpr, column, N: tl.constexpr, W):
+    """Whether all M rows see all N columns from these on; rows from L on count as seeing."""
+    return (column + N - 1 <= row) & (row + M - 1 - column < W)
+
+
+@triton.jit
 def _load(ptr, row, stride, L, D: tl.constexpr):
     """Rows [n, D] of a tensor whose rows lie ``stride`` apart; zeros from row L on."""
     lane = tl.arange(0, D)
@@ -38,7 +44,7 @@ def _query_step(
     acc,
     largest,
     total,
-    row,
+    start,
     first,
     k,
     v,
@@ -48,14 +54,17 @@ def _query_step(
     L,
     P,
     W,
+    M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    column = first + tl.arange(0, N)
+    row, column = start + tl.arange(0, M), first + tl.arange(0, N)
     keys = _load(k, column, k_row, L, D)
     values = _load(v, column, v_row, L, D)
     scores = tl.dot(q, tl.trans(keys))
-    scores = tl.where(_visible(row[:, None], column[None, :], L, P, W), scores, float("-inf"))
+    # most tiles are seen as a whole, and asking every element takes longer than its products
+    if not _all_visible(start, M, first, N, W):
+        scores = tl.where(_visible(row[:, None], column[None, :], L, P, W), scores, float("-inf"))
     # in units of log 2, which is what exp2 wants; a positive scale keeps the order
     new = tl.maximum(largest, tl.max(scores, 1) * scale)
     base = tl.where(new == float("-inf"), 0.0, new)
@@ -89,12 +98,12 @@ def _window_forward(
     persistent = tl.cdiv(P, N) * N
     for first in range(0, persistent, N):
         acc, largest, total = _query_step(
-            query, acc, largest, total, row, first, k, v, k_row, v_row, scale, L, P, W, N, D
+            query, acc, largest, total, start, first, k, v, k_row, v_row, scale, L, P, W, M, N, D
         )
     low = tl.maximum(persistent, tl.maximum(start - W + 1, 0) // N * N)
     for first in range(low, tl.minimum(start + M, L), N):
         acc, largest, total = _query_step(
-            query, acc, largest, total, row, first, k, v, k_row, v_row, scale, L, P, W, N, D
+            query, acc, largest, total, start, first, k, v, k_row, v_row, scale, L, P, W, M, N, D
         )
     total = tl.where(row < L, total, 1.0)
     out = out_ptr + batch * o_batch + head * o_head + row[:, None] * o_row + lane[None, :]
@@ -109,7 +118,7 @@ def _grad_query_step(
     delta,
     log,
     acc,
-    row,
+    start,
     first,
     k,
     v,
@@ -119,15 +128,17 @@ def _grad_query_step(
     L,
     P,
     W,
+    M: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
 ):
-    column = first + tl.arange(0, N)
+    row, column = start + tl.arange(0, M), first + tl.arange(0, N)
     keys = _load(k, column, k_row, L, D)
     values = _load(v, column, v_row, L, D)
     scores = tl.dot(query, tl.trans(keys))
-    seen = _visible(row[:, None], column[None, :], L, P, W)
-    p = tl.where(seen, tl.exp2(scores * scale - log[:, None]), 0.0)
+    p = tl.exp2(scores * scale - log[:, None])
+    if not _all_visible(start, M, first, N, W):
+        p = tl.where(_visible(row[:, None], column[None, :], L, P, W), p, 0.0)
     grad_p = tl.dot(grad, tl.trans(values))
     grad_s = (p * (grad_p - delta[:, None])).to(keys.dtype)
     return tl.dot(grad_s, keys, acc)
@@ -161,12 +172,12 @@ def _window_grad_query(
     persistent = tl.cdiv(P, N) * N
     for first in range(0, persistent, N):
         acc = _grad_query_step(
-            query, grad, delta, log, acc, row, first, k, v, k_row, v_row, scale, L, P, W, N, D
+            query, grad, delta, log, acc, start, first, k, v, k_row, v_row, scale, L, P, W, M, N, D
         )
     low = tl.maximum(persistent, tl.maximum(start - W + 1, 0) // N * N)
     for first in range(low, tl.minimum(start + M, L), N):
         acc = _grad_query_step(
-            query, grad, delta, log, acc, row, first, k, v, k_row, v_row, scale, L, P, W, N, D
+            query, grad, delta, log, acc, start, first, k, v, k_row, v_row, scale, L, P, W, M, N, D
         )
     into = grad_q_ptr + batch * d_batch + head * d_head + at * d_row + lane
     tl.store(into, (acc * natural).to(grad_q_ptr.dtype.element_ty), inside)
@@ -203,8 +214,9 @@ def _window_grad_key(
         log = tl.load(log_ptr + pair * L + row, row < L, other=0.0)
         delta = tl.load(delta_ptr + pair * L + row, row < L, other=0.0)
         scores = tl.dot(keys, tl.trans(query))  # [N, M]
-        seen = _visible(row[None, :], column[:, None], L, P, W)
-        p = tl.where(seen, tl.exp2(scores * scale - log[None, :]), 0.0)
+        p = tl.exp2(scores * scale - log[None, :])
+        if not _all_visible(first, M, start, N, W):
+            p = tl.where(_visible(row[None, :], column[:, None], L, P, W), p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v)
         grad_p = tl.dot(values, tl.trans(grad))
         grad_s = (p * (grad_p - delta[None, :])).to(query.dtype)
