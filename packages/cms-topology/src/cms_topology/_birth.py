@@ -115,14 +115,25 @@ class NewbornStepCorrection:
         state = optimizer.state[values]
         t = state["step"].detach().to(values.device, torch.float32, non_blocking=True)
         last = self._last_step.get(values)
+        second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        if _by_kernel(values, state["exp_avg"], second, block_age):
+            from cms_topology._birth_kernels import correct_young
+
+            if last is None:
+                last = self._last_step[values] = torch.full_like(t, -1.0)
+            correct_young(
+                values, state["exp_avg"], second, block_age, live, t, last, group["lr"],
+                group["betas"], group["eps"], _grown_up(group["betas"]),
+            )  # fmt: skip
+            last.copy_(t)
+            return
         # a gradient scaler may have skipped the step: then there is nothing to correct
         moved = torch.ones_like(t, dtype=torch.bool) if last is None else t > last
         self._last_step[values] = t.clone()
 
         age = torch.minimum(block_age[:, :live].float(), t).clamp(min=1)
         young = (age < t.clamp(max=_grown_up(group["betas"]))) & moved
-        second = "max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"
-        blocks = (values[:, :live], state["exp_avg"][:, :live], state[second][:, :live])
+        blocks = (values[:, :live], state["exp_avg"][:, :live], second[:, :live])
         if values.device.type == "cpu":
             # asking which blocks are young costs nothing here, and they are few
             chosen = young.nonzero(as_tuple=True)
@@ -143,6 +154,18 @@ class NewbornStepCorrection:
             for name, t in state.items()
             if name in parameters
         }
+
+
+def _by_kernel(values: Tensor, *others: Tensor) -> bool:
+    """Whether the Triton kernel corrects these."""
+    if not values.is_cuda:
+        return False
+    try:
+        from cms_topology._birth_kernels import takes
+    except ImportError:  # no Triton on this platform
+        return False
+    *moments, age = others
+    return takes(values, *moments) and age.is_contiguous() and age.dtype == torch.int32
 
 
 def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor:
