@@ -354,14 +354,32 @@ def update_gradient_emas(
         emas = [scorers[i].score_ema for i in members]
         weights = [scorers[i].score_weight for i in members]
         # a skipped step lerps every entry to itself, which changes no bit
-        targets = [torch.where(here, scores[i], scorers[i].score_ema) for i in members]
-        torch._foreach_lerp_(emas, targets, 1.0 - decay)
+        ends = _where(here, [scores[i] for i in members], emas)
+        torch._foreach_lerp_(emas, ends, 1.0 - decay)
         # where a product with a 0-d tensor would need one launch per layer, reuse the same trick
-        ones = [torch.where(here, 1.0, weight) for weight in weights]
-        torch._foreach_lerp_(weights, ones, 1.0 - decay)
+        ends = _where(here, 1.0, weights)
+        torch._foreach_lerp_(weights, ends, 1.0 - decay)
         ages = [scorers[i].block_age for i in members]
         # given one 0-d tensor for all, torch reads it as a number and waits for the device
-        torch._foreach_add_(ages, [here.to(age.dtype).expand_as(age) for age in ages])
+        one = here.to(torch.int32)
+        torch._foreach_add_(ages, [one.expand_as(age) for age in ages])
+
+
+def _where(
+    condition: Tensor, given: Sequence[Tensor] | float, otherwise: Sequence[Tensor]
+) -> list[Tensor]:
+    """`torch.where` of a 0-d condition for tensors of many shapes, in one launch and its copies."""
+    held = _flat(otherwise)
+    if isinstance(given, float):
+        chosen = torch.where(condition, given, held)
+    else:
+        chosen = torch.where(condition, _flat(given), held)
+    parts = chosen.split([tensor.numel() for tensor in otherwise])
+    return [part.view_as(tensor) for part, tensor in zip(parts, otherwise, strict=True)]
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([tensor.flatten() for tensor in tensors])
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
