@@ -9,7 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cms_topology import ScoringConfig
 from titanmac_integration import TitanMACConfig, TrainingConfig
+from titanmac_integration._config_checks import MAX_SWAP_FRAC
 
 
 @pytest.mark.parametrize(
@@ -40,6 +42,7 @@ from titanmac_integration import TitanMACConfig, TrainingConfig
         ({"block_sparse_row_group": 0}, r"block_sparse_row_group \(=0\) must be an integer"),
         ({"block_sparse_row_group": "all"}, r'must be "auto" or a positive integer'),
         ({"block_sparse_swap_threshold": 0.5}, r"swap_threshold \(=0.5\) must be at least 1"),
+        ({"block_sparse_min_swap_frac": 0.06}, r"min_swap_frac \(=0.06\) must be in \[0, 0.05\]"),
         (
             {"block_sparse_max_density": 0.3},
             r"max_density \(=0.3\) must be at least block_sparse_d",
@@ -216,3 +219,7 @@ def test_learning_rate_rises_then_falls() -> None:
     assert all(a > b for a, b in itertools.pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.1, rel=0.02)
     assert TrainingConfig(warmup_steps=0, lr=1.0).lr_at(0, 10) == 1.0
+
+
+def test_the_largest_floor_is_the_scorers_cap() -> None:
+    assert ScoringConfig().max_swap_frac == MAX_SWAP_FRAC

@@ -15,6 +15,8 @@ CANDIDATE_SCORES = ("gradient", "outer")
 VARIANTS = ("MAC", "MAG", "MAL")
 MEMORY_DEPTHS = (1, 2)
 DENSITY_RANGE = (0.1, 1.0)
+MAX_SWAP_FRAC = 0.05
+"""The default of `ScoringConfig.max_swap_frac`, which configurations do not change."""
 POSITIVE_INTEGERS = (
     "vocab_size",
     "d_model",
@@ -115,6 +117,13 @@ def check_block_sparse(config: TitanMACConfig) -> None:
         raise ValueError(
             f"block_sparse_swap_threshold (={threshold}) must be at least 1; below it, blocks "
             "would be replaced by worse ones."
+        )
+    floor = config.block_sparse_min_swap_frac
+    check_float("block_sparse_min_swap_frac", floor)
+    if not 0.0 <= floor <= MAX_SWAP_FRAC:
+        raise ValueError(
+            f"block_sparse_min_swap_frac (={floor}) must be in [0, {MAX_SWAP_FRAC}]: no decision "
+            "replaces more than that share of a layer."
         )
     group = config.block_sparse_row_group
     if group != "auto":

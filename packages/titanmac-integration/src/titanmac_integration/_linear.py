@@ -40,6 +40,7 @@ def sparse_options(config: TitanMACConfig, layer: int) -> dict[str, Any]:
         "scoring": ScoringConfig(
             candidate_score=config.block_sparse_candidate_score,
             swap_threshold=config.block_sparse_swap_threshold,
+            min_swap_frac=config.block_sparse_min_swap_frac,
         ),
     }
 
