@@ -18,7 +18,17 @@ pytestmark = [
 
 
 @pytest.mark.parametrize(
-    "name", ["fine-tuning", "ewc", "kronecker-ewc", "self-rehearsal", "joint", "ours", "ours-grown"]
+    "name",
+    [
+        "fine-tuning",
+        "ewc",
+        "kronecker-ewc",
+        "self-rehearsal",
+        "joint",
+        "ours",
+        "ours-grown",
+        "ours-rehearsing",
+    ],
 )
 def test_captured_steps_train_like_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     small = {"d_model": 32, "n_heads": 4, "d_ff": 64, "n_layers": 1, "block_sparse_tile_size": 16}

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cms_topology import CMSBlockLinear, sparse_layers
+from cms_topology import CMSBlockLinear, Rehearsal, sparse_layers
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
 from titanmac_integration._protocol import _anchored, _kronecker
 from titanmac_integration._protocol._cell import learn_first, run_cell
@@ -226,19 +226,21 @@ def test_the_guard_and_rehearsal_go_together(setting: Setting, model: TitanMAC) 
         method.remember(model, task, sampling())
     memory, *written = method.kept
     assert memory.tasks == ["arithmetic", "arithmetic"]
-    assert [tuple(tokens.shape) for tokens in written] == [(16, 40), (16, 40)]
-    method._generator = torch.Generator().manual_seed(0)
+    assert [tuple(kept["input_ids"].shape) for kept in written] == [(16, 40), (16, 40)]
+    method._rehearsal = Rehearsal(model, written, weight=method.weight)
     grads = penalty_gradients(model, method)
     rows = torch.randint(16, (2, 16), generator=torch.Generator().manual_seed(0))
     model.zero_grad()
-    for tokens, chosen in zip(written, rows, strict=True):
-        (0.3 * model(tokens[chosen], tokens[chosen])["loss"]).backward()
+    for kept, chosen in zip(written, rows, strict=True):
+        tokens = kept["input_ids"][chosen]
+        (0.3 * model(tokens, tokens)["loss"]).backward()
     expected = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     assert expected
     for name, gradient in expected.items():
         torch.testing.assert_close(grads[name], gradient, msg=name)
     record = cell(setting, "ours-rehearsing", "spare")
-    assert record["method_metrics"]["retention/budget"] > 0
+    assert record["method_metrics"]["retention/eps"] == record["dial"] == 0.03
+    assert "retention/budget" not in record["method_metrics"]
 
 
 def test_frozen_blocks_stay_and_others_grow(

@@ -10,6 +10,7 @@ from cms_topology._retention._grow import grow_for_task
 from cms_topology._retention._guard import RetentionGuard
 from cms_topology._retention._masks import changed_blocks, used_blocks
 from cms_topology._retention._probes import Probes, make_probes, sample_tokens
+from cms_topology._retention._rehearsal import Rehearsal
 from cms_topology._retention._topology import removal_cost
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "DriftController",
     "LayerMemory",
     "Probes",
+    "Rehearsal",
     "RetentionGuard",
     "absorb",
     "changed_blocks",

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from cms_topology import (
     Probes,
+    Rehearsal,
     RetentionGuard,
     consolidate,
     grow_for_task,
@@ -20,7 +21,7 @@ from titanmac_integration._training import PhaseReport, Trainer
 from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._plain import density_after
-from ._rehearsal import SelfRehearsal, captured_generator, rehearse
+from ._rehearsal import SelfRehearsal, captured_generator
 from ._score import RetentionTask
 
 
@@ -143,27 +144,40 @@ class GrowingProjection(Projection):
 class RehearsingProjection(GrowingProjection):
     """The growing form, which also rehearses what the model wrote after every old task.
 
-    The guard holds the old answers from the first step on, where rehearsal alone loses them for a
-    while; rehearsal lets the weights move where the guard alone would hold them. No data is kept.
+    Updates are damped by a fixed eps, without a trust region: damping holds the old answers while
+    the new task begins, where rehearsal alone loses them, and rehearsal repairs what leaks through
+    later, so that the weights may go wherever both tasks allow. No data is kept.
     """
 
     name = "ours-rehearsing"
+    dial_name = "eps"
+    dials = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+    default_dial = 3e-2
     keeps = "covariance and generated"
+    probes = 0
     weight = 0.3
     """Of the rehearsed loss, per old task."""
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         super().remember(model, task, sampling)
         batch = task_batches(task, sampling, 1, device_of(model))[0]
-        self.kept = [*self.kept, written_by(model, batch, SelfRehearsal.rows)]
+        tokens = written_by(model, batch, SelfRehearsal.rows)
+        self.kept = [*self.kept, {"input_ids": tokens, "labels": tokens}]
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
-        self._generator = captured_generator(trainer)
+        self._rehearsal = Rehearsal(
+            trainer.model,
+            self.kept[1:],
+            weight=self.weight,
+            generator=captured_generator(trainer),
+        )
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
-        for tokens in self.kept[1:]:
-            rehearse(trainer.model, tokens, tokens, self.weight, self._generator)
+        self._rehearsal.loss().backward()
+
+    def _strength(self) -> dict[str, Any]:
+        return {"drift": None, "eps": self.dial}
 
 
 class FixedEps(Projection):

@@ -7,17 +7,17 @@ import math
 import torch
 from torch import Tensor, nn
 
+from cms_topology import Rehearsal
 from titanmac_integration._training import Trainer
 
 from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by
 from ._score import RetentionTask
 
-REHEARSED_ROWS = 16
 REAL_SHARE = 0.01
 
 
-class Rehearsal(Method):
+class RehearsingMethod(Method):
     """Every step adds dial * loss of 16 kept sequences per old task to the new task's loss."""
 
     dial_name = "weight"
@@ -26,12 +26,13 @@ class Rehearsal(Method):
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
-        self._generator = captured_generator(trainer)
+        assert self.dial is not None
+        self._rehearsal = Rehearsal(
+            trainer.model, self.kept, weight=self.dial, generator=captured_generator(trainer)
+        )
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
-        assert self.dial is not None
-        for tokens, labels in self.kept:
-            rehearse(trainer.model, tokens, labels, self.dial, self._generator)
+        self._rehearsal.loss().backward()
 
 
 def captured_generator(trainer: Trainer) -> torch.Generator:
@@ -42,17 +43,7 @@ def captured_generator(trainer: Trainer) -> torch.Generator:
     return generator
 
 
-def rehearse(
-    model: nn.Module, tokens: Tensor, labels: Tensor, weight: float, generator: torch.Generator
-) -> None:
-    """Add the gradient of weight * loss on 16 of the kept sequences, int64 [rows, T] each."""
-    chosen = torch.randint(
-        len(tokens), (REHEARSED_ROWS,), generator=generator, device=tokens.device
-    )
-    (weight * model(tokens[chosen], labels[chosen])["loss"]).backward()
-
-
-class SelfRehearsal(Rehearsal):
+class SelfRehearsal(RehearsingMethod):
     """Rehearses sequences that the model itself wrote at the end of the old task; no data is kept.
 
     See ``written_by``.
@@ -67,10 +58,10 @@ class SelfRehearsal(Rehearsal):
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         batch = task_batches(task, sampling, 1, device_of(model))[0]
         tokens = written_by(model, batch, self.rows)
-        self.kept.append((tokens, tokens))
+        self.kept.append({"input_ids": tokens, "labels": tokens})
 
 
-class RealRehearsal(Rehearsal):
+class RealRehearsal(RehearsingMethod):
     """Rehearses one percent of the old task's training data, which is kept."""
 
     name = "real-rehearsal"
@@ -80,7 +71,7 @@ class RealRehearsal(Rehearsal):
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         rows = max(1, math.ceil(REAL_SHARE * task.train_tokens_total / sampling.seq_len))
         batch = task_batches(task, sampling._replace(batch_size=rows), 1, device_of(model))[0]
-        self.kept.append((batch["input_ids"], batch["labels"]))
+        self.kept.append(batch)
 
 
 class Joint(Method):

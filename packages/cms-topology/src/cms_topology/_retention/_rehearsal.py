@@ -1,0 +1,94 @@
+"""Rehearsal: going over old tasks beside a new one, on what the model wrote itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cms_topology._retention._consolidate import LossFn, default_loss
+
+
+class Rehearsal:
+    """The loss on a few sequences of every old task, to be added to a new task's loss.
+
+    The sequences are best written by the model itself at the end of each task (`sample_tokens`):
+    then no data need be kept (self-generated replay: Robins 1995, "Catastrophic forgetting,
+    rehearsal and pseudorehearsal"). By itself rehearsal repairs what was forgotten, it does not
+    prevent it: the old tasks dip while the new one begins. With the updates damped along the old
+    tasks' inputs they do not, and the damping may be weak, because what leaks is repaired:
+
+    ```python
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.03)
+    rehearsal = Rehearsal(model, [{"input_ids": written, "labels": written}])
+    ...
+    (loss + rehearsal.loss()).backward()
+    optimizer.step()
+    ```
+
+    Args:
+        model: wrapped by DDP or torch.compile or not.
+        kept: one entry per old task: tensors by name, whose first dimension counts sequences.
+        weight: of the loss of each old task.
+        rows: sequences per task and step, drawn with replacement.
+        loss_fn: (model, batch) -> scalar, the mean over tokens. Default: `model(**batch)["loss"]`.
+        generator: on the device of `kept`; default: one of a fixed seed. A step that is captured in
+            a graph needs it registered there.
+
+    Raises:
+        ValueError: no task, a task without sequences or with unequally many, or a setting outside
+            its range.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kept: Sequence[dict[str, Tensor]],
+        *,
+        weight: float = 0.3,
+        rows: int = 16,
+        loss_fn: LossFn = default_loss,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        if not kept:
+            raise ValueError(f"kept (={kept!r}) must hold at least one task; pass what it wrote.")
+        for number, batch in enumerate(kept):
+            counts = {len(tensor) for tensor in batch.values()}
+            if len(counts) != 1 or 0 in counts:
+                raise ValueError(
+                    f"kept[{number}] (of {sorted(counts)} sequences) must hold tensors of equally "
+                    "many sequences, at least one."
+                )
+        if not weight >= 0:
+            raise ValueError(f"weight (={weight}) must be 0 or more.")
+        if rows < 1:
+            raise ValueError(f"rows (={rows}) must be at least 1.")
+        self.model, self.kept = model, [dict(batch) for batch in kept]
+        self.weight, self.rows, self.loss_fn = weight, rows, loss_fn
+        device = next(iter(self.kept[0].values())).device
+        self.generator = generator
+        if generator is None:
+            self.generator = torch.Generator(device).manual_seed(0)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of what is kept."""
+        return sum(t.numel() * t.element_size() for batch in self.kept for t in batch.values())
+
+    def loss(self) -> Tensor:
+        """Weighted loss on freshly drawn sequences of all old tasks, 0-d; no host synchronisation.
+
+        Autocast and the scaling of gradients are the caller's, as for the loss it is added to.
+        """
+        total: Any = 0.0
+        for batch in self.kept:
+            some = next(iter(batch.values()))
+            chosen = torch.randint(
+                len(some), (self.rows,), generator=self.generator, device=some.device
+            )
+            drawn = {name: tensor[chosen] for name, tensor in batch.items()}
+            total = total + self.weight * self.loss_fn(self.model, drawn)
+        result: Tensor = total
+        return result
