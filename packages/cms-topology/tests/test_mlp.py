@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from blockell_kernels import _mlp_core
-from cms_topology import CMSBlockLinear, ScoringConfig, block_sparse_mlp
+from cms_topology import CMSBlockLinear, ScoringConfig, block_sparse_mlp, mlp_is_fused
 
 
 @pytest.fixture
@@ -170,3 +170,19 @@ def test_compiled_in_one_graph() -> None:
     torch.testing.assert_close(y.detach(), want["y"])
     torch.testing.assert_close(x.grad, want["x"])
     torch.testing.assert_close(mlp[0]._probe.grad, want["probe 0"])
+
+
+def test_a_bias_that_somebody_else_adds() -> None:
+    torch.manual_seed(0)
+    fc1, fc2 = (CMSBlockLinear(*size, tile_size=8) for size in ((16, 32), (32, 16)))
+    x = torch.randn(5, 16)
+    assert mlp_is_fused(fc1, fc2)
+    product = block_sparse_mlp(x, fc1, fc2, add_bias=False)
+    torch.testing.assert_close(product + fc2.bias, block_sparse_mlp(x, fc1, fc2))
+    hook = fc2.register_forward_hook(lambda *_: None)
+    assert not mlp_is_fused(fc1, fc2)
+    with pytest.raises(ValueError, match=r"add_bias \(=False\) must be True for layers"):
+        block_sparse_mlp(x, fc1, fc2, add_bias=False)
+    hook.remove()
+    assert mlp_is_fused(fc1, fc2)
+    assert not mlp_is_fused(fc1, nn.Linear(32, 16))

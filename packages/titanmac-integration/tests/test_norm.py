@@ -43,15 +43,18 @@ with torch.no_grad():
     norm.weight.normal_()
 pairs = [(torch.float32, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 1e-2)]
 pairs.append((torch.bfloat16, torch.bfloat16, 3e-2))
-uses = ((True, True), (True, False), (False, True))
-for (kind, other, tolerance), (total_used, normed_used) in itertools.product(pairs, uses):
+uses = ((True, True, True), (True, False, True), (False, True, True), (True, True, False))
+for (kind, other, tolerance), (total_used, normed_used, biased) in itertools.product(pairs, uses):
     base = torch.randn(2, 5, 24, device=device, dtype=kind)[..., :12]  # rows lie apart
     more = torch.randn(2, 5, 24, device=device, dtype=other)[..., :12]
+    offset = torch.randn(12, device=device)
     results = []
     for kernel in (False, True):
         _norm._on_gpu = lambda x: kernel
         x, added = base.detach().requires_grad_(), more.detach().requires_grad_()
-        total, y = norm.after_adding(x, added)
+        # torch would round, or widen, the sum of a bias and what it is added to
+        bias = offset.to(other).requires_grad_() if biased else None
+        total, y = norm.after_adding(x, added, bias)
         assert total.dtype == kind
         weights = torch.arange(12.0, device=device)
         loss = 0.0
@@ -59,7 +62,9 @@ for (kind, other, tolerance), (total_used, normed_used) in itertools.product(pai
             loss = (y.float() * weights).sum()
         if total_used:
             loss = loss + (total.float().sin() * weights.flip(0)).sum()
-        inputs = (x, added, norm.weight) if normed_used else (x, added)
+        inputs = (x, added)
+        inputs += (bias,) if biased else ()
+        inputs += (norm.weight,) if normed_used else ()
         once = torch.autograd.grad(loss, inputs, retain_graph=True)
         again = torch.autograd.grad(loss, inputs, create_graph=True)
         second = torch.autograd.grad(sum(g.float().pow(2).sum() for g in again), inputs)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import nn
 
 from titanmac_integration import _project
 
@@ -54,3 +55,53 @@ def test_hooks_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
     with torch.nn.modules.module.register_module_forward_hook(lambda *_: seen.append("all")):
         _project.project(layer, torch.ones(1, 3))
     assert seen == ["own", "all"]
+
+
+APART = """
+import sys, torch
+from titanmac_integration import TitanMACConfig, _norm, _project, create_titanmac_model
+device = sys.argv[1]
+SHAPE = dict(
+    d_model=32, n_heads=4, n_layers=2, d_ff=64, max_seq_len=64, window_size=8, n_persistent=2,
+    block_sparse_layers=(1,), block_sparse_tile_size=8,
+)
+changes = {"dense": {}, "sparse": {"use_block_sparse": True}, "dropout": {"dropout": 0.3}}
+changes["checkpoints"] = {"activation_checkpointing": True}
+changes["memory"] = {"use_neural_memory": True, "memory_layers": (0,), "memory_heads": 2,
+                     "memory_width": 8, "titans_variant": "MAG"}
+tokens = torch.randint(256, (2, 20), device=device)
+for name, fields in changes.items():
+    results = []
+    for kernels in (False, True):
+        _norm._on_gpu = _project._on_gpu = lambda x: kernels
+        model = create_titanmac_model(TitanMACConfig(**SHAPE | fields), seed=0, device=device)
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases, too, shall matter
+                parameter.data += torch.linspace(-1, 1, len(parameter), device=device)
+        torch.manual_seed(0)
+        output = model(tokens, tokens)
+        output["loss"].backward()
+        found = {n: p.grad for n, p in model.named_parameters()}
+        results.append({"logits": output["logits"], **found})
+    plain, got = results
+    for key, value in plain.items():
+        error = (got[key] - value).norm() / value.norm()
+        assert error < 1e-4, (name, key, float(error))
+print("agrees")
+"""
+
+
+def test_biases_that_are_added_with_the_residual_stream(
+    assert_agrees: Callable[[str], None],
+) -> None:
+    """A model whose norms add them is the model, gradients by name included."""
+    assert_agrees(APART)
+
+
+def test_hooks_see_a_whole_result() -> None:
+    torch.manual_seed(0)
+    layer, x, seen = nn.Linear(4, 3), torch.randn(2, 4), []
+    layer.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    product, bias = _project.project_apart(layer, x)
+    assert bias is None
+    assert torch.equal(seen[0], product)

@@ -47,13 +47,14 @@ def cases():
     for adds in (False, True):
         constants = {"D": 640, "BLOCK": 1024}
         pointers = {"x_ptr": FP32, "weight_ptr": FP32, "y_ptr": BF16, "scale_ptr": FP32}
-        terms = {"added_ptr": BF16, "sum_ptr": FP32}
+        terms = {"added_ptr": BF16, "bias_ptr": FP32, "sum_ptr": FP32}
         forward = (
             (pointers | terms, constants) if adds else (pointers, constants | dict.fromkeys(terms))
         )
         yield f"norm adds={adds}", _norm_kernels._norm_forward, *forward, 4
         pointers = {"grad_ptr": BF16, "x_ptr": FP32, "weight_ptr": FP32, "scale_ptr": FP32}
         pointers |= {"grad_x_ptr": FP32, "parts_ptr": FP32}
+        constants = constants | {"SUMS": adds}
         terms = {"past_ptr": FP32, "grad_added_ptr": BF16}
         backward = (
             (pointers | terms, constants) if adds else (pointers, constants | dict.fromkeys(terms))

@@ -8,7 +8,7 @@ from cms_topology._convert import densify, sparse_layers, sparsify
 from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
-from cms_topology._mlp import block_sparse_mlp
+from cms_topology._mlp import block_sparse_mlp, mlp_is_fused
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._retention import (
     Absorption,
@@ -76,6 +76,7 @@ __all__ = [
     "densify",
     "grow_for_task",
     "make_probes",
+    "mlp_is_fused",
     "removal_cost",
     "reset_optimizer_state",
     "resolve_row_group",

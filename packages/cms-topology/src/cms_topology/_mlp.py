@@ -26,6 +26,7 @@ def block_sparse_mlp(
     activation: Activation = "gelu",
     *,
     recompute: Literal["none", "activation", "hidden"] | None = None,
+    add_bias: bool = True,
 ) -> Tensor:
     """`fc2(f(fc1(x)))`, fused where both layers are `CMSBlockLinear` and nobody would notice.
 
@@ -39,19 +40,25 @@ def block_sparse_mlp(
         activation: f: "gelu" (by the error function), "gelu_tanh", "relu", "silu" or "none".
         recompute: what the fused backward pass computes again; see
             `blockell_kernels.block_ell_mlp`.
+        add_bias: False leaves out the bias of fc2, for who adds the result to something anyway;
+            only where `mlp_is_fused` says so.
 
     Returns:
         [..., fc2.out_features].
 
     Raises:
-        ValueError: an unknown activation, or shapes that do not fit.
+        ValueError: an unknown activation, shapes that do not fit, or `add_bias=False` for layers
+            that are called one by one.
     """
-    if not (_plain(fc1) and _plain(fc2)) or _global_hooks():
+    if not mlp_is_fused(fc1, fc2):
+        if not add_bias:
+            raise ValueError(
+                "add_bias (=False) must be True for layers that are called one by one; ask "
+                "mlp_is_fused(fc1, fc2) first."
+            )
         return _one_by_one(x, fc1, fc2, activation)
     assert isinstance(fc1, CMSBlockLinear)
     assert isinstance(fc2, CMSBlockLinear)
-    if fc1.backend != fc2.backend:
-        return _one_by_one(x, fc1, fc2, activation)
     return block_ell_mlp(
         x,
         fc1.values,
@@ -59,13 +66,20 @@ def block_sparse_mlp(
         fc1.bias,
         fc2.values,
         fc2.col_indices,
-        fc2.bias,
+        fc2.bias if add_bias else None,
         activation,
         recompute=recompute,
         backend=fc1.backend,
         **_options(fc1, 1),
         **_options(fc2, 2),
     )
+
+
+def mlp_is_fused(fc1: nn.Module, fc2: nn.Module) -> bool:
+    """Whether `block_sparse_mlp` runs these layers as one function."""
+    if not (_plain(fc1) and _plain(fc2)) or _global_hooks():
+        return False
+    return fc1.backend == fc2.backend
 
 
 def _one_by_one(x: Tensor, fc1: nn.Module, fc2: nn.Module, activation: Activation) -> Tensor:

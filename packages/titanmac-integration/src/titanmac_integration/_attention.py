@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
-from ._project import project
+from ._project import project, project_apart
 from ._rotary import Rotary, turned_parts
 from ._state import Cache
 from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
@@ -50,9 +50,10 @@ class CausalWindowAttention(nn.Module):
 
     def forward(
         self, x: Tensor, run: Pass, retrieved: Tensor | None = None, cache: Cache | None = None
-    ) -> tuple[Tensor, Cache | None]:
-        """``x`` [S, L, d_model] -> [S, L, d_model], and the cache if ``run`` keeps the state.
+    ) -> tuple[Tensor, Tensor | None, Cache | None]:
+        """``x`` [S, L, d_model] -> [S, L, d_model]; its bias; the cache if ``run`` keeps the state.
 
+        The bias [d_model] is still to be added to the first; None where that is done.
         With a cache, ``x`` are the T tokens after the cached ones (with retrieval: of one segment).
         ``retrieved`` [S, T, d_model] is what the memory says to each token (MAC).
         """
@@ -75,7 +76,7 @@ class CausalWindowAttention(nn.Module):
             mixed = window_attention(query, key, value, run.window, dropout)
         if run.keep_state and cache is None:
             cache = self._first_cache((key, value), recalled)
-        return project(self.out, mixed.transpose(1, 2).flatten(2)), cache
+        return *project_apart(self.out, mixed.transpose(1, 2).flatten(2)), cache
 
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys and values: [S, L, 3, H, D]."""

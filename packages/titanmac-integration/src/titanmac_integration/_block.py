@@ -1,5 +1,7 @@
 """One layer: attention, MLP and, where configured, a neural memory beside them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -10,6 +12,19 @@ from ._memory import NeuralMemory
 from ._mlp import TitanMLP
 from ._norm import NormBeforeLinear
 from ._state import LayerState
+
+
+class Addend(NamedTuple):
+    """What is still to be added to the residual stream."""
+
+    value: Tensor
+    """[S, L, d_model]."""
+    bias: Tensor | None = None
+    """[d_model]."""
+
+    def plus(self, x: Tensor) -> Tensor:
+        """``x`` with it."""
+        return x + (self.value if self.bias is None else self.value + self.bias)
 
 
 class TitanBlock(nn.Module):
@@ -50,8 +65,8 @@ class TitanBlock(nn.Module):
         x: Tensor,
         run: Pass,
         state: LayerState | None = None,
-        added: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor, Tensor | None, LayerState | None]:
+        added: Addend | None = None,
+    ) -> tuple[Tensor, Addend, Tensor | None, LayerState | None]:
         """One layer for [S, P + T, d_model], or with a state for the [S, T, d_model] that follow.
 
         The residual stream comes, and goes, as two terms that are still to be added: so that who
@@ -73,13 +88,13 @@ class TitanBlock(nn.Module):
         retrieved, memory, loss = None, None, None
 
         if self.variant is not None and added is not None:
-            x, added = x + added, None
+            x, added = added.plus(x), None
         if self.variant == "MAL":
             said = self.memory(self.norm_memory(x[:, skipped:]), past, run.position)
             memory, loss = said.state, said.loss
-            added = self.dropout(_behind(said.read, skipped))
+            added = Addend(self.dropout(_behind(said.read, skipped)))
         if isinstance(self.norm_attention, NormBeforeLinear):
-            x, normed = self.norm_attention.after_adding(x, added)
+            x, normed = self.norm_attention.after_adding(x, *(added or (None,)))
         else:
             normed = self.norm_attention(x)
         if self.variant in ("MAC", "MAG"):
@@ -87,15 +102,20 @@ class TitanBlock(nn.Module):
             memory, loss = said.state, said.loss
             if self.variant == "MAC":
                 retrieved = self.norm_memory(said.retrieved.to(x.dtype))
-        attended, cache = self.attention(normed, run, retrieved, cache)
+        attended, bias, cache = self.attention(normed, run, retrieved, cache)
         if self.variant in ("MAC", "MAG"):
             attended = attended + _behind(said.read, skipped)
-        x, normed = self.norm_mlp.after_adding(x, self.dropout(attended))
-        added = self.dropout(self.mlp(normed))
+        x, normed = self.norm_mlp.after_adding(x, *self._dropped(attended, bias))
+        added = self._dropped(*self.mlp.apart(normed))
         if not run.keep_state:
             return x, added, loss, None
         assert cache is not None
         return x, added, loss, LayerState(cache, memory)
+
+    def _dropped(self, value: Tensor, bias: Tensor | None) -> Addend:
+        if bias is None or not self.training or self.dropout.p == 0:
+            return Addend(self.dropout(value), bias)
+        return Addend(self.dropout(value + bias))
 
 
 def _behind(tokens: Tensor, n_persistent: int) -> Tensor:

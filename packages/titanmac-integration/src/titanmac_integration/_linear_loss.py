@@ -75,6 +75,19 @@ def _on_gpu(logits: Tensor) -> bool:
     return logits.is_cuda and logits.dtype != torch.float64 and has_triton()
 
 
+def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    """``total + left @ right`` in ``dtype``, in the memory of ``total`` where there is one."""
+    half = left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
+    if left.is_cuda and half and hasattr(torch.ops.aten.addmm, "dtype_out"):
+        # the product is added up in float32 anyway: as such it need not be written, read and cast
+        with torch.autocast("cuda", enabled=False):
+            if total is None:
+                return torch.mm(left, right, out_dtype=dtype)
+            return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    product = left @ right
+    return product.to(dtype) if total is None else total.add_(product)
+
+
 class _LinearLoss(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -108,8 +121,7 @@ class _LinearLoss(torch.autograd.Function):
             log_sums[part] = turn(logits, targets[part], z_weight, gradient)
             if grad_rows is not None:
                 torch.mm(logits, head, out=grad_rows[part])
-                product = logits.t() @ rows[part]
-                grad_weight = product.to(wide) if grad_weight is None else grad_weight.add_(product)
+                grad_weight = _added(grad_weight, logits.t(), rows[part], wide)
         if gradient and grad_weight is None:  # no rows
             grad_weight = torch.zeros_like(weight, dtype=wide)
         counted = (~ignored).sum()
@@ -128,5 +140,6 @@ class _LinearLoss(torch.autograd.Function):
         share = grad / counted
         # the share is not rounded to half precision: that would scale every gradient wrongly
         rows = (grad_rows.to(share.dtype) * share).to(grad_rows.dtype)
-        weight = (grad_weight * share).to(ctx.dtype)
+        # one pass of vectorised loads, which a product with a 0-d tensor is not
+        weight = torch._foreach_mul([grad_weight], share)[0].to(ctx.dtype)
         return rows, weight, None, None, None, None

@@ -4,11 +4,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from cms_topology import block_sparse_mlp
+from cms_topology import block_sparse_mlp, mlp_is_fused
 
+from . import _project
 from ._config import TitanMACConfig
 from ._linear import make_linear
-from ._project import project
+from ._project import has_hooks, project, project_apart
 
 
 class TitanMLP(nn.Module):
@@ -33,3 +34,15 @@ class TitanMLP(nn.Module):
         if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
             return project(self.fc2, functional.gelu(project(self.fc1, x)))
         return block_sparse_mlp(x, self.fc1, self.fc2, "gelu")
+
+    def apart(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The same in two terms, the last one fc2's bias; None: the first is the whole."""
+        if has_hooks(self):
+            return self(x), None
+        if type(self.fc1) is nn.Linear and type(self.fc2) is nn.Linear:
+            return project_apart(self.fc2, functional.gelu(project(self.fc1, x)))
+        if _project._on_gpu(x) and mlp_is_fused(self.fc1, self.fc2):
+            bias = self.fc2.bias
+            assert bias is None or isinstance(bias, Tensor)
+            return block_sparse_mlp(x, self.fc1, self.fc2, "gelu", add_bias=False), bias
+        return self(x), None

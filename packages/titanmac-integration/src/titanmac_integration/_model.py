@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from cms_topology import CMSBlockLinear, sparse_layers
 
 from ._attention import Pass
-from ._block import TitanBlock
+from ._block import Addend, TitanBlock
 from ._config import TitanMACConfig
 from ._generation import generate
 from ._inputs import check_inputs
@@ -112,9 +112,11 @@ class TitanMAC(nn.Module):
         if labels is not None:
             weight = self.config.z_loss_weight
             if return_logits:
-                output.update(language_model_loss(output["logits"], labels, weight))
+                parts = language_model_loss(output["logits"], labels, weight)
             else:
-                output.update(self.loss(hidden, labels))
+                parts = self.loss(hidden, labels)
+            # not `update`: torch's compiler, which does not see where `parts` come from, warns
+            output = {**output, **parts}
             if memory_loss is not None:
                 output["memory_loss"] = memory_loss
         if keep_state:
@@ -202,19 +204,19 @@ class TitanMAC(nn.Module):
         recompute = config.activation_checkpointing and self.training and torch.is_grad_enabled()
         x = self.dropout(x)
         layers, losses = [], []
-        added: Tensor | None = None
+        added: Addend | None = None
         for index, block in enumerate(self.blocks):
             past = None if state is None else state.layers[index]
             if recompute:
                 # one tensor is kept per layer, not two
-                x, added = x if added is None else x + added, None
+                x, added = x if added is None else added.plus(x), None
                 x, added, loss, layer = checkpoint(block, x, run, past, use_reentrant=False)
             else:
                 x, added, loss, layer = block(x, run, past, added)
             layers.append(layer)
             if loss is not None:
                 losses.append(loss)
-        x = x if added is None else x + added
+        x = x if added is None else added.plus(x)
         if state is None:
             x = x[:, config.n_persistent :]
         new = ModelState(run.position + input_ids.shape[1], tuple(layers)) if keep_state else None

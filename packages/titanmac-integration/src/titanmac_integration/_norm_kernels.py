@@ -7,13 +7,15 @@ import triton.language as tl
 from torch import Tensor
 
 PROGRAMS = 1024
-"""Of the backward pass; each gathers a share of the gradient of the weight in its registers."""
+"""Of the backward pass, or some more so that all take as many rows; each gathers a share of the
+gradient of the weight in its registers."""
 
 
 @triton.jit
 def _norm_forward(
     x_ptr,  # [N, D]
     added_ptr,  # [N, D], or None
+    bias_ptr,  # [D], added too, or None
     sum_ptr,  # [N, D], or None without added_ptr
     weight_ptr,  # [D]
     y_ptr,  # [N, D]
@@ -28,6 +30,8 @@ def _norm_forward(
     x = tl.load(x_ptr + row * D + lane, inside, other=0.0).to(tl.float32)
     if added_ptr is not None:
         x += tl.load(added_ptr + row * D + lane, inside, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x += tl.load(bias_ptr + lane, inside, other=0.0).to(tl.float32)
         total = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + row * D + lane, total, inside)
         x = total.to(tl.float32)
@@ -46,8 +50,9 @@ def _norm_backward(
     scale_ptr,  # float32 [N]
     grad_x_ptr,  # [N, D]
     grad_added_ptr,  # [N, D], the same in another precision, or None
-    parts_ptr,  # float32 [programs, D]
+    parts_ptr,  # float32 [programs, D], or [programs, 2 D] with sums of grad_x behind them
     N,
+    SUMS: tl.constexpr,
     D: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -56,6 +61,7 @@ def _norm_backward(
     inside = lane < D
     weight = tl.load(weight_ptr + lane, inside, other=0.0).to(tl.float32)
     gathered = tl.zeros((BLOCK,), tl.float32)
+    sums = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, N, tl.num_programs(0)):
         row = first + program.to(tl.int64)
         there = inside & (row < N)
@@ -70,19 +76,29 @@ def _norm_backward(
         grad_x = (grad - unit * along) * scale
         if past_ptr is not None:
             grad_x += tl.load(past_ptr + start + lane, there, other=0.0).to(tl.float32)
+        if SUMS:
+            sums += grad_x
         tl.store(grad_x_ptr + start + lane, grad_x.to(grad_x_ptr.dtype.element_ty), there)
         if grad_added_ptr is not None:
             grad_added = grad_x.to(grad_added_ptr.dtype.element_ty)
             tl.store(grad_added_ptr + start + lane, grad_added, there)
-    tl.store(parts_ptr + program.to(tl.int64) * D + lane, gathered, inside)
+    part = parts_ptr + program.to(tl.int64) * (2 * D if SUMS else D) + lane
+    tl.store(part, gathered, inside)
+    if SUMS:
+        tl.store(part + D, sums, inside)
 
 
 def normalise(
-    x: Tensor, added: Tensor | None, weight: Tensor, eps: float, dtype: torch.dtype
+    x: Tensor,
+    added: Tensor | None,
+    bias: Tensor | None,
+    weight: Tensor,
+    eps: float,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``x + added`` (or ``x``), that over its rms times ``weight``, and 1 / rms of each row.
+    """``x + added + bias`` (or ``x``), that over its rms times ``weight``, and 1 / rms of each row.
 
-    The second in ``dtype``, the third float32 [N].
+    The second in ``dtype``, the third float32 [N]. A ``bias`` [D] only with something ``added``.
     """
     x = x.contiguous()
     width = x.shape[-1]
@@ -97,6 +113,7 @@ def normalise(
         _norm_forward[(rows,)](
             x,
             added,
+            bias,
             None if added is None else total,
             weight,
             normed,
@@ -115,18 +132,23 @@ def normalise_backward(
     weight: Tensor,
     scales: Tensor,
     dtypes: tuple[torch.dtype, torch.dtype],
-) -> tuple[Tensor, Tensor, Tensor]:
+    need_sum: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Gradients of ``x`` and of what was added to it, in their ``dtypes``, and of ``weight``.
 
-    ``past`` is the gradient that comes to ``x`` past the norm.
+    ``past`` is the gradient that comes to ``x`` past the norm. Last the sum of the first over the
+    rows, float32 [D], if it is needed: the gradient of a bias that was added.
     """
     grad, x = grad.contiguous(), x.contiguous()
     width = x.shape[-1]
-    programs = min(PROGRAMS, max(1, len(scales)))
+    rows = max(1, len(scales) // PROGRAMS)
+    programs = max(1, triton.cdiv(len(scales), rows))
     grad_x = torch.empty_like(x, dtype=dtypes[0])
     other = dtypes[1] != dtypes[0]
     grad_added = torch.empty_like(x, dtype=dtypes[1]) if other else grad_x
-    parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
+    parts = torch.empty(
+        programs, width * (2 if need_sum else 1), dtype=torch.float32, device=x.device
+    )
     _norm_backward[(programs,)](
         grad,
         None if past is None else past.contiguous(),
@@ -137,7 +159,10 @@ def normalise_backward(
         grad_added if other else None,
         parts,
         len(scales),
+        SUMS=need_sum,
         D=width,
         BLOCK=triton.next_power_of_2(width),
     )
-    return grad_x, grad_added, parts.sum(0).to(weight.dtype)
+    gathered = parts.sum(0)
+    grad_weight = gathered[:width].to(weight.dtype)
+    return grad_x, grad_added, grad_weight, gathered[width:] if need_sum else None

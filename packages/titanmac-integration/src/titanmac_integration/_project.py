@@ -27,6 +27,16 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     return _Biased.apply(functional.linear(x, layer.weight, layer.bias.detach()), layer.bias)
 
 
+def project_apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
+    """``layer(x)`` in two terms, for who adds it to something anyway: the product, and the bias.
+
+    None for the bias: the first is the whole.
+    """
+    if type(layer) is not nn.Linear or has_hooks(layer) or not _on_gpu(x):
+        return project(layer, x), None
+    return functional.linear(x, layer.weight), layer.bias
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether something hangs on ``module`` being called."""
     if "forward" in vars(module) or any(getattr(module, name) for name in _HOOKS):
