@@ -46,20 +46,15 @@ class Variant(NamedTuple):
     """No decision after this share of the steps."""
 
 
-FLOORS = {"floor 1%": 0.01, "floor 2%": 0.02}
-VARIANTS: dict[str, Variant] = {"fixed": Variant(None), "preset": Variant({})}
-for _name, _floor in FLOORS.items():
-    VARIANTS[_name] = Variant({"min_swap_frac": _floor})
-    VARIANTS[f"{_name}, from zero"] = Variant({"min_swap_frac": _floor, "birth": "zeros"})
-    VARIANTS[f"{_name}, to 75%"] = Variant({"min_swap_frac": _floor}, 0.75)
-    VARIANTS[f"{_name}, from zero, to 75%"] = Variant(
-        {"min_swap_frac": _floor, "birth": "zeros"}, 0.75
-    )
-VARIANTS["preset, to 75%"] = Variant({}, 0.75)
-# RigL's rule: drop by magnitude, grow by gradient from zero
-VARIANTS["floor 2%, by magnitude, from zero, to 75%"] = Variant(
-    {"min_swap_frac": 0.02, "keep_score": "magnitude", "birth": "zeros"}, 0.75
-)
+ZERO = {"birth": "zeros"}
+RIGL = {"keep_score": "magnitude", "birth": "zeros"}
+"""RigL's rule: drop by magnitude, grow by gradient from zero."""
+VARIANTS = {"fixed": Variant(None), "preset": Variant({}), "preset, to 75%": Variant({}, 0.75)}
+for _floor in (0.01, 0.02):
+    _name, _scoring = f"floor {_floor:.0%}", {"min_swap_frac": _floor}
+    for _rule, _more in (("", {}), (", from zero", ZERO), (", by magnitude, from zero", RIGL)):
+        VARIANTS[_name + _rule] = Variant(_scoring | _more)
+        VARIANTS[_name + _rule + ", to 75%"] = Variant(_scoring | _more, 0.75)
 
 
 class Cell(NamedTuple):
