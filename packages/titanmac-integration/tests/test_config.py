@@ -191,6 +191,7 @@ def test_json_round_trip(
         ({"lr": float("inf")}, r"lr \(=inf\) must be a number"),
         ({"lr": "fast"}, r"lr \(='fast'\) must be a number"),
         ({"beta2": 1.0}, r"beta2 \(=1.0\) must be a number in \[0, 1\)"),
+        ({"decide_until": 1.5}, r"decide_until \(=1.5\) must be a number in \[0, 1\]"),
         ({"grad_clip": -1.0}, r"grad_clip \(=-1.0\) must be a number 0 \(off\) or more"),
         ({"level_periods": (1, 10)}, r"level_periods \(=\(1, 10\)\) must be three integers"),
         ({"level_periods": (1, 10, 25)}, r"then a multiple of that"),

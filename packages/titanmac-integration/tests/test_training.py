@@ -10,6 +10,7 @@ from blockell_format.snapshots import SnapshotWriter, open_run
 from titanmac_integration import (
     ArithmeticTask,
     Batch,
+    CheckpointStore,
     NonFiniteLossError,
     ProseTask,
     Task,
@@ -78,6 +79,21 @@ def test_the_topology_changes_at_the_slow_level_only(tiny_config: Make) -> None:
     assert len(report.swap_rates) == 1
     assert 0.0 < report.swap_rates[0] <= 0.1
     assert report.topology_seconds > 0.0
+
+
+def test_decisions_end_before_a_task_does(tiny_config: Make, tmp_path: Path) -> None:
+    """Also of a training that goes on where another was stopped."""
+    config = tiny_config(use_block_sparse=True)
+    settings, store = training(decide_until=0.5), CheckpointStore(tmp_path)
+    model = create_titanmac_model(config)
+    first = Trainer(model, settings, checkpoints=store, checkpoint_every=15)
+    assert len(first.fit(ProseTask(TEXT), 40).swap_rates) == 2
+    stood = model.blocks[0].mlp.fc2.col_indices.clone()
+    second = Trainer(create_titanmac_model(config), settings)
+    second.load(store.path(30))
+    assert len(second.fit(ProseTask(TEXT), 40).swap_rates) == 2
+    assert torch.equal(second.model.blocks[0].mlp.fc2.col_indices, stood)
+    assert len(first.fit(ProseTask(TEXT), 40).swap_rates) == 2, "the next task decides again"
 
 
 def test_a_run_directory_tells_the_story(tiny_config: Make, tmp_path: Path) -> None:

@@ -141,6 +141,9 @@ class Trainer:
         self.model.train()
         if self.step == 0:
             write_first_snapshot(self.manager, self.writer, self.device)
+        if self.manager is not None and self.config.decide_until < 1.0:
+            decided = int(self.config.decide_until * steps)
+            self.manager.freeze_after = self.step - phase.done + decided
         self._call("on_fit_start", task, steps)
         with progress_bar(self, phase) as bar:
             while phase.done < steps:

@@ -60,6 +60,8 @@ class TrainingConfig:
     """Whether torch.compile compiles the model."""
     level_periods: tuple[int, int, int] = (1, 10, 100)
     """Optimizer steps between accumulating, folding and deciding on the topology."""
+    decide_until: float = 1.0
+    """Share of a task's steps after which blocks stand still, so that the last can still learn."""
     eval_every: int = 0
     """Steps between evaluations during training; 0 evaluates at the end of each task only."""
     eval_max_frac: float = 0.25
@@ -92,6 +94,7 @@ class TrainingConfig:
             ("beta1", "in [0, 1)", lambda v: 0 <= v < 1),
             ("beta2", "in [0, 1)", lambda v: 0 <= v < 1),
             ("grad_clip", "0 (off) or more", lambda v: v >= 0),
+            ("decide_until", "in [0, 1]", lambda v: 0 <= v <= 1),
             ("eval_max_frac", "in (0, 1]", lambda v: 0 < v <= 1),
         ):
             value = getattr(self, name)
