@@ -93,7 +93,7 @@ def build(args: argparse.Namespace, seed: int) -> tuple[Any, DeepNestedOptimizer
         weight_decay=0.01,
         fused=args.device == "cuda",
         cms=ContinuumMemorySystem((1, 10, args.decide_every)),
-        topology=not args.frozen,
+        topology=False if args.frozen else {"freeze_after": int(args.decide_until * args.steps)},
     )
     return model, optimizer
 
@@ -115,6 +115,7 @@ def main() -> None:
     parser.add_argument("--graph", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frozen", action="store_true")
+    parser.add_argument("--decide-until", type=float, default=1.0, help="share of the steps")
     parser.add_argument("--state", type=Path, help="continue from this file, and write it")
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
     parser.add_argument("--out", type=Path, default=Path("stability.json"))
@@ -203,6 +204,7 @@ def write(
         "lr": args.lr,
         "steps": optimizer.global_step,
         "frozen": args.frozen,
+        "decide_until": args.decide_until,
         "measure": measure,
         "device": torch.cuda.get_device_name() if cuda else platform.processor(),
         "torch": torch.__version__,
