@@ -74,7 +74,7 @@ def test_damping_and_rehearsal_hold_the_old_task_from_the_first_step_to_the_last
         memory = consolidate(model, [OLD])
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         if damped:
-            RetentionGuard(model, optimizer, memory, drift=None, eps=0.03)
+            RetentionGuard(model, optimizer, memory, drift=None)
         rehearsal = Rehearsal(model, [OLD])
         lowest = accuracy(model, OLD)
         assert lowest == 1.0

@@ -21,7 +21,7 @@ class Rehearsal:
     tasks' inputs they do not, and the damping may be weak, because what leaks is repaired:
 
     ```python
-    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.03)
+    guard = RetentionGuard(model, optimizer, memory, drift=None)
     rehearsal = Rehearsal(model, [{"input_ids": written, "labels": written}])
     ...
     (loss + rehearsal.loss()).backward()

@@ -152,7 +152,7 @@ class RehearsingProjection(GrowingProjection):
     name = "ours-rehearsing"
     dial_name = "eps"
     dials = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0)
-    default_dial = 3e-2
+    default_dial = 1e-2
     keeps = "covariance and generated"
     probes = 0
     weight = 0.3
