@@ -41,20 +41,22 @@ class Variant(NamedTuple):
     """How blocks move."""
 
     scoring: dict[str, Any] | None
-    """Fields of ScoringConfig that differ from the preset's; None: blocks stand still."""
+    """Fields of ScoringConfig; None: blocks stand still. The preset's own are by magnitude, from
+    zero, with a floor of 1%; its threshold, 1.1, is that of all."""
     until: float = 1.0
     """No decision after this share of the steps."""
 
 
-ZERO = {"birth": "zeros"}
-RIGL = {"keep_score": "magnitude", "birth": "zeros"}
-"""RigL's rule: drop by magnitude, grow by gradient from zero."""
-VARIANTS = {"fixed": Variant(None), "preset": Variant({}), "preset, to 75%": Variant({}, 0.75)}
-for _floor in (0.01, 0.02):
-    _name, _scoring = f"floor {_floor:.0%}", {"min_swap_frac": _floor}
-    for _rule, _more in (("", {}), (", from zero", ZERO), (", by magnitude, from zero", RIGL)):
-        VARIANTS[_name + _rule] = Variant(_scoring | _more)
-        VARIANTS[_name + _rule + ", to 75%"] = Variant(_scoring | _more, 0.75)
+RULES = {
+    "by gradient": {"keep_score": "gradient", "birth": "kaiming"},
+    "by gradient, from zero": {"keep_score": "gradient", "birth": "zeros"},
+    # RigL's: drop by magnitude, grow by gradient from zero
+    "by magnitude, from zero": {"keep_score": "magnitude", "birth": "zeros"},
+}
+VARIANTS = {"fixed": Variant(None)}
+for (_rule, _scoring), _floor, _until in itertools.product(RULES.items(), (0, 1, 2), (1.0, 0.75)):
+    _name = _rule + (f", floor {_floor}%" if _floor else "") + (", to 75%" if _until < 1 else "")
+    VARIANTS[_name] = Variant({**_scoring, "min_swap_frac": _floor / 100}, _until)
 
 
 class Cell(NamedTuple):

@@ -1,7 +1,7 @@
 """A training step as one CUDA graph: what the benchmarks use so that a busy host does not count.
 
-Where blocks move, steps that collect statistics of absent blocks run as they are, the others are
-replayed: topology changes in place, and so in the graph's memory.
+Where blocks move, steps that collect statistics of absent blocks run as they are unless asked, the
+others are replayed: topology changes in place, and so in the graph's memory.
 """
 
 from __future__ import annotations
@@ -24,14 +24,16 @@ def training_step(
     autocast: bool,
     clip: float | None = 1.0,
     graph: bool,
+    sampling: bool = False,
     **options: object,
 ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """A function of tokens and labels that does one step and returns the loss, cut off.
 
     With ``graph`` the learning rates of ``optimizer`` must be tensors, and the optimizer
     capturable; nothing is learned from ``tokens`` and ``labels``, which only show the shape.
-    After a step the gradients are there for a `TopologyManager` to read. ``options`` go to the
-    model.
+    After a step the gradients are there for a `TopologyManager` to read. With ``sampling`` steps
+    that collect statistics of absent blocks are replayed, too, from a graph of their own.
+    ``options`` go to the model.
     """
     inputs, targets = tokens.clone(), labels.clone()
     sparse = list(sparse_layers(model).values())
@@ -57,21 +59,37 @@ def training_step(
         return eager
 
     collecting = [layer.collect_candidates for layer in sparse]
-    for layer in sparse:
-        layer.collect_candidates = False
     rates = [group["lr"].clone() for group in optimizer.param_groups]
     for group in optimizer.param_groups:
         group["lr"].zero_()
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            once()
-    torch.cuda.current_stream().wait_stream(side)
-    optimizer.zero_grad(set_to_none=True)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
-        loss = once()
+    with_gradients = [*model.parameters(), *(layer._probe for layer in sparse)]
+
+    def capture(collects: bool) -> Callable[[], torch.Tensor]:
+        for layer in sparse:
+            layer.collect_candidates = collects
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                once()
+        torch.cuda.current_stream().wait_stream(side)
+        for parameter in with_gradients:
+            parameter.grad = None
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(captured):
+            loss = once()
+        gradients = [(parameter, parameter.grad) for parameter in with_gradients]
+
+        def replay() -> torch.Tensor:
+            captured.replay()
+            for parameter, gradient in gradients:
+                parameter.grad = gradient
+            return loss
+
+        return replay
+
+    plain = capture(False)
+    sampled = capture(True) if sampling else None
     for state in optimizer.state.values():
         for tensor in state.values():
             tensor.zero_()
@@ -79,19 +97,16 @@ def training_step(
         group["lr"].copy_(rate)
     for layer, collects in zip(sparse, collecting, strict=True):
         layer.collect_candidates = collects
-    gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
 
-    def replay(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    def step(tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         inputs.copy_(tokens)
         targets.copy_(labels)
-        if any(layer.collect_candidates for layer in sparse):
-            return once()
-        captured.replay()
-        for parameter, gradient in gradients:
-            parameter.grad = gradient
-        return loss
+        collects = [layer.collect_candidates for layer in sparse]
+        if not any(collects):
+            return plain()
+        return sampled() if sampled is not None and all(collects) else once()
 
-    return replay
+    return step
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -67,6 +67,7 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
     settings = {"autocast": True, "clip": None, "graph": graph, "return_logits": options.logits}
+    settings["sampling"] = moving
     train = training_step(model, optimizer, tokens, tokens, **settings)
 
     def step() -> None:

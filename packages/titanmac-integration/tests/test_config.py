@@ -42,6 +42,8 @@ from titanmac_integration._config_checks import MAX_SWAP_FRAC
         ({"block_sparse_row_group": 0}, r"block_sparse_row_group \(=0\) must be an integer"),
         ({"block_sparse_row_group": "all"}, r'must be "auto" or a positive integer'),
         ({"block_sparse_swap_threshold": 0.5}, r"swap_threshold \(=0.5\) must be at least 1"),
+        ({"block_sparse_keep_score": "size"}, r"keep_score \(='size'\) must be one of magnitude"),
+        ({"block_sparse_birth": "ones"}, r"birth \(='ones'\) must be one of zeros, kaiming"),
         ({"block_sparse_min_swap_frac": 0.06}, r"min_swap_frac \(=0.06\) must be in \[0, 0.05\]"),
         (
             {"block_sparse_max_density": 0.3},

@@ -76,6 +76,8 @@ def test_the_copy_is_the_model_that_its_configuration_makes(
         block_sparse_row_group=2,
         block_sparse_swap_threshold=1.25,
         block_sparse_min_swap_frac=0.02,
+        block_sparse_keep_score="taylor",
+        block_sparse_birth="kaiming",
         block_sparse_layers=(1,),
     )
     assert torch.equal(state, torch.random.get_rng_state()), "global randomness was touched"
@@ -84,6 +86,8 @@ def test_the_copy_is_the_model_that_its_configuration_makes(
     assert (layer.B, layer.row_group, layer.num_live, layer.K) == (16, 2, 1, math.ceil(0.75 * 2))
     assert layer.scorer.config.swap_threshold == 1.25
     assert layer.scorer.config.min_swap_frac == 0.02
+    assert layer.scorer.config.keep_score == "taylor"
+    assert layer.scorer.config.birth == "kaiming"
     fresh = create_titanmac_model(sparse.config)
     assert {n: t.shape for n, t in fresh.state_dict().items()} == {
         n: t.shape for n, t in sparse.state_dict().items()

@@ -10,6 +10,7 @@ CHECK = """
 import sys, torch
 from titanmac_integration import _norm, _norm_kernels
 device = sys.argv[1]
+torch.manual_seed(0)
 _norm_kernels.PROGRAMS = 3
 norm = _norm.NormBeforeLinear(12, eps=1e-5, device=device)
 with torch.no_grad():
@@ -37,11 +38,12 @@ CHECK_SUM = """
 import itertools, sys, torch
 from titanmac_integration import _norm, _norm_kernels
 device = sys.argv[1]
+torch.manual_seed(0)
 _norm_kernels.PROGRAMS = 3
 norm = _norm.NormBeforeLinear(12, eps=1e-5, device=device)
 with torch.no_grad():
     norm.weight.normal_()
-pairs = [(torch.float32, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 1e-2)]
+pairs = [(torch.float32, torch.float32, 1e-5), (torch.float32, torch.bfloat16, 3e-2)]
 pairs.append((torch.bfloat16, torch.bfloat16, 3e-2))
 uses = ((True, True, True), (True, False, True), (False, True, True), (True, True, False))
 for (kind, other, tolerance), (total_used, normed_used, biased) in itertools.product(pairs, uses):

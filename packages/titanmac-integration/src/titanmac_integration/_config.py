@@ -81,8 +81,12 @@ class TitanMACConfig:
     """How absent blocks are scored: "gradient" (exact norms) or "outer" (calibrated proxy)."""
     block_sparse_swap_threshold: float = 1.5
     """An absent block replaces a present one if its score exceeds this multiple; at least 1."""
-    block_sparse_min_swap_frac: float = 0.0
+    block_sparse_min_swap_frac: float = 0.01
     """Share of a layer's live blocks that every decision replaces at least; in [0, 0.05]."""
+    block_sparse_keep_score: str = "magnitude"
+    """How live blocks are scored: "magnitude" (of the weights), "gradient" or "taylor"."""
+    block_sparse_birth: str = "zeros"
+    """Weights of a newborn block: "zeros" (no output changes) or "kaiming" (small random ones)."""
     block_sparse_max_density: float | None = None
     """Share of the blocks there is storage for, to grow into; None for no more than live."""
 

@@ -11,7 +11,11 @@ if TYPE_CHECKING:
 
 TILE_SIZES = (8, 16, 32, 64, 128)
 COMPONENTS = ("mlp", "attention")
-CANDIDATE_SCORES = ("gradient", "outer")
+CHOICES = {
+    "block_sparse_candidate_score": ("gradient", "outer"),
+    "block_sparse_keep_score": ("magnitude", "gradient", "taylor"),
+    "block_sparse_birth": ("zeros", "kaiming"),
+}
 VARIANTS = ("MAC", "MAG", "MAL")
 MEMORY_DEPTHS = (1, 2)
 DENSITY_RANGE = (0.1, 1.0)
@@ -106,11 +110,10 @@ def check_block_sparse(config: TitanMACConfig) -> None:
                 f"block_sparse_components (={config.block_sparse_components!r}) must be out of "
                 f"{', '.join(COMPONENTS)}; {component!r} is not."
             )
-    if config.block_sparse_candidate_score not in CANDIDATE_SCORES:
-        raise ValueError(
-            f"block_sparse_candidate_score (={config.block_sparse_candidate_score!r}) must be "
-            f"one of {', '.join(CANDIDATE_SCORES)}."
-        )
+    for name, allowed in CHOICES.items():
+        value = getattr(config, name)
+        if value not in allowed:
+            raise ValueError(f"{name} (={value!r}) must be one of {', '.join(allowed)}.")
     threshold = config.block_sparse_swap_threshold
     check_float("block_sparse_swap_threshold", threshold)
     if threshold < 1.0:

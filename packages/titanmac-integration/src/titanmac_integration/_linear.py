@@ -41,6 +41,8 @@ def sparse_options(config: TitanMACConfig, layer: int) -> dict[str, Any]:
             candidate_score=config.block_sparse_candidate_score,
             swap_threshold=config.block_sparse_swap_threshold,
             min_swap_frac=config.block_sparse_min_swap_frac,
+            keep_score=config.block_sparse_keep_score,
+            birth=config.block_sparse_birth,
         ),
     }
 
