@@ -6,9 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-PROGRAMS = 1024
-"""Of the backward pass, or some more so that all take as many rows; each gathers a share of the
-gradient of the weight in its registers."""
+PROGRAMS, WARPS = 640, 8
+"""At most, of the backward pass: what the registers of an H200 hold at once. Each gathers a share
+of the gradients of weight and bias."""
 
 
 @triton.jit
@@ -141,7 +141,8 @@ def normalise_backward(
     """
     grad, x = grad.contiguous(), x.contiguous()
     width = x.shape[-1]
-    rows = max(1, len(scales) // PROGRAMS)
+    # all take as many rows, or the last ones would run alone
+    rows = max(1, triton.cdiv(len(scales), PROGRAMS))
     programs = max(1, triton.cdiv(len(scales), rows))
     grad_x = torch.empty_like(x, dtype=dtypes[0])
     other = dtypes[1] != dtypes[0]
@@ -162,6 +163,7 @@ def normalise_backward(
         SUMS=need_sum,
         D=width,
         BLOCK=triton.next_power_of_2(width),
+        num_warps=WARPS,
     )
     gathered = parts.sum(0)
     grad_weight = gathered[:width].to(weight.dtype)
