@@ -10,16 +10,17 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent / "gluon_ahead.py"
+SCRIPTS = ("gluon_ahead.py", "halves_ahead.py")
 SHARED_MEMORY_BYTES = 227 * 1024
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_kernels_compile(tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_kernels_compile(script, tmp_path):
     pytest.importorskip("triton", minversion="3.6")
     environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, str(SCRIPT)]
+    command = [sys.executable, str(Path(__file__).parent / script)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     kernels = [json.loads(line) for line in done.stdout.splitlines()]

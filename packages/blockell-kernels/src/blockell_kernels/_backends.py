@@ -152,6 +152,10 @@ class Backend:
         """Whether this backend beats the dense one on this case."""
         return Verdict(False, f"{self.name} is never chosen by itself")
 
+    def arithmetic(self, case: Case) -> str | None:
+        """How operands are multiplied, in words; None: as the device's own products do it."""
+        return None
+
     def beats_copied(self, case: Case) -> bool:
         """Whether this backend beats the dense product of a weight that is dense already."""
         return True

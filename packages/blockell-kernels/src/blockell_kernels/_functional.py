@@ -12,7 +12,14 @@ from torch import Tensor
 
 from blockell_kernels._activated_ops import activated_linear
 from blockell_kernels._activation import Activation, check_activation
-from blockell_kernels._backends import DIRECTIONS, Case, Choice, requested_backend, select
+from blockell_kernels._backends import (
+    DIRECTIONS,
+    Case,
+    Choice,
+    get_backend,
+    requested_backend,
+    select,
+)
 from blockell_kernels._eager import eager_linear, plain
 from blockell_kernels._ops import linear_op
 from blockell_kernels._plan import compute_dtype, keeps_copy
@@ -171,6 +178,8 @@ def explain(
 ) -> Explanation:
     """Which backend `block_ell_linear` with the same arguments would use, and why.
 
+    `why` says, too, how float32 operands are multiplied where that is not IEEE's way.
+
     Of each product by itself: a training step takes the dense product for both `forward` and
     `grad_input` where one copy of the weight for the two is faster; `why` says so then.
 
@@ -184,10 +193,15 @@ def explain(
     requested = requested_backend(backend)
     dtype = compute_dtype(x)
     cases = [Case(direction, x.device, dtype, *sizes) for direction in DIRECTIONS]
-    choices = [select(case, requested) for case in cases]
+    choices = [_with_arithmetic(select(case, requested), case) for case in cases]
     if keeps_copy(cases[0], choices[0], choices[1]):
         choices[:2] = [_shared(choice) for choice in choices[:2]]
     return Explanation(*choices)
+
+
+def _with_arithmetic(choice: Choice, case: Case) -> Choice:
+    words = get_backend(choice.backend).arithmetic(case)
+    return choice if words is None else choice._replace(why=f"{choice.why}; {words}")
 
 
 def _shared(choice: Choice) -> Choice:

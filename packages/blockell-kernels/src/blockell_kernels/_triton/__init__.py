@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels import _tuning
 from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
+from blockell_kernels._gluon import _halves
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import (
     _blocks,
@@ -19,10 +20,11 @@ from blockell_kernels._triton import (
     _grad_values,
     _walk,
 )
-from blockell_kernels._triton._device import INTERPRETED
+from blockell_kernels._triton._device import INTERPRETED, dot_precision
 from blockell_kernels._triton._rule import arithmetic, beats_copied, verdict
 from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
+from blockell_kernels._triton._tilings_halves import halves_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -50,6 +52,15 @@ class TritonBackend(Backend):
             return tuned
         return verdict(case)
 
+    def arithmetic(self, case: Case) -> str | None:
+        precision = dot_precision(case.dtype, case.device)
+        if precision == "ieee":
+            return None
+        if precision == "tf32":
+            return "float32 operands are multiplied as TF32, which torch allows"
+        way = "3xTF32" if _by_halves(case) is None else "three float16 products of two halves each"
+        return f"float32 operands are multiplied as {way}, accurate to 1e-6"
+
     def beats_copied(self, case: Case) -> bool:
         return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case)
 
@@ -57,6 +68,8 @@ class TritonBackend(Backend):
         case = _case("forward", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
             return _walk.forward(x, values, bias, pattern, walk)
+        if (halves := _by_halves(case, x, values)) is not None:
+            return _forward.forward(x, values, bias, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.forward(x, values, bias, pattern, strip)
         return _forward.forward(x, values, bias, pattern, _tiling(case))
@@ -65,6 +78,8 @@ class TritonBackend(Backend):
         case = _case("grad_input", dy, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
             return _walk.grad_input(dy, values, pattern, walk)
+        if (halves := _by_halves(case, dy, values)) is not None:
+            return _grad_input.grad_input(dy, values, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_input(dy, values, pattern, strip)
         return _grad_input.grad_input(dy, values, pattern, _tiling(case))
@@ -73,6 +88,8 @@ class TritonBackend(Backend):
         case = _case("grad_values", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
             return _walk.grad_values(dy, x, pattern, walk)
+        if (halves := _by_halves(case, dy, x)) is not None:
+            return _grad_values.grad_values(dy, x, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_values(dy, x, pattern, strip)
         return _grad_values.grad_values(dy, x, pattern, _tiling(case))
@@ -84,6 +101,14 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+
+
+def _by_halves(case: Case, *operands: Tensor) -> Tiling | None:
+    """How a float32 case is computed as float16 halves, None: another way."""
+    if case.dtype is not torch.float32 or not _halves.available(case.device):
+        return None
+    tiling = halves_for(case)
+    return tiling if tiling is not None and all(map(_halves.readable, operands)) else None
 
 
 def _tiling(case: Case) -> Tiling:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._gluon import _forward as _by_pieces
+from blockell_kernels._gluon import _halves
 from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._blocks import pack
 from blockell_kernels._triton._device import (
@@ -53,6 +54,9 @@ def forward_activated(
     if activation == "none" and _by_pieces.takes(x, values, y, pattern, tiling):
         _by_pieces.forward(x, values, bias, y, pattern, tiling)
         return y, y if keep_pre else None
+    if _halves.takes("forward", x, values, pattern, tiling):
+        _halves.forward(x, values, bias, y, pre, pattern, tiling, activation)
+        return y, y if keep_pre and pre is None else pre
     tiling = tiling.otherwise or tiling
     BN = min(tiling.BN, power_of_two_divisor(pattern.row_group * pattern.B))
     by_descriptors = (

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._gluon import _grad_input as _by_units
+from blockell_kernels._gluon import _halves
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_input_kernels import (
@@ -42,6 +43,9 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, tiling: Tiling) -> 
     order, col_start = pattern.transposed()
     if _by_units.takes(dy, values, dx, pattern, tiling):
         _by_units.grad_input(dy, values, order, col_start, dx, pattern, tiling)
+        return dx
+    if _halves.takes("grad_input", dy, values, pattern, tiling):
+        _halves.grad_input(dy, values, order, col_start, dx, pattern, tiling)
         return dx
     tiling = tiling.otherwise or tiling
     # A step of descriptors covers whole blocks of one row group, or a part of one block.

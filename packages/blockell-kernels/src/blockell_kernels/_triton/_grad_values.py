@@ -10,6 +10,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Pattern
 from blockell_kernels._gluon import _grad_values as _by_items
+from blockell_kernels._gluon import _halves
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_values_kernels import (
@@ -41,7 +42,11 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
             out[:, K:].zero_()
         _by_items.grad_values(dy, x, out, pattern)
         return out
-    tiling = tiling.otherwise or tiling
+    by_halves = _halves.takes_gradient(dy, x, pattern, tiling)
+    if by_halves and tiling.path == "dense halves":
+        return _halves.grad_values_of_dense(dy, x, out, pattern, tiling)
+    if not by_halves:
+        tiling = tiling.otherwise or tiling
     by_descriptors = (
         tiling.path == "descriptors"
         and tiling.BN in (B, 2 * B)
@@ -55,11 +60,14 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
         NB = max(NB, 16 // B)
     row_tiles = R * B // BR
     tiles = row_tiles * ceil_div(K, NB)
-    tokens_per_part = _tokens_per_part(N, tiles, tiling, x.device)
+    if by_halves:
+        tokens_per_part = _halves.tokens_per_part(N, R * B, K * B, x.device)
+    else:
+        tokens_per_part = _tokens_per_part(N, tiles, tiling, x.device)
     parts = ceil_div(N, tokens_per_part)
     partial = parts > 1 or slots > K
     target = x.new_empty(parts, R, K, B, B, dtype=torch.float32) if partial else out
-    run = _by_descriptors if by_descriptors else _by_pointers
+    run = _by_halves if by_halves else _by_descriptors if by_descriptors else _by_pointers
     run(dy, x, target, pattern, tiling, (tiles, parts), BR, NB, row_tiles, tokens_per_part)
     if partial:
         rounded = round_up_to_power_of_two(parts)
@@ -159,3 +167,19 @@ def _by_descriptors(
         BT=BT,
         **arithmetic(x, tiling),
     )
+
+
+def _by_halves(
+    dy: Tensor,
+    x: Tensor,
+    target: Tensor,
+    pattern: Pattern,
+    tiling: Tiling,
+    grid: tuple[int, int],
+    BR: int,
+    NB: int,
+    row_tiles: int,
+    tokens_per_part: int,
+) -> None:
+    parts = target if target.ndim == 5 else target[None]
+    _halves.grad_values(dy, x, parts, pattern, tiling, tokens_per_part)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["pointers", "descriptors", "packed", "gluon"]
+Path = Literal["pointers", "descriptors", "packed", "gluon", "halves", "dense halves"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +25,8 @@ class Tiling:
     path: Path = "pointers"
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
     Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
-    kernels of `_gluon` (Hopper)."""
+    kernels of `_gluon` (Hopper); "halves" and "dense halves": those for float32, see its
+    `_halves`."""
     BM: int
     BN: int
     BK: int
@@ -40,7 +41,7 @@ class Tiling:
     waves: int = 1
     """grad_values: programs per multiprocessor that the tokens are split for."""
     otherwise: Tiling | None = None
-    """Taken where the operands do not allow the path "gluon"."""
+    """Taken where the operands do not allow a path of `_gluon`."""
 
 
 # Triton's own versions of these go through its compiler's wrappers: 4 us a call.
