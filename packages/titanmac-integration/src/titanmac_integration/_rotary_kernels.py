@@ -5,6 +5,8 @@ Attention returns gradients head by head while a projection wants them row by ro
 also changes the order in memory.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -14,25 +16,12 @@ ROWS = 64
 
 
 @triton.jit
-def _rotary_turn(
-    x_ptr,  # [S, L, H, D], D contiguous
-    y_ptr,  # [S, L, H, D], D contiguous
-    cos_ptr,  # float32 [L, D]
-    sin_ptr,  # float32 [L, D], the first half negated
-    count,  # S L H
-    L,
-    H,
-    x_batch,
-    x_row,
-    x_head,
-    y_batch,
-    y_row,
-    y_head,
-    HALF: tl.constexpr,
-    SIGN: tl.constexpr,  # 1: turn; -1: turn back; 0: copy
-    ROWS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
+def _rows_of_part(
+    x_ptr, y_ptr, cos_ptr, sin_ptr, count, L, H,
+    x_batch, x_row, x_head, y_batch, y_row, y_head,
+    HALF: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Turn a program's rows of one part; SIGN -1 turns them back, 0 copies."""
     index = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     head = index % H
     row = (index // H) % L
@@ -53,26 +42,66 @@ def _rotary_turn(
     tl.store(y + HALF, right.to(kind), inside)
 
 
-def turn(x: Tensor, cos: Tensor, sin: Tensor, into: Tensor, *, sign: int) -> None:
-    """`_rotary.rotate` of ``x`` [S, L, H, D], written to ``into`` (same shape).
+@triton.jit
+def _rotary_turn(
+    x0_ptr, x1_ptr, x_last_ptr,  # [S, L, H, D], D contiguous
+    y0_ptr, y1_ptr, y_last_ptr,  # [S, L, H, D], D contiguous
+    cos_ptr,  # float32 [L, D]
+    sin_ptr,  # float32 [L, D], the first half negated
+    count,  # S L H
+    L,
+    H,
+    x_batch, x_row, x_head, y_batch, y_row, y_head,
+    last,  # 1, and part 1 is not there, or 2
+    HALF: tl.constexpr, SIGN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    part = tl.program_id(1)
+    if part == last:
+        _rows_of_part(
+            x_last_ptr, y_last_ptr, cos_ptr, sin_ptr, count, L, H,
+            x_batch, x_row, x_head, y_batch, y_row, y_head, HALF, 0, ROWS, BLOCK,
+        )  # fmt: skip
+    elif part == 0:
+        _rows_of_part(
+            x0_ptr, y0_ptr, cos_ptr, sin_ptr, count, L, H,
+            x_batch, x_row, x_head, y_batch, y_row, y_head, HALF, SIGN, ROWS, BLOCK,
+        )  # fmt: skip
+    else:
+        _rows_of_part(
+            x1_ptr, y1_ptr, cos_ptr, sin_ptr, count, L, H,
+            x_batch, x_row, x_head, y_batch, y_row, y_head, HALF, SIGN, ROWS, BLOCK,
+        )  # fmt: skip
 
-    ``sign`` -1 writes its inverse, 0 a copy, for which torch's takes three times as long. float32,
-    bfloat16 or float16; computed in float32. ``cos`` and ``sin`` are a rotary table.
+
+def turn(
+    parts: Sequence[Tensor], cos: Tensor, sin: Tensor, into: Sequence[Tensor], *, sign: int
+) -> None:
+    """`_rotary.rotate` of two or three parts [S, L, H, D] but the last, which is copied.
+
+    Written to ``into`` (same shapes, all with the same strides). ``sign`` -1 writes the inverse.
+    float32, bfloat16 or float16; computed in float32. ``cos`` and ``sin`` are a rotary table.
     """
-    S, L, H, D = x.shape
-    if x.stride(3) != 1:
-        x = x.contiguous()  # gradients of a reduction come with stride 0
+    S, L, H, D = parts[0].shape
+    if len({part.stride() for part in parts}) > 1 or parts[0].stride(3) != 1:
+        # gradients of a reduction come with stride 0
+        parts = [part.contiguous() for part in parts]
+    last = len(parts) - 1
     half = D // 2
-    _rotary_turn[(triton.cdiv(S * L * H, ROWS),)](
-        x,
-        into,
+    _rotary_turn[(triton.cdiv(S * L * H, ROWS), len(parts))](
+        parts[0],
+        parts[last - 1],
+        parts[last],
+        into[0],
+        into[last - 1],
+        into[last],
         cos,
         sin,
         S * L * H,
         L,
         H,
-        *x.stride()[:3],
-        *into.stride()[:3],
+        *parts[0].stride()[:3],
+        *into[0].stride()[:3],
+        last,
         HALF=half,
         SIGN=sign,
         ROWS=ROWS,
