@@ -2,8 +2,8 @@
 
 A step is forward, backward and AdamW (fused) in bfloat16 autocast, with the topology's work when
 the blocks move. The bound is what Amdahl's law allows: the step's multiply-adds if those of absent
-blocks were free. The percentiles wait for the device after each step; "ahead_ms" is the mean of
-steps that the host enqueues ahead, as in a training: where blocks move, up to and with a decision.
+blocks were free. The host enqueues all steps (where blocks move, up to and with a decision) without
+waiting for the device, as in a training, and the device's own clock is read between them.
 
     python benchmarks/step_time.py --presets titanmac-163m titanmac-237m --out out
 
@@ -81,19 +81,17 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     compile_s = time.perf_counter() - started
     if not graph:  # a replay allocates nothing: a graph's peak is that of its capture
         torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(options.steps):
-        begun = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - begun) * 1e3)
-    overhead = manager.overhead_seconds if manager else 0.0
-    ahead = time.perf_counter()
     steps = PERIODS[-1] if moving else options.steps
-    for _ in range(steps):
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
+    overhead = manager.overhead_seconds if manager else 0.0
+    whole = time.perf_counter()
+    marks[0].record()
+    for mark in marks[1:]:
         step()
+        mark.record()
     torch.cuda.synchronize()
-    ahead = time.perf_counter() - ahead
+    whole = time.perf_counter() - whole
+    times = [before.elapsed_time(after) for before, after in itertools.pairwise(marks)]
     cuts = quantiles(times, n=10)
     dense, sparse = multiply_adds(config)
     return {
@@ -101,12 +99,11 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
         "p50_ms": round(cuts[4], 2),
         "p80_ms": round(cuts[7], 2),
         "mean_ms": round(sum(times) / len(times), 2),
-        "ahead_ms": round(ahead / steps * 1e3, 2),
-        "tokens_per_s": round(tokens.numel() * steps / ahead),
+        "tokens_per_s": round(tokens.numel() * steps / whole),
         "peak_mib": torch.cuda.max_memory_allocated() >> 20,
         "parameters": model.num_parameters,
         "bound": round(dense / sparse, 3),
-        "topology_host_frac": round((manager.overhead_seconds - overhead) / ahead, 4)
+        "topology_host_frac": round((manager.overhead_seconds - overhead) / whole, 4)
         if manager
         else None,
         "warm_up_s": round(compile_s, 1),
