@@ -17,6 +17,7 @@ from titanmac_integration import (
     _rotary_kernels,
     _window_kernels,
 )
+from titanmac_integration._memory import _solve_kernels
 
 FLOATS = dict.fromkeys(("eps", "z_weight", "scale", "natural"), "fp32")
 ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xyqkvogd" for of in ("batch", "row", "head"))}
@@ -40,8 +41,9 @@ def compile_for(arch, kernel, pointers, constants, warps=4):
 
 def cases():
     """Name, kernel, types of its pointers, constants, warps; d_model 640, 10 heads."""
-    for sign in (1, -1, 0):
-        pointers = {"x_ptr": BF16, "y_ptr": BF16, "cos_ptr": FP32, "sin_ptr": FP32}
+    for sign in (1, -1):
+        names = [f"{tensor}{part}_ptr" for tensor in "xy" for part in ("0", "1", "_last")]
+        pointers = dict.fromkeys(names, BF16) | {"cos_ptr": FP32, "sin_ptr": FP32}
         constants = {"HALF": 32, "SIGN": sign, "ROWS": _rotary_kernels.ROWS, "BLOCK": 32}
         yield f"turn sign={sign}", _rotary_kernels._rotary_turn, pointers, constants, 4
     for adds in (False, True):
@@ -59,7 +61,7 @@ def cases():
         backward = (
             (pointers | terms, constants) if adds else (pointers, constants | dict.fromkeys(terms))
         )
-        yield f"norm, backward adds={adds}", _norm_kernels._norm_backward, *backward, 4
+        yield f"norm, backward adds={adds}", _norm_kernels._norm_backward, *backward, 8
     pointers = {"logits_ptr": BF16, "targets_ptr": INT64, "log_sums_ptr": FP32}
     constants = {"IGNORED": -100, "GRADIENT": True, "BLOCK": _loss_kernels.BLOCK}
     yield "loss", _loss_kernels._softmax_gradient, pointers, constants, 16
@@ -67,6 +69,9 @@ def cases():
     names = ("ROWS", "COLUMNS", "TILES")
     constants = {name: getattr(_project_kernels, name) for name in names}
     yield "bias", _project_kernels._bias_gradient, pointers, constants, 4
+    pointers = {"lower_ptr": FP32, "inverse_ptr": FP32}
+    for size, warps in ((64, 4), (128, 8)):
+        yield f"inverse {size}", _solve_kernels._invert_unit_lower, pointers, {"SIZE": size}, warps
     tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
     window = {f"{name}_ptr": BF16 for name in tensors} | {"log_ptr": FP32, "delta_ptr": FP32}
     for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):

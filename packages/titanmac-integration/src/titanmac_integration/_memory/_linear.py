@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ._gates import Gates, before, momentum_kernel, rows_before
+from ._solve import solve_unit_lower
 from ._state import Weights
 
 
@@ -65,10 +66,7 @@ def _chunks(
     # errors as a function of the state: E = free - bound state
     coupling = rows_before(kernel.reach) * (key @ key.mT) * step
     reading = _both(key, before(kernel.keep, 1.0), before(kernel.carry, 0.0))
-    unit = torch.eye(chunk, dtype=key.dtype, device=key.device)
-    solved = torch.linalg.solve_triangular(
-        coupling + unit, torch.cat((value, reading), dim=-1), upper=False, unitriangular=True
-    )
+    solved = solve_unit_lower(coupling, torch.cat((value, reading), dim=-1))
     free, bound = solved.split((width, 2 * width), dim=-1)
 
     # the state after a chunk as a function of the state before: X' = transition X + gain
