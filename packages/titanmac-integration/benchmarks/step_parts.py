@@ -2,9 +2,9 @@
 
     python benchmarks/step_parts.py --preset titanmac-163m --out out
 
-A step is that of `step_time.py`: forward, backward and fused AdamW in bfloat16 autocast, blocks
-stand still. Kinds are told by the kernels' names; parts are timed alone, forward and backward,
-from a CUDA graph. One JSON line per cell goes to OUT/step_parts.jsonl.
+A step is that of `step_time.py`: forward, backward and fused AdamW in bfloat16 autocast, replayed
+from a CUDA graph; blocks stand still. Kinds are told by the kernels' names; parts are timed alone,
+forward and backward. One JSON line per cell goes to OUT/step_parts.jsonl.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from titanmac_integration._losses import language_model_loss
 from titanmac_integration._window import window_attention
 
 KINDS = {
-    "optimizer": ("adam", "fused_adam"),
+    "AdamW": ("adam", "fusedopti"),
     "attention": ("window_", "fmha", "flash", "attention", "mem_eff", "efficient", "sdpa"),
     "rotary": ("rotary_",),
     "softmax and loss": ("softmax", "nll", "cross_entropy", "loss"),
-    "matrix product": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce"),
-    "norm": ("norm_", "rms"),
+    "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce"),
+    "residual and norms": ("norm_", "rms", "gammabeta"),
+    "sums": ("bias_gradient", "sum_rows", "reduce_kernel<128, 4"),
     "block-sparse": (
-        *("block_", "grad_values", "grad_input", "gradient_tiles", "reduce_parts"),
-        *("forward_", "few_", "strip", "walk"),
+        *("block_", "blocks", "grad_values", "grad_input", "gradient_tiles", "reduce_parts"),
+        *("forward_", "few_", "strip", "walk", "swizzle", "pack_rows"),
     ),
-    "embedding": ("embedding", "index", "scatter", "sort"),
-    "copy and cast": ("copy", "memcpy", "memset", "fill", "cat"),
-    "elementwise": ("elementwise", "reduce", "gelu"),
+    "GELU": ("gelu",),
+    "copies and casts": ("copy", "memcpy", "memset", "fill"),
 }
 
 
@@ -161,10 +161,10 @@ def measure(config: TitanMACConfig, options: argparse.Namespace) -> dict:
     model = create_titanmac_model(config, device="cuda")
     for layer in model.block_sparse_layers.values():
         layer.collect_candidates = False
-    optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=False)
+    optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=True)
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
-    settings = {"autocast": True, "clip": None, "graph": False, "return_logits": options.logits}
+    settings = {"autocast": True, "clip": None, "graph": True, "return_logits": options.logits}
     train = training_step(model, optimizer, tokens, tokens, **settings)
     for _ in range(3):
         train(tokens, tokens)
