@@ -11,10 +11,7 @@ from torch import nn
 
 from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager, sparse_layers
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning"),
-]
+pytestmark = pytest.mark.gpu
 
 LOOSE = ScoringConfig(max_swap_frac=0.2, max_row_swap_frac=0.5, swap_threshold=1.0)
 

@@ -1,6 +1,5 @@
 """The model on a GPU: what a CPU computes, causal to the bit, without synchronisation, compiled."""
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -39,10 +38,7 @@ def config(make: Make, variant: str, depth: int, **changes: object) -> TitanMACC
 @contextmanager
 def no_host_synchronisation() -> Iterator[None]:
     try:
-        with warnings.catch_warnings():
-            # torch says once a process that this mode is a prototype; as an error, that left it on
-            warnings.filterwarnings("ignore", "Synchronization debug mode", UserWarning)
-            torch.cuda.set_sync_debug_mode("error")
+        torch.cuda.set_sync_debug_mode("error")
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -181,7 +181,6 @@ def test_statistics_and_checkpointing(make_problem, error, backend, sample):
         assert not probe.grad[14:].any()
 
 
-@pytest.mark.filterwarnings("ignore:Synchronization debug mode:UserWarning")
 def test_no_call_waits_for_the_device(make_problem):
     """Neither a step nor the rebuilding of the derived index."""
     problem = make_problem(**SHAPE)
