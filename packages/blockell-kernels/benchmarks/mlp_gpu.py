@@ -27,8 +27,9 @@ from blockell_format import (
     transposed_index,
 )
 from blockell_kernels import block_ell_linear, block_ell_mlp
-from blockell_kernels._activation import activate, gradient_and_activation
+from blockell_kernels._activation import activate, gradient_and_activation, sum_over_tokens
 from blockell_kernels._backends import Pattern, get_backend
+from blockell_kernels._gluon import _mlp as _by_turns
 from blockell_kernels._triton import _mlp
 from blockell_kernels._triton._tiling import Tiling
 
@@ -133,12 +134,7 @@ def measure(p: Problem, compiled_dense, compiled_ours, rep_ms: int, quick: bool)
         }  # fmt: skip
 
 
-BY = {"path": "descriptors", "BN": 128, "BK": 64}
-MIDDLES = [
-    Tiling(**BY, BM=128, warps=4, stages=3, store_parts=2),
-    Tiling(**BY, BM=128, warps=4, stages=3, store_parts=2, persistent=2),
-    Tiling(**BY, BM=256, warps=8, stages=4, store_parts=2),
-]
+TRITON = Tiling(path="descriptors", BM=128, BN=128, BK=64, stages=3, store_parts=2, persistent=2)
 
 
 def parts(p: Problem, rep_ms: int) -> None:
@@ -169,20 +165,27 @@ def parts(p: Problem, rep_ms: int) -> None:
             "gradient and bias alone": lambda: gradient_and_activation(
                 da, h, "gelu", recompute=False, need_sum=True
             ),
-            "sum of dh alone": lambda: h.sum(0),
+            "sum of dh alone": lambda: sum_over_tokens(h),
             "grad_input 2": lambda: triton_backend.grad_input(p.dy, values2, second),
             "forward 2": lambda: triton_backend.forward(h, values2, bias1[: p.x.shape[1]], second),
             "grad_values 2": lambda: triton_backend.grad_values(p.dy, h, second),
             "grad_values 1": lambda: triton_backend.grad_values(h, x, first),
             "grad_input 1": lambda: triton_backend.grad_input(h, values1, first),
         }
-        for tiling in MIDDLES:
-            for keep in (True, False):
-                name = f"middle, a {keep}: {tiling.BM} tokens, {tiling.warps} warps"
-                name += f", {tiling.stages} stages, persistent {tiling.persistent}"
-                functions[name] = lambda t=tiling, keep=keep: _mlp.grad_input_activated(
-                    p.dy, values2, second, h, "gelu", keep_a=keep, need_bias=True, tiling=t
+        dense = p.dense[2].detach()
+        for keep in (True, False):
+            wants = {"keep_a": keep, "need_bias": True}
+            name = f"middle{', a' if keep else ''}"
+            if second.B == 128:
+                functions[f"{name}: by turns"] = lambda w=wants: _by_turns.middle(
+                    p.dy, values2, second, h, "gelu", **w
                 )
+                functions[f"{name}: Triton"] = lambda w=wants: _mlp.grad_input_activated(
+                    p.dy, values2, second, h, "gelu", **w, tiling=TRITON
+                )
+            functions[f"{name}: by turns, dense weight"] = lambda w=wants: _by_turns.middle(
+                p.dy, dense, None, h, "gelu", **w
+            )
         for name, function in functions.items():
             try:
                 print(f"{median_ms(function, 2, rep_ms)[0] * 1e3:8.1f} us  {name}", flush=True)

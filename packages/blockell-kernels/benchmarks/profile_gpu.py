@@ -54,8 +54,9 @@ def products(p: Problem) -> dict[str, Callable[[], object]]:
             p.x, p.values, None, p.pattern, "gelu", True
         )
         found["middle"] = lambda: _mlp.middle(
-            p.dy, p.values, p.pattern, p.x, "gelu", keep_a=True, need_bias=True
-        )
+            p.dy, p.values, None, p.pattern, p.x, "gelu",
+            sparse=True, dense=False, keep_a=True, need_bias=True,
+        )  # fmt: skip
     return found
 
 

@@ -17,6 +17,7 @@ import torch
 from blockell_format import create_random_topology, transposed_index
 from blockell_kernels._activation import activate, activation_gradient
 from blockell_kernels._backends import Pattern, get_backend
+from blockell_kernels._gluon import _mlp as _by_turns
 from blockell_kernels._triton import (
     _activate,
     _blocks,
@@ -26,6 +27,7 @@ from blockell_kernels._triton import (
     _mlp,
     _walk,
 )
+from blockell_kernels._triton._sums import column_sums
 from blockell_kernels._triton._tiling import Tiling
 
 Kernel = Callable[[], torch.Tensor]
@@ -86,7 +88,29 @@ def fused(p: Problem, tiling: Tiling) -> Iterator[tuple[str, Kernel, torch.Tenso
         return results[part]
 
     yield "middle", lambda: middle(0), dh
-    yield "middle, bias", lambda: middle(2), dh.float().sum(0)
+    yield "middle, bias", lambda: middle(2).sum(0), dh.float().sum(0)
+
+
+def by_turns(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
+    """The products an activation rides on, in Gluon."""
+    a, h = activate(p.y, "gelu"), p.x
+    forward = (p.x, p.values, p.bias, p.pattern, "gelu", True)
+    yield "forward", lambda: _by_turns.forward(*forward)[0], a
+    dense = _blocks.to_dense(p.values, p.pattern)
+    dh = activation_gradient(p.dx, h, "gelu")
+    ways = {"by a dense weight": (dense, None)}
+    if p.pattern.B == 128:
+        ways["by blocks"] = (p.values, p.pattern)
+    for name, (weight, pattern) in ways.items():
+
+        def middle(part: int, weight=weight, pattern=pattern) -> torch.Tensor:
+            return _by_turns.middle(p.dy, weight, pattern, h, "gelu", keep_a=True, need_bias=True)[
+                part
+            ]
+
+        yield f"middle {name}", lambda middle=middle: middle(0), dh
+        yield f"middle {name}, a", lambda middle=middle: middle(1), activate(h, "gelu")
+        yield f"middle {name}, bias", lambda middle=middle: middle(2).sum(0), dh.float().sum(0)
 
 
 def blocks(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
@@ -101,6 +125,7 @@ def blocks(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
     norms = (p.dy.float().T @ p.x.float()).view(R, B, C, B).square().sum((1, 3))
     yield "block_norms", lambda: _blocks.block_norms_sq(p.dy, p.x, B), norms
     sums = p.x.float().square().sum(0).view(C, B).sum(1)
+    yield "column_sums", lambda: column_sums(p.x, torch.float32), p.x.float().sum(0)
     yield "block_sums", lambda: _blocks.block_sums_sq(p.x, B), sums
     yield "activate", lambda: _activate.activate(p.x, "silu"), activate(p.x.cpu(), "silu").cuda()
     slope = activation_gradient(p.x.cpu(), p.x.cpu(), "gelu").cuda()
@@ -133,6 +158,13 @@ def cases() -> Iterator[tuple[str, Kernel, torch.Tensor]]:
         walk = _walk.Walk(BM=64, BN=64, BK=32, parts=2, boxes=boxes, stages=3)
         for name, kernel, expected in walks(Problem(*narrow), walk):
             yield f"walk, boxes {boxes}: {name}", kernel, expected
+    for sizes in (
+        (16, 8, 16, 8, 3, 300, bf16),
+        (128, 1, 2, 3, 2, 140, bf16),
+        (128, 1, 5, 4, 2, 4000, bf16),
+    ):
+        for name, kernel, expected in by_turns(Problem(*sizes)):
+            yield f"turns, tile {sizes[0]}, {sizes[5]} tokens: {name}", kernel, expected
     for sizes in (narrow, large):
         for name, kernel, expected in blocks(Problem(*sizes)):
             yield f"tile {sizes[0]}: {name}", kernel, expected

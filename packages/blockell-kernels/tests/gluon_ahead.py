@@ -18,11 +18,12 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from blockell_kernels._gluon import _forward, _grad_input, _grad_values
+from blockell_kernels._gluon import _forward, _grad_input, _grad_values, _mlp
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
+from blockell_kernels._gluon._mlp_kernels import forward_by_turns, middle_by_turns
 from blockell_kernels._triton._tiling import Tiling
 
 
@@ -98,6 +99,34 @@ def grad_values_case(dtype, B, outputs, K):
     return compile_one(grad_values_by_items, constants, types, {"num_warps": 4})
 
 
+def activated_forward_case(dtype, B, keep_pre):
+    constants = _mlp.forward_constants(B, keep_pre)
+    constants |= {"HAS_BIAS": True, "ACTIVATION": "gelu", "ARITHMETIC": "ptx"}
+    types = {
+        "x_desc": box(dtype, (64, min(B, 64)), 2 * min(B, 64)),
+        "w_desc": block_box(dtype, 128 // B, B),
+        "y_desc": box(dtype, (64, 128), 128),
+        "pre_desc": box(dtype, (64, 128), 128),
+        "cols_ptr": "*i32",
+        "bias_ptr": f"*{dtype}",
+    }
+    return compile_one(forward_by_turns, constants, types, {"num_warps": 4})
+
+
+def middle_case(dtype, dense, keep_a):
+    constants = _mlp.middle_constants(dense, 20, keep_a)
+    constants |= {"NEED_SUMS": True, "ACTIVATION": "gelu", "ARITHMETIC": "ptx"}
+    types = dict.fromkeys(("dh_desc", "pre_desc", "a_desc"), box(dtype, (64, 128), 128))
+    types |= {
+        "dy_desc": box(dtype, (64, 64), 128),
+        "w_desc": box(dtype, (64, 128), 128),
+        "sums_ptr": "*fp32",
+        "order_ptr": "*i32",
+        "col_start_ptr": "*i32",
+    }
+    return compile_one(middle_by_turns, constants, types, {"num_warps": 4})
+
+
 def all_cases():
     """(name, function that compiles, arguments) of every kernel."""
     for dtype, B, columns, depth in (
@@ -109,6 +138,10 @@ def all_cases():
         yield name, grad_input_case, (dtype, B, columns, depth)
     for B, tokens in ((16, 320), (128, 256)):
         yield f"forward tile {B}, {tokens} tokens", forward_case, ("bf16", B, tokens)
+    for B, keep_pre in ((16, True), (128, False)):
+        yield f"forward with f, tile {B}, {keep_pre}", activated_forward_case, ("bf16", B, keep_pre)
+    for dense, keep_a in ((False, True), (True, False)):
+        yield f"middle, dense {dense}, {keep_a}", middle_case, ("fp16", dense, keep_a)
     for B, outputs, K in ((16, 128, 20), (64, 64, 5)):
         name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
         yield name, grad_values_case, ("bf16", B, outputs, K)

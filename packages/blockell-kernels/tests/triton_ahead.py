@@ -32,6 +32,7 @@ from blockell_kernels._triton._grad_values_kernels import (
     reduce_parts,
 )
 from blockell_kernels._triton._mlp_kernels import grad_input_activated
+from blockell_kernels._triton._sum_kernels import sum_rows
 from blockell_kernels._triton._walk_kernels import (
     walk_forward,
     walk_grad_input,
@@ -166,6 +167,7 @@ def block_cases(arch, dtype, B):
     names = dict.fromkeys(("h_ptr", "a_ptr", "da_ptr", "dh_ptr"), dtype) | {"sums_ptr": "fp32"}
     yield activations.activate_elements, exact | {"BLOCK": 16 * B}, names
     yield activations.gradient_tiles, exact | {"BT": 64, "BW": B}, names
+    yield sum_rows, {"BT": 64, "BW": B}, tensors
     norms = {"B": B, "RB": max(1, 64 // B), "CB": max(1, 64 // B), "BT": 32, "UPCAST": False}
     yield blocks.block_norms, norms | {"PRECISION": precision(dtype, arch)}, tensors
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from blockell_kernels._gpu import gpu_sums
 from blockell_kernels._stats import wide
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
@@ -70,24 +71,41 @@ def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
 
 
 def gradient_and_activation(
-    da: Tensor, h: Tensor, activation: str, *, recompute: bool, need_sum: bool
+    da: Tensor,
+    h: Tensor,
+    activation: str,
+    *,
+    recompute: bool,
+    need_sum: bool,
+    overwrite: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dh, a, sum of dh over the tokens) from the gradient of a and h [N, width].
+    """(dh, a, sums) from the gradient of a and h [N, width].
 
-    On the GPU in one pass, dh in the memory of da, which is not to be used afterwards. None for
+    The sums [any, width] add up to that of dh over the tokens. On the GPU in one pass, dh in the
+    memory of da, which is not to be used afterwards, and if `overwrite` a in that of h. None for
     what is not asked for.
     """
     if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
-        dh, a, total = kernels.gradient(
-            da, h, activation, recompute=recompute, need_sum=need_sum, overwrite=True
+        result: tuple[Tensor, Tensor | None, Tensor | None] = kernels.gradient(
+            da,
+            h,
+            activation,
+            recompute=recompute,
+            need_sum=need_sum,
+            overwrite=True,
+            overwrite_h=overwrite,
         )
-        return dh, a, None if total is None else total.to(h.dtype)
+        return result
     dh = activation_gradient(da, h, activation)
     a = activate(h, activation) if recompute else None
-    return dh, a, sum_over_tokens(dh) if need_sum else None
+    return dh, a, sum_over_tokens(dh)[None] if need_sum else None
 
 
-def sum_over_tokens(t: Tensor) -> Tensor:
-    """[width]: the sum of t [N, width] over its rows, added up in float32 at least."""
+def sum_over_tokens(t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """[width]: the rows of t [N, width] added up in float32 at least; of t's dtype if not named."""
+    dtype = t.dtype if dtype is None else dtype
+    if kernels := gpu_sums(t):
+        result: Tensor = kernels.column_sums(t, dtype)
+        return result
     # torch adds 16-bit numbers up in float32, but on the CPU slowly
-    return t.sum(0) if t.is_cuda else wide(t).sum(0).to(t.dtype)
+    return (t if t.is_cuda else wide(t)).sum(0).to(dtype)

@@ -60,14 +60,18 @@ class _MLP(torch.autograd.Function):
         x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = (
             ctx.saved_tensors
         )
+        held = [h, a]
+        del h, a
         given: tuple[Any, ...] = (
-            dy, x, h, a, values1, cols1, bias1, order1, start1, *ctx.sizes1, values2, cols2,
+            values1, cols1, bias1, order1, start1, *ctx.sizes1, values2, cols2,
             order2, start2, *ctx.sizes2, list(ctx.needs), *ctx.names,
         )  # fmt: skip
         if ctx.weights is None or torch.is_grad_enabled() or type(dy) is not Tensor or watched():
-            results = mlp_backward_op(*given)
+            results = mlp_backward_op(dy, x, *held, *given)
         else:
-            results = run_backward(ctx.weights, *given)
+            last = not torch._C._autograd._get_current_graph_task_keep_graph()
+            ctx.maybe_clear_saved_tensors()  # now `held` alone holds h and a, unless needed again
+            results = run_backward(ctx.weights, last, dy, x, held, *given)
         positions = (X, VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2)
         for position, result in zip(positions, results, strict=True):
             collected = position not in (PROBE1, PROBE2) or result.numel()

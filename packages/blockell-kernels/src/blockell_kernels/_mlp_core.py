@@ -10,16 +10,17 @@ gradient of b1, while h is at hand. Elsewhere the activation is a pass of its ow
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blockell_kernels._activation import activate, gradient_and_activation, sum_over_tokens
 from blockell_kernels._backends import Pattern
-from blockell_kernels._plan import Plan, branch
+from blockell_kernels._gpu import gpu_mlp
+from blockell_kernels._plan import Plan, branch, join
 
 Recompute = Literal["none", "activation", "hidden"]
 RECOMPUTE: tuple[Recompute, ...] = ("none", "activation", "hidden")
@@ -81,55 +82,74 @@ def forward(
 def backward(
     dy: Tensor,
     x: Tensor | None,
-    h: Tensor | None,
-    a: Tensor | None,
+    held: list[Tensor | None],
     first: Layer,
     second: Layer,
     needs: Needs,
     samples: tuple[str, str],
     activation: str,
     weights: tuple[Weights, Weights] | None = None,
+    last: bool = False,
 ) -> list[Tensor | None]:
     """[dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2] of dy [N, out].
 
-    None where not needed. What is needed of `h` and `a` and was not saved is computed again.
+    None where not needed. `held` is [h, a], and is emptied, so that they are in memory no longer
+    than needed; what is needed of them and was not saved is computed again. `last`: f(h) may take
+    the memory of h.
     """
+    h, a = held
+    held.clear()
     weight1, weight2 = weights or (None, None)
     need_dh = needs.x or needs.values1 or needs.bias1 or samples[0] != "none"
+    need_first = need_dh and (needs.x or needs.values1 or samples[0] != "none")
     need_a = needs.values2 or samples[1] != "none"
     if (need_dh and h is None) or (need_a and a is None and h is None):
         assert x is not None
         a, h, _ = hidden(first, x, activation, keep_pre=True)
-    dh = dbias1 = None
+    forked = need_first and _forks(first, second)
+    only2 = (False, needs.values2, False)
+    again = need_a and a is None
+    dvalues2 = dprobe2 = None
+    with _beside(forked, dy):
+        dbias2 = sum_over_tokens(dy) if needs.bias2 else None
+        if forked and not again:
+            _, dvalues2, _, dprobe2 = second.plan.backward(
+                dy, a, None, second.pattern, only2, samples[1]
+            )
+    dh = sums = None
     if need_dh:
         assert h is not None
-        keep_a = need_a and a is None
-        dh, again, dbias1 = _middle(dy, h, second, activation, keep_a, needs.bias1, weight2)
-        a = again if keep_a else a
-    elif need_a and a is None:
+        wants = {"keep_a": again, "need_bias": needs.bias1, "overwrite": last}
+        dh, a_again, sums = _middle(dy, h, second, activation, weight2, **wants)
+        a = a_again if again else a
+    elif again:
         assert h is not None
         a = activate(h, activation)
     h = None
-    dbias2 = sum_over_tokens(dy) if needs.bias2 else None
-    need_first = dh is not None and (needs.x or needs.values1 or samples[0] != "none")
-    side = branch(dy.device) if need_first and _forks(first, second) else None
-    only = (False, needs.values2, False)
-    with nullcontext() if side is None else torch.cuda.stream(side):
-        _, dvalues2, _, dprobe2 = second.plan.backward(
-            dy, a, None, second.pattern, only, samples[1]
-        )
-    if side is None:
+    dbias1 = None if sums is None else sum_over_tokens(sums, dy.dtype)
+    sums = None
+    with _beside(forked, dy):
+        if again or not forked:
+            _, dvalues2, _, dprobe2 = second.plan.backward(
+                dy, a, None, second.pattern, only2, samples[1]
+            )
+    if not forked:
         a = None
     dx = dvalues1 = dprobe1 = None
     if need_first:
         assert dh is not None
-        only = (needs.x, needs.values1, False)
+        only1 = (needs.x, needs.values1, False)
         dx, dvalues1, _, dprobe1 = first.plan.backward(
-            dh, x, first.values, first.pattern, only, samples[0], weight1
+            dh, x, first.values, first.pattern, only1, samples[0], weight1
         )
-    if side is not None:  # only now may the memory of a and dy be used again
-        torch.cuda.current_stream(dy.device).wait_stream(side)
+    if forked:  # only now may the memory of a and dy be used again
+        join(dy.device)
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
+
+
+def _beside(forked: bool, dy: Tensor) -> AbstractContextManager[Any]:
+    """What runs inside runs beside what follows, after what came before."""
+    return torch.cuda.stream(branch(dy.device)) if forked else nullcontext()
 
 
 def _forks(first: Layer, second: Layer) -> bool:
@@ -147,24 +167,35 @@ def _middle(
     h: Tensor,
     second: Layer,
     activation: str,
+    weight: Weights | None,
+    *,
     keep_a: bool,
     need_bias: bool,
-    weight: Weights | None,
+    overwrite: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dh, a, dbias1): the input gradient of layer 2, through the activation."""
+    """(dh, a, sums): the input gradient of layer 2, through the activation.
+
+    The sums [any, hidden] add up to dbias1. `overwrite`: a may take the memory of h.
+    """
     plan, values, pattern = second.plan, second.values, second.pattern
     assert values is not None
-    kept = weight is not None and weight[0] is not None
-    if plan.grad_input_backend.name == "triton" and dy.dtype is plan.dtype and not kept:
-        from blockell_kernels._triton import _mlp
-
-        fused = _mlp.middle(dy, values, pattern, h, activation, keep_a=keep_a, need_bias=need_bias)
+    by_triton = plan.grad_input_backend.name == "triton"
+    kernels = gpu_mlp() if dy.dtype is plan.dtype and (by_triton or dy.is_cuda) else None
+    if kernels is not None:
+        kept = None if weight is None else weight[0]
+        fused: tuple[Tensor, Tensor | None, Tensor | None] | None = kernels.middle(
+            dy, values, kept, pattern, h, activation, sparse=by_triton and kept is None,
+            dense=plan.requested == "auto", keep_a=keep_a, need_bias=need_bias, overwrite=overwrite,
+        )  # fmt: skip
         if fused is not None:
-            dbias = None if fused.dbias is None else fused.dbias.to(dy.dtype)
-            return fused.dh, fused.a, dbias
+            if weight is not None:
+                weight[0] = None
+            return fused
     da = plan.backward(dy, None, values, pattern, (True, False, False), "none", weight)[0]
     assert da is not None
-    return gradient_and_activation(da, h, activation, recompute=keep_a, need_sum=need_bias)
+    return gradient_and_activation(
+        da, h, activation, recompute=keep_a, need_sum=need_bias, overwrite=overwrite
+    )
 
 
 def flat(t: Tensor) -> Tensor:

@@ -111,10 +111,10 @@ def _mlp_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def run_backward(
     weights: tuple[core.Weights, core.Weights] | None,
+    last: bool,
     dy: Tensor,
     x: Tensor | None,
-    h: Tensor | None,
-    a: Tensor | None,
+    held: list[Tensor | None],
     values1: Tensor | None,
     col_indices1: Tensor,
     bias1: Tensor | None,
@@ -139,7 +139,8 @@ def run_backward(
 ) -> tuple[Tensor, ...]:
     """(dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2); those not needed are empty.
 
-    `weights`: dense weights that an eager forward pass kept; what follows is the operator's.
+    `weights`: dense weights that an eager forward pass kept. `last`: h will not be asked for again,
+    and its memory may be used. `held`: h and a, to be emptied. What follows is the operator's.
     """
     dy2d = flat(dy)
     N, width = dy2d.shape[0], col_indices1.shape[0] * B1
@@ -152,8 +153,8 @@ def run_backward(
         num_live2, backend,
     )  # fmt: skip
     grads = core.backward(
-        dy2d, None if x is None else flat(x), h, a, first, second, Needs(*needs),
-        (sample1, sample2), activation, weights,
+        dy2d, None if x is None else flat(x), held, first, second, Needs(*needs),
+        (sample1, sample2), activation, weights, last,
     )  # fmt: skip
     if grads[0] is not None and dy.ndim != 2:
         grads[0] = grads[0].view(*dy.shape[:-1], C1 * B1)
@@ -163,7 +164,8 @@ def run_backward(
 @torch.library.impl(library, "mlp_backward", "CompositeExplicitAutograd")
 def mlp_backward(*args: Any) -> tuple[Tensor, ...]:
     """See `run_backward`."""
-    return run_backward(None, *args)
+    dy, x, h, a, *rest = args
+    return run_backward(None, False, dy, x, [h, a], *rest)
 
 
 def _mlp_backward_fake(*args: Any) -> tuple[Tensor, ...]:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from blockell_kernels._activation import sum_over_tokens
 from blockell_kernels._backends import (
     DIRECTIONS,
     Backend,
@@ -149,7 +150,7 @@ class Plan:
             return self._backward_forked(dy, dy2d, x, values, pattern, needs, sample, weight)
         dx = self._grad_input(dy, dy2d, values, pattern, weight) if need_input else None
         dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, need_values, sample)
-        dbias = dy2d.sum(0).to(dy.dtype) if need_bias else None
+        dbias = sum_over_tokens(dy2d, dy.dtype) if need_bias else None
         return dx, dvalues, dbias, dprobe
 
     def _backward_forked(
@@ -168,7 +169,7 @@ class Plan:
         with torch.cuda.stream(side):
             dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, True, sample)
         dx = self._grad_input(dy, dy2d, values, pattern, weight)
-        dbias = dy2d.sum(0).to(dy.dtype) if needs[2] else None
+        dbias = sum_over_tokens(dy2d, dy.dtype) if needs[2] else None
         here.wait_stream(side)
         return dx, dvalues, dbias, dprobe
 
@@ -236,6 +237,11 @@ def branch(device: torch.device) -> torch.cuda.Stream:
     side = _side_stream(device)
     side.wait_stream(torch.cuda.current_stream(device))
     return side
+
+
+def join(device: torch.device) -> None:
+    """Let the current stream wait for what was put on the stream beside it."""
+    torch.cuda.current_stream(device).wait_stream(_side_stream(device))
 
 
 _plans: dict[tuple[Any, ...], Plan] = {}

@@ -69,3 +69,22 @@ def test_by_name(make_problem, error, carried, activation, recompute, bias):
     for name, got, expected in zip(NAMES, inputs, exact, strict=True):
         if got is not None:
             assert error(got.grad, expected.grad) < 4e-6, name
+
+
+def test_h_gives_its_memory_away_only_when_it_is_needed_no_more(make_problem, carried):
+    first = make_problem(B=64, R=3, C=2, K=1, N=17)
+    second = make_problem(B=64, R=2, C=3, K=2, N=17, seed=1)
+    inputs = [t.clone().requires_grad_() for t in (first.x, first.values, second.values)]
+    x, values1, values2 = inputs
+    cols1, cols2 = first.pattern.col_indices, second.pattern.col_indices
+    y = block_ell_mlp(
+        x, values1, cols1, first.bias, values2, cols2, None,
+        recompute="activation", backend="triton",
+    )  # fmt: skip
+    grads = [torch.autograd.grad(y, inputs, second.dy, retain_graph=True) for _ in range(2)]
+    grads.append(torch.autograd.grad(y, inputs, second.dy))
+    assert carried == ["_forward_activated", *["grad_input_activated"] * 3]
+    for again in grads[1:]:
+        assert all(map(torch.equal, again, grads[0]))
+    with pytest.raises(RuntimeError, match="a second time"):
+        torch.autograd.grad(y, inputs, second.dy)

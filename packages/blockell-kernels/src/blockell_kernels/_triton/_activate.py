@@ -52,17 +52,22 @@ def gradient(
     recompute: bool,
     need_sum: bool = False,
     overwrite: bool = False,
+    overwrite_h: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(dh, a, sum of dh over the tokens) for contiguous operands [..., width].
+    """(dh, a, sums) for contiguous operands [..., width].
 
-    None for what is not asked for; the sum is float32 [width]. `overwrite`: dh may take da's
-    memory, which works because a program reads an element of da before it writes that of dh.
+    None for what is not asked for. The sums, float32 [any, width], add up to that of dh over the
+    tokens. `overwrite`: dh may take da's
+    memory, and by `overwrite_h` a that of h, which works because a program reads an element of da
+    and h before it writes those of dh and a.
     """
     dh = da if overwrite and da.dtype is h.dtype else torch.empty_like(h)
     width = h.shape[-1]
-    a = torch.empty_like(h) if recompute else None
+    a = None
+    if recompute:
+        a = h if overwrite_h else torch.empty_like(h)
     if not h.numel():
-        zeros = torch.zeros(width, dtype=torch.float32, device=h.device)
+        zeros = torch.zeros(1, width, dtype=torch.float32, device=h.device)
         return dh, a, zeros if need_sum else None
     N = h.numel() // width
     tiles, sums = ceil_div(N, _TOKENS), None
@@ -84,4 +89,4 @@ def gradient(
         BW=_WIDTH,
         num_warps=8,
     )
-    return dh, a, None if sums is None else sums.sum(0)
+    return dh, a, sums

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Direction, Pattern
+from blockell_kernels._dense import to_dense
+from blockell_kernels._gluon import _mlp as _by_turns
 from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._device import (
     capability,
@@ -38,6 +40,14 @@ it; a pass of its own through L2 is faster then. Measured at 8192 tokens, 640 ->
 (320 products): 74 us with it and 100 with a, too; without 36 and 34 to 46 for the pass."""
 
 
+SHALLOW = 1024
+"""Products summed per element up to which the Gluon kernels "by turns" win, from `TURNS_TOKENS` on:
+their tiles are 128 x 128, which longer sums pay for in bytes from L2. Measured with 2048 to 65536
+tokens: of 640 -> 2560 and 1536 -> 6144 they gained 2 to 14% of a whole step, of 4096 -> 14336, half
+dense, they lost 6%."""
+TURNS_TOKENS = 2048
+
+
 class Middle(NamedTuple):
     """What the kernel returns."""
 
@@ -45,8 +55,8 @@ class Middle(NamedTuple):
     """[N, C*B]"""
     a: Tensor | None
     """f(h), if it was asked for."""
-    dbias: Tensor | None
-    """Sum of dh over the tokens, float32 [C*B], if it was asked for."""
+    sums: Tensor | None
+    """Float32 [any, C*B], which add up to the sum of dh over the tokens, if that was asked for."""
 
 
 def forward_activated(
@@ -60,7 +70,11 @@ def forward_activated(
     """(f(h), h or None) for h = x W^T + bias [N, R*B]; None where two passes are better."""
     if x.shape[0] < FEW_TOKENS:
         return None
-    tiling = forward_tiling_for(_case("forward", x, pattern))
+    case = _case("forward", x, pattern)
+    turns = case.N >= TURNS_TOKENS and case.K * case.B <= SHALLOW and activation != "none"
+    if turns and _by_turns.forward_takes(x, values, pattern):
+        return _by_turns.forward(x, values, bias, pattern, activation, keep_pre)
+    tiling = forward_tiling_for(case)
     # A pass over h costs more than the Gluon kernels, which take no activation, save.
     tiling = tiling.otherwise or tiling
     if tiling.path not in PATHS:
@@ -71,20 +85,43 @@ def forward_activated(
 def middle(
     dy: Tensor,
     values: Tensor,
+    weight: Tensor | None,
     pattern: Pattern,
     pre: Tensor,
     activation: str,
     *,
+    sparse: bool,
+    dense: bool,
     keep_a: bool,
     need_bias: bool,
+    overwrite: bool = False,
 ) -> Middle | None:
-    """See `grad_input_activated`; None where two passes are better, or the only way."""
-    tiling = middle_tiling_for(_case("grad_input", dy, pattern), keep_a)
+    """See `grad_input_activated`; None where two passes are better, or the only way.
+
+    Args:
+        dy, values, pattern, pre, activation, keep_a, need_bias, overwrite: see
+            `grad_input_activated`.
+        weight: the dense weight [out, hidden], if there is one already.
+        sparse: whether the input gradient alone is chosen to be sparse.
+        dense: whether it may be computed by a dense weight.
+    """
+    case = _case("grad_input", dy, pattern)
+    if case.N < FEW_TOKENS:
+        return None
+    wants = {"keep_a": keep_a, "need_bias": need_bias, "overwrite": overwrite}
+    turns, depth = case.N >= TURNS_TOKENS, case.R * case.B
+    shallow = turns and case.density * depth < SHALLOW
+    if sparse and shallow and _by_turns.middle_takes(dy, values, pattern, pre):
+        return Middle(*_by_turns.middle(dy, values, pattern, pre, activation, **wants))
+    wide_blocks = sparse and case.B == 128  # which another kernel takes without a copy
+    dense = dense and turns and depth <= SHALLOW and not wide_blocks
+    if dense and _by_turns.dense_middle_takes(dy, pre):
+        weight = to_dense(values, pattern) if weight is None else weight
+        return Middle(*_by_turns.middle(dy, weight, None, pre, activation, **wants))
+    tiling = middle_tiling_for(case, keep_a) if sparse else None
     if tiling is None:
         return None
-    return grad_input_activated(
-        dy, values, pattern, pre, activation, keep_a=keep_a, need_bias=need_bias, tiling=tiling
-    )
+    return grad_input_activated(dy, values, pattern, pre, activation, tiling=tiling, **wants)
 
 
 def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:
@@ -118,21 +155,27 @@ def grad_input_activated(
     keep_a: bool,
     need_bias: bool,
     tiling: Tiling,
+    overwrite: bool = False,
 ) -> Middle | None:
-    """From dy [N, R*B], values [R, slots, B, B] and h [N, C*B]; None where TMA cannot read them."""
+    """From dy [N, R*B], values [R, slots, B, B] and h [N, C*B]; None where TMA cannot read them.
+
+    `overwrite`: a may take the memory of h, of which a program reads a tile before it writes it.
+    """
     N, in_features = pre.shape
     B, BM, BK = pattern.B, tiling.BM, tiling.BK
     BN = min(tiling.BN, B)
     if not all(map(describable, (dy, values, pre))) or (BK > B and pattern.row_group * B < BK):
         return None
     dh = torch.empty_like(pre)
-    a = torch.empty_like(pre) if keep_a else None
+    a = None
+    if keep_a:
+        a = pre if overwrite else torch.empty_like(pre)
     token_tiles = ceil_div(N, BM)
     sums = None
     if need_bias:
         sums = torch.empty(token_tiles, in_features, dtype=torch.float32, device=dy.device)
     if N == 0:
-        return Middle(dh, a, None if sums is None else sums.sum(0))
+        return Middle(dh, a, sums)
     order, col_start = pattern.transposed()
     tiles = token_tiles * (in_features // BN)
     programs = tiling.persistent * num_sms(dy.device)
@@ -168,4 +211,4 @@ def grad_input_activated(
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
-    return Middle(dh, a, None if sums is None else sums.sum(0))
+    return Middle(dh, a, sums)
