@@ -33,15 +33,13 @@ def product_case(B, BN, forward, dense, activation="none"):
     return compile_one(product_of_halves, constants, types, {"num_warps": 4})
 
 
-def gradient_case(B, dense, of_x):
+def gradient_case(B, dense):
     way = tiling("grad_values", "halves", 128)
-    constants = _halves.gradient_constants(B, way, dense) | {"OF_X": of_x}
+    constants = _halves.gradient_constants(B, way, dense)
     types = {
         "dy_desc": box("fp32", 32, (way.BK, 64)),
         "x_desc": box("fp32", 32, (way.BK, min(B, 32))),
         "cols_ptr": "*i32",
-        "peaks_ptr": "*fp32",
-        "extremes_ptr": "*i32",
         "out_ptr": "*fp32",
     }
     return compile_one(grad_values_of_halves, constants, types, {"num_warps": 4})
@@ -66,7 +64,7 @@ def main():
         (64, 128, False, True),
     ):
         report(f"product of halves {case}", product_case(*case))
-    for case in ((16, False, True), (128, False, False), (64, True, True)):
+    for case in ((16, False), (128, False), (64, True)):
         report(f"gradient of halves {case}", gradient_case(*case))
 
 

@@ -16,6 +16,7 @@ from triton.compiler import ASTSource
 from blockell_kernels._triton import _activation_kernels as activations
 from blockell_kernels._triton import _block_kernels as blocks
 from blockell_kernels._triton import _few_tokens_kernels as few
+from blockell_kernels._triton import _halves_kernels as halves
 from blockell_kernels._triton._fisher_kernels import token_square_sums
 from blockell_kernels._triton._forward_kernels import (
     forward_descriptors,
@@ -168,6 +169,13 @@ def block_cases(arch, dtype, B):
     yield activations.activate_elements, exact | {"BLOCK": 16 * B}, names
     yield activations.gradient_tiles, exact | {"BT": 64, "BW": B}, names
     yield sum_rows, {"BT": 64, "BW": B}, tensors
+    split = {"B": B, "LINES": 8, "KB": 512 // B}
+    halves_of = {"high_ptr": "fp16", "low_ptr": "fp16", "values_ptr": dtype, "cols_ptr": "i32"}
+    names = ("factors_ptr", "lifts_ptr", "peaks_ptr", "others_ptr", "rows_ptr", "columns_ptr")
+    halves_of |= dict.fromkeys(names, "fp32")
+    yield halves.row_peaks, split, halves_of
+    yield halves.column_peaks, split, halves_of | {"peaks_ptr": "i32"}
+    yield halves.split_blocks, split | {"BY_ROW": True, "SCATTERED": False}, halves_of
     norms = {"B": B, "RB": max(1, 64 // B), "CB": max(1, 64 // B), "BT": 32, "UPCAST": False}
     yield blocks.block_norms, norms | {"PRECISION": precision(dtype, arch)}, tensors
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blockell_kernels._dense import to_dense
-from blockell_kernels._triton._halves import peaks_of_tokens, split_by_column, split_by_row
+from blockell_kernels._triton._halves import split_by_column, split_by_row
 
 SHAPES = {
     "tile 8": {"B": 8, "R": 3, "C": 5, "K": 2, "N": 1},
@@ -48,18 +48,21 @@ def split(problem, by_row: bool, scattered: bool):
     return (high + low) * factors, weight, largest, lifted
 
 
-@pytest.mark.parametrize("spread", [False, True], ids=["alike", "spread"])
+@pytest.mark.parametrize("spread", ["nothing", "rows", "columns"])
 @pytest.mark.parametrize("scattered", [False, True], ids=["side by side", "scattered"])
 @pytest.mark.parametrize("by_row", [True, False], ids=["by row", "by column"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_halves_keep_the_weight(make_problem, shape, by_row, scattered, spread):
     problem = make_problem(**shape)
-    if spread:
-        scale = torch.logspace(-12, 12, problem.R * problem.B, device=problem.device)
-        problem.values *= scale.view(problem.R, 1, problem.B, 1)
+    p = problem
+    if spread == "rows":
+        sizes = torch.logspace(-12, 12, p.R * p.B, device=p.device)
+        p.values *= sizes.view(p.R, 1, p.B, 1)
+    elif spread == "columns":
+        sizes = torch.logspace(-12, 12, p.C * p.B, device=p.device).view(p.C, p.B)
+        p.values[:, : p.K] *= sizes[p.pattern.live.long()][:, :, None]
     found, weight, largest, lifted = split(problem, by_row, scattered)
-    assert spread or not lifted
-    assert by_row or lifted == spread
+    assert lifted == (spread == ("columns" if by_row else "rows"))
     assert bool(((found - weight).abs() <= KEPT * largest).all())
     zeros = weight == 0
     assert bool((found[zeros] == 0).all())
@@ -92,17 +95,3 @@ def test_what_is_not_finite_is_in_the_low_half(make_problem, by_row, value):
     assert torch.equal(torch.isfinite(low), ~here)
     assert bool((high[here] == 0).all())
     assert bool(torch.isfinite(high).all())
-
-
-@pytest.mark.parametrize("wide", [False, True], ids=["of x", "of dy"])
-def test_peaks_of_tokens(make_problem, wide):
-    p = make_problem(B=16, R=3, C=7 if wide else 2, K=2, N=37)
-    sizes = torch.exp2(torch.arange(-18.0, 19.0, device=p.device))[:, None]
-    p.x, p.dy = p.x * sizes, p.dy * sizes
-    p.x[5], p.dy[5] = 0, 0
-    found = peaks_of_tokens(p.dy, p.x)
-    assert found.of_x != wide
-    expected = (p.dy if wide else p.x).abs().amax(1)
-    assert torch.equal(found.peaks, expected)
-    exponents = torch.frexp(expected[expected > 0]).exponent + 126
-    assert found.extremes.tolist() == [int(exponents.max()), 255 - int(exponents.min())]

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from blockell_kernels._backends import Direction, Pattern
+from blockell_kernels._backends import Case, Direction, Pattern
 from blockell_kernels._gluon._support import SUPPORTED
 from blockell_kernels._triton._device import (
     INTERPRETED,
@@ -25,14 +25,12 @@ from blockell_kernels._triton._device import (
     num_sms,
 )
 from blockell_kernels._triton._halves import (
-    Peaks,
-    peaks_of_tokens,
     split_by_column,
     split_by_row,
 )
 from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
-from blockell_kernels._triton._tilings_halves import DEPTH, OUTPUTS, fits, parts_of
+from blockell_kernels._triton._tilings_halves import DEPTH, OUTPUTS, fits, halves_for, parts_of
 
 TOKENS = 128
 """Of a program of theirs."""
@@ -61,6 +59,14 @@ def runs(t: Tensor, tiling: Tiling) -> bool:
         and available(t.device)
         and describable(t)
     )
+
+
+def chosen(case: Case, *operands: Tensor) -> Tiling | None:
+    """How a float32 case is computed as float16 halves, None: another way."""
+    if case.dtype is not torch.float32 or not available(case.device):
+        return None
+    tiling = halves_for(case)
+    return tiling if tiling is not None and all(map(readable, operands)) else None
 
 
 def readable(t: Tensor) -> bool:
@@ -236,9 +242,8 @@ def grad_values(
     """Write target [parts, R, slots, B, B], float32, from dy [N, R*B] and x [N, C*B]."""
     B, K = pattern.B, pattern.num_live
     sizes = pattern.slots, K, pattern.C, target.shape[-3]
-    chunks, peaks = ceil_div(K * B, WIDTH), peaks_of_tokens(dy, x)
-    cols = pattern.col_indices
-    _gradient(dy, x, peaks, target, cols, sizes, chunks, B, tiling, tokens_per_part)
+    chunks, cols = ceil_div(K * B, WIDTH), pattern.col_indices
+    _gradient(dy, x, target, cols, sizes, chunks, B, tiling, tokens_per_part)
 
 
 def grad_values_of_dense(
@@ -250,7 +255,6 @@ def grad_values_of_dense(
 
     (N, columns), R, B = x.shape, pattern.R, pattern.B
     step = ceil_div(R, grad_chunks(pattern, x.element_size()))
-    peaks = peaks_of_tokens(dy, x)
     for start in range(0, R, step):
         rows = pattern.col_indices[start : start + step]
         part = dy[:, start * B : (start + step) * B]
@@ -258,7 +262,7 @@ def grad_values_of_dense(
         tokens = tokens_per_part(N, part.shape[1], columns, x.device)
         whole = x.new_empty(ceil_div(N, tokens), part.shape[1], columns)
         sizes = pattern.slots, columns, pattern.C, 0
-        _gradient(part, x, peaks, whole, rows, sizes, chunks, DENSE_BLOCK, tiling, tokens)
+        _gradient(part, x, whole, rows, sizes, chunks, DENSE_BLOCK, tiling, tokens)
         whole = whole[0] if whole.shape[0] == 1 else whole.sum(0)
         from_dense(whole, pattern._replace(col_indices=rows), out=out[start : start + step])
     return out
@@ -267,7 +271,6 @@ def grad_values_of_dense(
 def _gradient(
     dy: Tensor,
     x: Tensor,
-    peaks: Peaks,
     target: Tensor,
     cols: Tensor,
     sizes: tuple[int, int, int, int],
@@ -285,8 +288,6 @@ def _gradient(
         descriptor(dy, [tiling.BK, 64]),
         descriptor(x, [tiling.BK, min(B, 32)]),
         cols,
-        peaks.peaks,
-        peaks.extremes,
         target,
         x.shape[0],
         *sizes,
@@ -295,6 +296,5 @@ def _gradient(
         dy.shape[1],
         tokens_per_part,
         **gradient_constants(B, tiling, tiling.path == "dense halves"),
-        OF_X=peaks.of_x,
         num_warps=4,
     )

@@ -7,9 +7,7 @@ rows that share their columns, 128 outputs.
 
 As `_halves_kernels`, but both operands come as float32: two warpgroups multiply, 64 outputs each,
 and split dy in registers; a third one splits x into shared memory for both. Every column of either
-is scaled by a power of two of its own at every step of `BT` tokens. Where tokens differ much, those
-of x are multiplied by powers of two and those of dy divided by them before that, or the other way
-round: a small token of one counts if it is a large one of the other. A program owns a unit, `WIDTH`
+is scaled by a power of two of its own at every step of `BT` tokens. A program owns a unit, `WIDTH`
 columns of its blocks and a part of the tokens.
 """
 
@@ -25,7 +23,6 @@ from blockell_kernels._gluon._language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from blockell_kernels._triton._halves_kernels import MUCH
 
 
 @gluon.jit
@@ -33,21 +30,6 @@ def _steps(N, tokens_per_part, BT: gl.constexpr):
     """(first token, number of steps) of the program's part."""
     begin = gl.program_id(1) * tokens_per_part
     return begin, gl.cdiv(gl.minimum(tokens_per_part, N - begin), BT)
-
-
-@gluon.jit
-def _lifts(peaks_ptr, tokens, N, OF_THIS: gl.constexpr):
-    """What tokens of this operand are multiplied by, and those of the other one divided by."""
-    scale, inverse = scales(gl.load(peaks_ptr + tokens, mask=tokens < N, other=1.0))
-    if OF_THIS:
-        return scale * 0.00006103515625  # 2**-14: powers around 1
-    return inverse * 16384
-
-
-@gluon.jit
-def _lifted(extremes_ptr):
-    """Whether the exponents of the peaks differ much, as `token_peaks` says."""
-    return gl.load(extremes_ptr) + gl.load(extremes_ptr + 1) - 255 > MUCH
 
 
 @gluon.jit
@@ -116,23 +98,18 @@ def _split(
     x_empty,
     ready,
     free,
-    peaks_ptr,
-    extremes_ptr,
     N,
     tokens_per_part,
     PANEL: gl.constexpr,
     PANELS: gl.constexpr,
     BT: gl.constexpr,
     STAGES: gl.constexpr,
-    OF_X: gl.constexpr,
 ):
     """The splitting warpgroup: x as halves, scaled by column, and 1/scale."""
     # A warp takes 32 columns, so that a column's largest value is found inside it.
     layout: gl.constexpr = gl.BlockedLayout([1, 4], [4, 8], [1, 4], [1, 0])
     x_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 4, 32, 2)
-    rows: gl.constexpr = gl.SliceLayout(1, layout)
-    lifted = _lifted(extremes_ptr)
-    begin, steps = _steps(N, tokens_per_part, BT)
+    _begin, steps = _steps(N, tokens_per_part, BT)
     for step in range(steps):
         stage = step % STAGES
         mbarrier.wait(x_full.index(stage), (step // STAGES) & 1)
@@ -141,17 +118,11 @@ def _split(
         largest = gl.zeros([32, PANELS * PANEL], gl.float32, layout)
         for i in gl.static_range(BT // 32):
             piece = x.slice(i * 32, 32, 0).load(layout)
-            if lifted:
-                tokens = begin + step * BT + i * 32 + gl.arange(0, 32, rows)
-                piece = piece * _lifts(peaks_ptr, tokens, N, OF_X)[:, None]
             largest = gl.maximum(largest, gl.abs(piece))
         scale, inverse = scales(gl.max(largest, 0))
         mbarrier.wait(free.index(stage), ((step // STAGES) & 1) ^ 1)
         for i in gl.static_range(BT // 32):
             piece = x.slice(i * 32, 32, 0).load(layout)
-            if lifted:
-                tokens = begin + step * BT + i * 32 + gl.arange(0, 32, rows)
-                piece = piece * _lifts(peaks_ptr, tokens, N, OF_X)[:, None]
             high, low = halves(piece * scale[None, :])
             xh_smem.index(stage).slice(i * 32, 32, 0).store(high)
             xl_smem.index(stage).slice(i * 32, 32, 0).store(low)
@@ -173,8 +144,6 @@ def _multiply(
     dy_empty,
     ready,
     free,
-    peaks_ptr,
-    extremes_ptr,
     N,
     num_live,
     out_slots,
@@ -187,23 +156,18 @@ def _multiply(
     BT: gl.constexpr,
     STAGES: gl.constexpr,
     DENSE: gl.constexpr,
-    OF_X: gl.constexpr,
 ):
     """A multiplying warpgroup: 64 outputs."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     unit, chunk = gl.program_id(0) % units, gl.program_id(0) // units
     acc = gl.zeros([64, WIDTH], gl.float32, mma)
-    lifted = _lifted(extremes_ptr)
-    begin, steps = _steps(N, tokens_per_part, BT)
+    _begin, steps = _steps(N, tokens_per_part, BT)
     for step in range(steps):
         stage = step % STAGES
         phase = (step // STAGES) & 1
         mbarrier.wait(dy_full.index(stage), phase)
         dy = dy_smem.index(stage * 2 + half).permute((1, 0)).load(operand)
-        if lifted:
-            tokens = begin + step * BT + gl.arange(0, BT, gl.SliceLayout(0, operand))
-            dy = dy * _lifts(peaks_ptr, tokens, N, not OF_X)[None, :]
         scale, inverse = scales(gl.max(gl.abs(dy), 1))
         high, low = halves(dy * scale[:, None])
         mbarrier.arrive(dy_empty.index(stage), count=1)
@@ -239,8 +203,6 @@ def grad_values_of_halves(
     dy_desc,  # float32 [N, R*B] in boxes [BT, 64]
     x_desc,  # float32 [N, C*B] in boxes [BT, PANEL]
     cols_ptr,  # [R, slots]; unused if dense
-    peaks_ptr,  # float32 [N]: of x's tokens, or of dy's
-    extremes_ptr,  # int32 [2]: of their exponents
     out_ptr,  # float32 [parts, R, out_slots, B, B], or [parts, R*B, C*B] if dense
     N,
     slots,
@@ -257,7 +219,6 @@ def grad_values_of_halves(
     BT: gl.constexpr,
     STAGES: gl.constexpr,
     DENSE: gl.constexpr,
-    OF_X: gl.constexpr,  # whose the peaks are
 ):
     """The present blocks of dy^T x, or all of it; parts of the tokens apart."""
     PANELS: gl.constexpr = WIDTH // PANEL
@@ -287,14 +248,13 @@ def grad_values_of_halves(
     gl.warp_specialize(
         [
             (_multiply, (0, out_ptr, dy_smem, xh_smem, xl_smem, inverse_smem, dy_full, dy_empty,
-                         ready, free, peaks_ptr, extremes_ptr, N, num_live, out_slots, part_size,
-                         units, rows, tokens_per_part, B, WIDTH, BT, STAGES, DENSE, OF_X)),
+                         ready, free, N, num_live, out_slots, part_size,
+                         units, rows, tokens_per_part, B, WIDTH, BT, STAGES, DENSE)),
             (_multiply, (1, out_ptr, dy_smem, xh_smem, xl_smem, inverse_smem, dy_full, dy_empty,
-                         ready, free, peaks_ptr, extremes_ptr, N, num_live, out_slots, part_size,
-                         units, rows, tokens_per_part, B, WIDTH, BT, STAGES, DENSE, OF_X)),
+                         ready, free, N, num_live, out_slots, part_size,
+                         units, rows, tokens_per_part, B, WIDTH, BT, STAGES, DENSE)),
             (_split, (x_smem, xh_smem, xl_smem, inverse_smem, x_full, x_empty, ready, free,
-                      peaks_ptr, extremes_ptr, N, tokens_per_part, PANEL, PANELS, BT, STAGES,
-                      OF_X)),
+                      N, tokens_per_part, PANEL, PANELS, BT, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, dy_full, dy_empty, x_full,
                      x_empty, N, slots, num_live, C, units, tokens_per_part, B, PANEL, PANELS, BT,
                      STAGES, DENSE)),

@@ -24,7 +24,6 @@ from blockell_kernels._triton._device import INTERPRETED, dot_precision
 from blockell_kernels._triton._rule import arithmetic, beats_copied, verdict
 from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
-from blockell_kernels._triton._tilings_halves import halves_for
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -58,7 +57,11 @@ class TritonBackend(Backend):
             return None
         if precision == "tf32":
             return "float32 operands are multiplied as TF32, which torch allows"
-        way = "3xTF32" if _by_halves(case) is None else "three float16 products of two halves each"
+        way = (
+            "3xTF32"
+            if _halves.chosen(case) is None
+            else "three float16 products of two halves each"
+        )
         return f"float32 operands are multiplied as {way}, accurate to 1e-6"
 
     def beats_copied(self, case: Case) -> bool:
@@ -68,7 +71,7 @@ class TritonBackend(Backend):
         case = _case("forward", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
             return _walk.forward(x, values, bias, pattern, walk)
-        if (halves := _by_halves(case, x, values)) is not None:
+        if (halves := _halves.chosen(case, x, values)) is not None:
             return _forward.forward(x, values, bias, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.forward(x, values, bias, pattern, strip)
@@ -78,7 +81,7 @@ class TritonBackend(Backend):
         case = _case("grad_input", dy, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
             return _walk.grad_input(dy, values, pattern, walk)
-        if (halves := _by_halves(case, dy, values)) is not None:
+        if (halves := _halves.chosen(case, dy, values)) is not None:
             return _grad_input.grad_input(dy, values, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_input(dy, values, pattern, strip)
@@ -88,7 +91,7 @@ class TritonBackend(Backend):
         case = _case("grad_values", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
             return _walk.grad_values(dy, x, pattern, walk)
-        if (halves := _by_halves(case, dy, x)) is not None:
+        if (halves := _halves.chosen(case, dy, x)) is not None:
             return _grad_values.grad_values(dy, x, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_values(dy, x, pattern, strip)
@@ -101,14 +104,6 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
-
-
-def _by_halves(case: Case, *operands: Tensor) -> Tiling | None:
-    """How a float32 case is computed as float16 halves, None: another way."""
-    if case.dtype is not torch.float32 or not _halves.available(case.device):
-        return None
-    tiling = halves_for(case)
-    return tiling if tiling is not None and all(map(_halves.readable, operands)) else None
 
 
 def _tiling(case: Case) -> Tiling:

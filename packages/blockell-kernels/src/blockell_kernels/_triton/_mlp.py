@@ -12,6 +12,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Case, Direction, Pattern
 from blockell_kernels._dense import to_dense
+from blockell_kernels._gluon import _halves
 from blockell_kernels._gluon import _mlp as _by_turns
 from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._device import (
@@ -71,6 +72,8 @@ def forward_activated(
     if x.shape[0] < FEW_TOKENS:
         return None
     case = _case("forward", x, pattern)
+    if (halves := _halves.chosen(case, x, values)) is not None:
+        return _forward_activated(x, values, bias, pattern, halves, activation, keep_pre)
     turns = case.N >= TURNS_TOKENS and case.K * case.B <= SHALLOW and activation != "none"
     if turns and _by_turns.forward_takes(x, values, pattern):
         return _by_turns.forward(x, values, bias, pattern, activation, keep_pre)
@@ -106,7 +109,7 @@ def middle(
         dense: whether it may be computed by a dense weight.
     """
     case = _case("grad_input", dy, pattern)
-    if case.N < FEW_TOKENS:
+    if case.N < FEW_TOKENS or _halves.chosen(case, dy, values) is not None:
         return None
     wants = {"keep_a": keep_a, "need_bias": need_bias, "overwrite": overwrite}
     turns, depth = case.N >= TURNS_TOKENS, case.R * case.B
