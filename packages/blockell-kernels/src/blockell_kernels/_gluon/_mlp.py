@@ -24,7 +24,7 @@ SHARED_BYTES = 225 * 1024
 """Of a program, less the barriers."""
 ROWS = 32
 """Tokens that the activation is applied to at a time, by 64 features."""
-SUMS_ROWS = 4
+SUMS_ROWS = 8
 """Rows of the partial bias gradient for every token tile."""
 FORWARD_GROUP, MIDDLE_GROUP = 8, 64
 """Token tiles that pass over the hidden features together. In the middle many: columns differ in
