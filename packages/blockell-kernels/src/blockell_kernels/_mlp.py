@@ -68,8 +68,8 @@ def block_ell_mlp(
         recompute: what the backward pass computes again rather than the forward pass saving it,
             from the fastest to the leanest: "none" (saved are h = x W1^T + bias1 and f(h)),
             "activation" (f(h) is computed again; saved is h) or "hidden" (h, too, by one more
-            product; saved is neither). Default: "activation" on a GPU, where it is almost free,
-            else "none".
+            product; saved is neither). Default: "activation" on a GPU, where it takes 2 to 8% of a
+            step, else "none".
         backend: as for `block_ell_linear`, of both layers.
 
     Returns:

@@ -44,8 +44,8 @@ it; a pass of its own through L2 is faster then. Measured at 8192 tokens, 640 ->
 SHALLOW = 1024
 """Products summed per element up to which the Gluon kernels "by turns" win, from `TURNS_TOKENS` on:
 their tiles are 128 x 128, which longer sums pay for in bytes from L2. Measured with 2048 to 65536
-tokens: of 640 -> 2560 and 1536 -> 6144 they gained 2 to 14% of a whole step, of 4096 -> 14336, half
-dense, they lost 6%."""
+tokens in tile 128: up to 1536 -> 6144 they gained 7 to 15% of a whole step, of 4096 -> 14336 they
+lost 4 to 6%."""
 TURNS_TOKENS = 2048
 
 
