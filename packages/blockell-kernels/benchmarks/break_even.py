@@ -18,7 +18,7 @@ from collections import defaultdict
 from itertools import pairwise
 from pathlib import Path
 
-ARITHMETIC = {"bfloat16": "half", "float32": "float32", "tf32": "tf32"}
+ARITHMETIC = {"bfloat16": "half", "float32": "float32", "3xtf32": "3xtf32", "tf32": "tf32"}
 
 
 def read(path: Path) -> tuple[str, list[dict[str, str]]]:

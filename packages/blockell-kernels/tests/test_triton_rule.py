@@ -35,7 +35,8 @@ def test_table_is_complete_and_sane():
     table = rule.table()
     assert table["device"]
     assert table["sources"]
-    for direction, kind, B in itertools.product(DIRECTIONS, ("half", "float32"), TILE_SIZES):
+    kinds = ("half", "float32", "3xtf32")
+    for direction, kind, B in itertools.product(DIRECTIONS, kinds, TILE_SIZES):
         keys = [k for k in table["rows"] if k.startswith(f"{direction} {kind} {B}x")]
         assert f"{direction} {kind} {B}x{B}" in keys
         for key in keys:

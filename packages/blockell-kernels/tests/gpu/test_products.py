@@ -14,7 +14,7 @@ from blockell_kernels._triton._tiling import Tiling
 
 CUDA = torch.cuda.is_available()
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-# float32 products are 3xTF32 on a GPU: float32-accurate, with a different order of additions.
+# By these tilings float32 is multiplied as 3xTF32 on a GPU: accurate, in another order.
 FP32_TOLERANCE = 2e-6
 SMALL = {"BM": 16, "BN": 32, "BK": 16}
 TILINGS = {

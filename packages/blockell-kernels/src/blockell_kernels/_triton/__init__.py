@@ -10,7 +10,9 @@ from torch import Tensor
 
 from blockell_kernels import _tuning
 from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdict
-from blockell_kernels._gluon import _halves
+
+# Under another name: of a submodule's, importing that would make it the submodule.
+from blockell_kernels._gluon import _halves as _by_halves
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import (
     _blocks,
@@ -59,7 +61,7 @@ class TritonBackend(Backend):
             return "float32 operands are multiplied as TF32, which torch allows"
         way = (
             "3xTF32"
-            if _halves.chosen(case) is None
+            if _by_halves.chosen(case) is None
             else "three float16 products of two halves each"
         )
         return f"float32 operands are multiplied as {way}, accurate to 1e-6"
@@ -71,7 +73,7 @@ class TritonBackend(Backend):
         case = _case("forward", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
             return _walk.forward(x, values, bias, pattern, walk)
-        if (halves := _halves.chosen(case, x, values)) is not None:
+        if (halves := _by_halves.chosen(case, x, values)) is not None:
             return _forward.forward(x, values, bias, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.forward(x, values, bias, pattern, strip)
@@ -81,7 +83,7 @@ class TritonBackend(Backend):
         case = _case("grad_input", dy, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
             return _walk.grad_input(dy, values, pattern, walk)
-        if (halves := _halves.chosen(case, dy, values)) is not None:
+        if (halves := _by_halves.chosen(case, dy, values)) is not None:
             return _grad_input.grad_input(dy, values, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_input(dy, values, pattern, strip)
@@ -91,7 +93,7 @@ class TritonBackend(Backend):
         case = _case("grad_values", x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
             return _walk.grad_values(dy, x, pattern, walk)
-        if (halves := _halves.chosen(case, dy, x)) is not None:
+        if (halves := _by_halves.chosen(case, dy, x)) is not None:
             return _grad_values.grad_values(dy, x, pattern, halves)
         if (strip := _few_tokens.strip_for(case)) is not None:
             return _few_tokens.grad_values(dy, x, pattern, strip)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from blockell_kernels._backends import Case, Verdict
+from blockell_kernels._gluon import _halves
 from blockell_kernels._triton._device import capability, dot_precision
 from blockell_kernels._triton._walk import least_density
 
@@ -56,10 +57,12 @@ def table() -> dict[str, Any]:
 
 
 def arithmetic(case: Case) -> str:
-    """ "half", "float32" or "tf32"."""
+    """ "half", "tf32", "float32" where kernels for float16 halves run, else "3xtf32"."""
     if case.dtype != torch.float32:
         return "half"
-    return "tf32" if dot_precision(case.dtype, case.device) == "tf32" else "float32"
+    if dot_precision(case.dtype, case.device) == "tf32":
+        return "tf32"
+    return "float32" if _halves.available(case.device) else "3xtf32"
 
 
 def nearest(case: Case, kind: str) -> tuple[Measured, int] | None:
