@@ -46,6 +46,7 @@ def available(device: torch.device) -> bool:
         SUPPORTED
         and not INTERPRETED
         and device.type == "cuda"
+        and torch.version.hip is None
         and capability(device)[0] == 9
         and dot_precision(torch.float32, device) == "tf32x3"
     )
