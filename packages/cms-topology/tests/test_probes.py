@@ -153,6 +153,23 @@ def test_what_the_second_task_cost_the_first_leaves_room_for_a_third() -> None:
     guard.remove()
 
 
+@pytest.mark.parametrize(("start", "exacting"), [(1e-5, True), (1e-3, False)])
+def test_small_budgets_are_kept_in_full_precision(start: float, exacting: bool) -> None:
+    model = learned()
+    memory = consolidate(model, [batch(*OLD, seed=0)], probes=make_probes(model, own_samples))
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    controller = DriftController(10.0, start=start, smallest=1e-8, widen=1.5)
+    guard = RetentionGuard(model, optimizer, memory, drift=controller, eps=math.inf)
+    assert guard._exacting is exacting
+    fit(model, optimizer, (8, 16, 5), 10)
+    assert guard.budget is not None
+    assert guard._exacting is (guard.budget < 1e-4)
+    controller.budget.fill_(1e-6 if not exacting else 1e-2)
+    guard.load_state_dict(guard.state_dict())
+    assert guard._exacting is not exacting
+    guard.remove()
+
+
 def test_answers_behind_foreign_symbols_are_left_out() -> None:
     model = learned()
     inputs = torch.tensor([[0, 1, 2, 3], [4, 9, 5, 6], [12, 1, 2, 3]])  # the task uses 0 to 7

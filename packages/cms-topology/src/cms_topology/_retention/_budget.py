@@ -13,6 +13,9 @@ from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import SMALLEST, START, DriftController
 from cms_topology._retention._probes import LogitsFn, Probes, measure_divergences
 
+EXACT_BELOW = 1e-4
+"""Budgets below this need products in full precision: what TF32 leaks is some 1e-6 where a weight
+matrix has moved far along directions that the old task never uses."""
 WATCHED_NATS = 0.001
 FORECAST_NATS = 0.01
 
@@ -33,6 +36,11 @@ class Budget(Protocol):
 
         `drift` is the largest relative drift of any weight matrix after it, 0-d.
         """
+        ...
+
+    @property
+    def exacting(self) -> bool:
+        """Whether it takes full precision to keep to the budget."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -63,6 +71,10 @@ class FixedBudget:
     def observe(self, model: nn.Module, steps: int, since: int, drift: Tensor) -> None:
         pass
 
+    @property
+    def exacting(self) -> bool:
+        return self.value < EXACT_BELOW
+
     def figures(self) -> dict[str, float]:
         return {"retention/budget": self.now(self._steps)}
 
@@ -92,6 +104,7 @@ class WatchedBudget:
         self.measure_every, self.logits_fn = measure_every, logits_fn
         self.base = torch.zeros(len(probes), dtype=torch.float64, device=controller.budget.device)
         """float64 [tasks]: divergence of every task's answers when the guard was built."""
+        self._budget = _OnHost(controller.budget)
 
     def begin(self, model: nn.Module) -> None:
         self.base = measure_divergences(model, self.probes, self.logits_fn)
@@ -103,6 +116,11 @@ class WatchedBudget:
         if steps // self.measure_every > since // self.measure_every:
             found = measure_divergences(model, self.probes, self.logits_fn)
             self.controller.update((found - self.base).max().clamp(min=0), drift)
+            self._budget.follow(self.controller.budget)
+
+    @property
+    def exacting(self) -> bool:
+        return self._budget.value < EXACT_BELOW
 
     def figures(self) -> dict[str, float]:
         return {
@@ -116,6 +134,32 @@ class WatchedBudget:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.controller.load_state_dict(state)
         self.base = state["base"].to(self.base).clone()
+        self._budget = _OnHost(self.controller.budget)
+
+
+class _OnHost:
+    """A number of the device, for the host to read some steps later without holding the device up.
+
+    Every rank of a data-parallel run reads the same one: it is waited for, however late.
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._held = tensor.detach().to("cpu", copy=True)
+        self._copied: torch.cuda.Event | None = None
+        if tensor.is_cuda:
+            self._held = self._held.pin_memory()
+            self._copied = torch.cuda.Event()
+
+    def follow(self, tensor: Tensor) -> None:
+        self._held.copy_(tensor, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record()
+
+    @property
+    def value(self) -> float:
+        if self._copied is not None:
+            self._copied.synchronize()
+        return float(self._held)
 
 
 def make_budget(
@@ -152,7 +196,7 @@ def make_budget(
             )
         forecast = memory.drift_at(tolerance or FORECAST_NATS)
         if probes:
-            smallest = SMALLEST if forecast is None else min(START, 1e-3 * forecast)
+            smallest = SMALLEST if forecast is None else min(START, 1e-5 * forecast)
             controller = DriftController(
                 tolerance or WATCHED_NATS, smallest=smallest, device=device
             )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cms_topology._retention._budget import FixedBudget, make_budget
+from cms_topology._retention._budget import make_budget
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import DriftController
 from cms_topology._retention._names import unwrap
@@ -162,8 +162,8 @@ class RetentionGuard:
 
     @property
     def _exacting(self) -> bool:
-        fixed = self._budget.value if isinstance(self._budget, FixedBudget) else None
-        return (self.eps is not None and self.eps < 1e-3) or (fixed is not None and fixed < 1e-5)
+        narrow = self._budget is not None and self._budget.exacting
+        return narrow or (self.eps is not None and self.eps < 1e-3)
 
     def refresh(self) -> None:
         """Take note that blocks came or went; `flush` does so by itself when it notices.

@@ -13,7 +13,8 @@ def products(*, full: bool) -> Iterator[None]:
     """Products of float32 matrices on a GPU: full precision inside, or TF32, several times faster.
 
     TF32 rounds operands to 2^-11. That leaks some 1e-7 of a displacement's energy into the
-    directions that must not move: too much for "not at all", and nothing beside a budget of 1e-3.
+    directions that must not move: too much for "not at all" or a budget of 1e-6, and nothing beside
+    one of 1e-3.
     """
     matmul = torch.backends.cuda.matmul
     new = hasattr(matmul, "fp32_precision")
