@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -65,6 +66,20 @@ def test_the_loss_is_the_weighted_one_on_drawn_sequences_of_every_task() -> None
     assert rehearsal.num_bytes == 2 * 72 * 3 * 8
     own = Rehearsal(model, [OLD], weight=2.0, loss_fn=lambda m, b: b["x"].float().mean() * 0 + 1)
     assert float(own.loss()) == 2.0
+
+
+def test_it_goes_on_to_the_bit_from_its_state() -> None:
+    model = learned()
+    first = Rehearsal(model, [OLD, NEW])
+    first.loss()
+    state = safetensors.torch.load(safetensors.torch.save(first.state_dict()))
+    expected = [first.loss() for _ in range(3)]
+    second = Rehearsal(model, [{"something": torch.ones(1)}])
+    second.load_state_dict(state)
+    assert [set(batch) for batch in second.kept] == [{"x", "labels"}] * 2
+    assert all(torch.equal(second.loss(), loss) for loss in expected)
+    with pytest.raises(ValueError, match=r"state \(of \['generator'\]\) must hold a generator and"):
+        second.load_state_dict({"generator": state["generator"]})
 
 
 def test_damping_and_rehearsal_hold_the_old_task_from_the_first_step_to_the_last() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -68,9 +68,9 @@ class Rehearsal:
         self.model, self.kept = model, [dict(batch) for batch in kept]
         self.weight, self.rows, self.loss_fn = weight, rows, loss_fn
         device = next(iter(self.kept[0].values())).device
-        self.generator = generator
         if generator is None:
-            self.generator = torch.Generator(device).manual_seed(0)
+            generator = torch.Generator(device).manual_seed(0)
+        self.generator = generator
 
     @property
     def num_bytes(self) -> int:
@@ -92,3 +92,31 @@ class Rehearsal:
             total = total + self.weight * self.loss_fn(self.model, drawn)
         result: Tensor = total
         return result
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is kept, as "task.name", and how far its drawing has come: tensors by name."""
+        kept = {
+            f"{number}.{name}": tensor
+            for number, batch in enumerate(self.kept)
+            for name, tensor in batch.items()
+        }
+        return {**kept, "generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Become what `state` was taken of, whatever this one held, and draw on from there.
+
+        Raises:
+            ValueError: `state` is not of a rehearsal.
+        """
+        if "generator" not in state or "0." not in {name[:2] for name in state}:
+            raise ValueError(
+                f"state (of {sorted(state)}) must hold a generator and the tensors of at least one "
+                "task; pass what Rehearsal.state_dict returned."
+            )
+        kept: dict[int, dict[str, Tensor]] = {}
+        for key, tensor in state.items():
+            number, dot, name = key.partition(".")
+            if dot:
+                kept.setdefault(int(number), {})[name] = tensor.to(self.generator.device)
+        self.kept = [kept[number] for number in sorted(kept)]
+        self.generator.set_state(state["generator"].cpu())
