@@ -16,12 +16,12 @@ from titanmac_integration._protocol._records import read_records
 from titanmac_integration._protocol._summary import describe, summarise
 from titanmac_integration._protocol._tables import dial_text, retention_tables
 
-WIDTH, HEIGHT = 860, 520
-LEFT, RIGHT, TOP, BOTTOM = 70, 250, 30, 60
+WIDTH, HEIGHT = 880, 520
+LEFT, RIGHT, TOP, BOTTOM = 70, 270, 30, 60
 COLOURS = {
     "ours": "#d62728",
     "ours-grown": "#ff7f0e",
-    "ours-rehearsing": "#aec7e8",
+    "ours-rehearsing": "#e6009e",
     "ours-fixed-eps": "#c49c94",
     "dense-projection": "#8c564b",
     "kronecker-ewc": "#1f77b4",
@@ -32,7 +32,7 @@ COLOURS = {
     "self-rehearsal": "#2ca02c",
     "real-rehearsal": "#98df8a",
     "joint": "#bcbd22",
-    "freeze-and-grow": "#e377c2",
+    "freeze-and-grow": "#a9a9a9",
     "rigl": "#c7c7c7",
 }
 
@@ -50,7 +50,7 @@ def draw(group: dict[str, Any], lowest: float, highest: float) -> str:
         value = tick / 10
         parts.append(_line(LEFT, y(value), WIDTH - RIGHT, y(value), "#e6e6e6"))
         parts.append(_text(LEFT - 8, y(value) + 4, f"{value:.0%}", "end"))
-    step = 0.05 if highest - lowest < 0.6 else 0.2
+    step = next(s for s in (0.05, 0.1, 0.2, 1.0, math.inf) if (highest - lowest) / s < 13)
     value = math.ceil(lowest / step) * step
     while value <= highest + 1e-9:
         parts.append(_line(x(value), TOP, x(value), HEIGHT - BOTTOM, "#e6e6e6"))
@@ -109,7 +109,8 @@ def _cross(row: dict[str, Any], x: Any, y: Any, colour: str, *, large: bool) -> 
     parts = []
     if row["new_nats"]["sd"] is not None:
         reach = row["new_nats"]["sd"]
-        ends = (x(_nats(row) - reach), x(_nats(row) + reach))
+        ends = [x(_nats(row) + side) for side in (-reach, reach)]
+        ends = [min(max(end, LEFT), WIDTH - RIGHT) for end in ends]
         parts.append(_line(ends[0], centre_y, ends[1], centre_y, colour))
         low = max(0.0, _kept(row) - row["kept"]["sd"])
         high = min(1.0, _kept(row) + row["kept"]["sd"])
@@ -140,9 +141,10 @@ def main() -> None:
     settings = list(summary["settings"].values())
     if len(settings) != 1:
         parser.error(f"the records must be of one setting, not of {len(settings)}")
-    nats = [row["new_nats"]["mean"] for row in settings[0]["rows"]]
-    lowest = min(nats) - 0.02 if arguments.lowest is None else arguments.lowest
-    highest = max(nats) + 0.02 if arguments.highest is None else arguments.highest
+    nats = [row["new_nats"] for row in settings[0]["rows"]]
+    ends = [each["mean"] + side * (each["sd"] or 0.0) for each in nats for side in (-1, 1)]
+    lowest = min(ends) - 0.02 if arguments.lowest is None else arguments.lowest
+    highest = max(ends) + 0.02 if arguments.highest is None else arguments.highest
     arguments.out.write_text(draw(settings[0], lowest, highest), encoding="utf-8")
     print(arguments.out)
     if arguments.tables:
