@@ -212,7 +212,16 @@ class CMSBlockLinear(nn.Module):
     # -- the layer ----------------------------------------------------------------------------
 
     def forward(self, x: Tensor) -> Tensor:
-        """y = x W^T + b: [..., in_features] -> [..., out_features]."""
+        """y = x W^T + b: [..., in_features] -> [..., out_features].
+
+        Raises:
+            ValueError: the last dimension is not in_features.
+        """
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"the last dimension of x (={x.shape[-1]}) must be in_features "
+                f"(={self.in_features})."
+            )
         if not torch.compiler.is_compiling():
             self._refresh_if_stale()
         sample: Literal["none", "norms", "gradient"] = "none"
@@ -243,6 +252,13 @@ class CMSBlockLinear(nn.Module):
     def get_density(self) -> float:
         """Live blocks over all positions; differs from the asked one by rounding to blocks."""
         return self.density
+
+    @property
+    def weight(self) -> Tensor:
+        """`to_dense()`, for code that looks at the weight of any linear layer, as torch's own
+        transformer layers do in evaluation mode. Made anew each time: writing into it changes
+        nothing; set `values`."""
+        return self.to_dense()
 
     def to_dense(self) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor; differentiable."""

@@ -86,7 +86,8 @@ class TopologyManager:
         bank: keeps dropped blocks.
 
     Raises:
-        ValueError: the model has no `CMSBlockLinear`, or a setting is outside its range.
+        ValueError: the model has no `CMSBlockLinear`, the optimizer trains none of them, or a
+            setting is outside its range.
     """
 
     def __init__(
@@ -118,6 +119,7 @@ class TopologyManager:
             self._optimizers = [optimizer]
         else:
             self._optimizers = list(optimizer)
+        self._check_optimizers(model)
         self.clock = CMSClock(tuple(periods))  # type: ignore[arg-type]
         if self.clock.periods[0] != 1:
             raise ValueError(
@@ -143,6 +145,18 @@ class TopologyManager:
         self._step = 0
         self._warned_no_grad = False
         self._arm_sampling()
+
+    def _check_optimizers(self, model: nn.Module) -> None:
+        """Refuse optimizers of another model: state of replaced blocks would stay behind."""
+        if not self._optimizers:
+            return
+        held = {id(p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
+        if not any(id(layer.values) in held for layer in self.layers.values()):
+            raise ValueError(
+                f"optimizer (={', '.join(type(o).__name__ for o in self._optimizers)}) must hold "
+                f"the values of model's (={type(model).__name__}) CMSBlockLinear layers; it holds "
+                "none of them. Pass the optimizer that trains them, made after sparsify()."
+            )
 
     def retain(self, memory: Consolidation | None) -> None:
         """Respect what `memory` keeps from now on, in place of what was respected before.

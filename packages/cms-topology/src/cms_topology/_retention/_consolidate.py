@@ -78,8 +78,8 @@ def consolidate(
         What is kept; pass it to `RetentionGuard`.
 
     Raises:
-        ValueError: no batches, a loss that is not a scalar, a setting outside its range, or a
-            model whose parameters no product uses.
+        ValueError: no batches, a loss that is not a scalar, inputs or gradients that are not
+            finite, a setting outside its range, or a model whose parameters no product uses.
     """
     if usage not in USAGES:
         raise ValueError(f"usage (={usage!r}) must be one of {', '.join(map(repr, USAGES))}.")
@@ -108,10 +108,11 @@ def consolidate(
         stats.all_reduce()
         if not stats.layers:
             raise ValueError(
-                f"batches (={batches!r}) of task {task!r} reached no weight matrix of "
+                f"batches (={len(kept)} seen) of task {task!r} reached no weight matrix of "
                 f"{type(model).__name__}; pass at least one batch, and a loss_fn that calls the "
                 "model it is given."
             )
+        stats.check_finite(task)
         memory = Consolidation(
             {
                 name: layer.memory(weight, stats.live(name), usage != "none", dtype)

@@ -71,7 +71,7 @@ class LayerMemory:
         return cls(covariance=Covariance(**covariance), **others)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Consolidation:
     """Everything that is kept of the consolidated tasks. Made by `consolidate`.
 
@@ -94,6 +94,14 @@ class Consolidation:
 
     probes: list[Probes] = field(default_factory=list)
     """Inputs on which the drift is watched; empty if none were kept."""
+
+    def __repr__(self) -> str:
+        """Names and sizes; the tensors themselves would fill pages."""
+        return (
+            f"Consolidation(tasks={self.tasks}, {len(self.layers)} weight matrices, "
+            f"{len(self.rows)} embeddings, {sum(len(p.inputs) for p in self.probes)} probes, "
+            f"{self.num_bytes:,} bytes)"
+        )
 
     @property
     def num_bytes(self) -> int:

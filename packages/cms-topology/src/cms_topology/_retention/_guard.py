@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from cms_topology._retention._budget import make_budget
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import DriftController
+from cms_topology._retention._mistakes import check_optimizer, warn_of_running_statistics
 from cms_topology._retention._names import unwrap
 from cms_topology._retention._parameters import by_shape, sort_parameters
 from cms_topology._retention._precision import products
@@ -66,7 +67,8 @@ class RetentionGuard:
         logits_fn: (model, probe inputs) -> [..., V]; default: the model's result or its "logits".
 
     Raises:
-        ValueError: a setting outside its range, or a memory that does not fit the model.
+        ValueError: a setting outside its range, a memory that does not fit the model, or an
+            optimizer of another model.
     """
 
     def __init__(
@@ -117,7 +119,9 @@ class RetentionGuard:
         self._allowed = torch.zeros((), dtype=torch.float64, device=device)
         self._arrange(states)
         self._hook = None
+        self._warned = False
         if optimizer is not None:
+            check_optimizer(self.model, optimizer)
             self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
 
     # -- the work -----------------------------------------------------------------------------
@@ -127,6 +131,9 @@ class RetentionGuard:
         self.steps += 1
         if not self._active:
             return
+        if not self._warned:
+            warn_of_running_statistics(self.model)
+            self._warned = True
         self._still.put_back()
         self._notice_changes()
         if self.steps % self.every == 0:

@@ -60,6 +60,11 @@ class LayerStatistics:
         self.fisher += e.T @ a
         self.error += e.sum(0) / self.tile_out
 
+    @property
+    def is_finite(self) -> bool:
+        """Whether no NaN and no infinity was counted. Waits for the device."""
+        return bool(torch.stack([t.sum() for t in self.sums()]).isfinite().all())
+
     def sums(self) -> list[Tensor]:
         """The tensors that add up over ranks."""
         return [
@@ -125,6 +130,20 @@ class TaskStatistics:
         columns = layer.col_indices[:, : layer.num_live].long()
         mask = torch.zeros(layer.R, layer.C, dtype=torch.bool, device=columns.device)
         return mask.scatter_(1, columns, True)
+
+    def check_finite(self, task: str) -> None:
+        """Refuse statistics that would let every later projection come out as NaN.
+
+        Raises:
+            ValueError: NaN or infinity was met.
+        """
+        broken = [name for name, layer in self.layers.items() if not layer.is_finite]
+        if broken:
+            raise ValueError(
+                f"batches of task {task!r} must give finite inputs and gradients: {len(broken)} of "
+                f"{len(self.layers)} weight matrices met NaN or infinity, first {broken[0]!r}; "
+                "leave out the batch that is not finite, or run the model in another precision."
+            )
 
     def all_reduce(self) -> None:
         """Add up over the ranks of torch.distributed, if it is in use."""
