@@ -37,25 +37,46 @@ class _Products(TorchFunctionMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func is functional.multi_head_attention_forward:
+            # torch shows a mode this call as one; the products inside are found by their name
+            with _replaced_linear(self._seen_linear):
+                return func(*args, **kwargs)
+        if func is functional.linear:
+            return self._seen_linear(*args, **kwargs)
         result = func(*args, **kwargs)
-        if func is functional.linear or func is functional.embedding:
-            x = args[0] if args else kwargs["input"]
+        if func is functional.embedding:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
             if isinstance(weight, nn.Parameter):
-                if func is functional.linear:
-                    result = _own(result)
-                    self.on_linear(weight, x, result)
-                else:
-                    self.on_rows(weight, x)
+                self.on_rows(weight, args[0] if args else kwargs["input"])
         return result
+
+    def _seen_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        result = _LINEAR(input, weight, bias)
+        if isinstance(weight, nn.Parameter):
+            result = _own(result)
+            self.on_linear(weight, input, result)
+        return result
+
+
+_LINEAR = functional.linear
+
+
+@contextmanager
+def _replaced_linear(function: Callable[..., Tensor]) -> Iterator[None]:
+    functional.linear = function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        functional.linear = _LINEAR
 
 
 @contextmanager
 def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator[None]:
     """Report every matrix product and embedding look-up of passes inside the block.
 
-    Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Products inside
-    `nn.MultiheadAttention` are not seen (torch runs them in one piece).
+    Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Of
+    `nn.MultiheadAttention` the output's product is seen, and the inputs' where query, key and value
+    are one tensor (else torch multiplies with slices of the parameter, which then counts as unseen).
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
