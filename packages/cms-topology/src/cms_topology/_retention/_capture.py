@@ -63,7 +63,7 @@ _LINEAR = functional.linear
 
 @contextmanager
 def _replaced_linear(function: Callable[..., Tensor]) -> Iterator[None]:
-    functional.linear = function  # type: ignore[assignment]
+    functional.linear = function
     try:
         yield
     finally:
@@ -76,7 +76,7 @@ def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator
 
     Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Of
     `nn.MultiheadAttention` the output's product is seen, and the inputs' where query, key and value
-    are one tensor (else torch multiplies with slices of the parameter, which then counts as unseen).
+    are one tensor; else torch multiplies with slices of the parameter, which counts as unseen.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
