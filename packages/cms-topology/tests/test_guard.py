@@ -154,3 +154,39 @@ def test_drift_is_the_error_of_the_outputs_on_the_old_data() -> None:
     train(model, optimizer)
     error = (model.fc1(x).detach() - before).square().sum() / (before - bias).square().sum()
     assert guard.drift()["fc1.values"] == pytest.approx(float(error), rel=1e-3)
+
+
+@pytest.mark.parametrize("eps", [0.1, math.inf])
+def test_layers_projected_together_may_differ_in_rank(eps: float) -> None:
+    class TwoInputs(nn.Module):
+        """One matrix reads inputs of few directions and noise, the other of all directions."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.few, self.all = (nn.Linear(16, 16, bias=False) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cat((self.few(x[:, :16]), self.all(x[:, 16:])), 1)
+
+    torch.manual_seed(0)
+    model = TwoInputs()
+    energy = torch.cat((torch.full((16,), 0.1), 1 / torch.arange(1, 17)))
+    energy[:2] = 1.0
+    old = torch.randn(4000, 32) * energy
+    memory = consolidate(model, [old], loss_fn=lambda m, x: m(x).square().mean())
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    guard = RetentionGuard(model, optimizer, memory, drift=1e-3, eps=eps)
+    ranks = guard._batches[0]._ranks
+    assert len(guard._batches) == 1
+    assert min(ranks) < max(ranks) == 16
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(20):
+        optimizer.zero_grad()
+        (model(torch.randn(64, 32)) - 1).square().mean().backward()
+        optimizer.step()
+    for name, weight in model.named_parameters():
+        x = old[:, :16] if name.startswith("few") else old[:, 16:]
+        change = (x @ (weight.detach() - before[name]).mT).square().sum()
+        drift = float(change / (x @ before[name].mT).square().sum())
+        assert drift < 1.02e-3, name
+        assert guard.drift()[name] == pytest.approx(drift, rel=0.3), name

@@ -57,7 +57,7 @@ class ProjectionBatch:
         self.debt = torch.stack([state.debt for state in states])
         self.multiplier = torch.stack([state.multiplier for state in states])
         self.last_drift = torch.zeros_like(self.scale)
-        self._complete = self.vectors.shape[3] >= self.vectors.shape[2]
+        self._complete = min(self._ranks) >= self.vectors.shape[2]
         """No direction is outside of U."""
         self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
         """Weights are written as they were computed, not rounded."""
@@ -94,7 +94,10 @@ class ProjectionBatch:
 
     def read(self) -> Tensor:
         """[L, G, m, n]."""
-        return torch.stack([weight.read() for weight in self.weights])
+        units = torch.empty_like(self.anchor)
+        for weight, into in zip(self.weights, units, strict=True):
+            weight.read_into(into)
+        return units
 
     @torch.no_grad()
     def project(self, eps: float | None, budget: Tensor | float | None) -> None:
@@ -117,14 +120,15 @@ class ProjectionBatch:
             update = now - self.reference
             # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-            kept = C - self._coefficients(update) * _per_row(removed[:, :, :-1], C)
+            along = self._coefficients(update)
+            kept = torch.addcmul(C, along, _per_row(removed[:, :, :-1], C), value=-1)
             if not self._complete:
                 taken = update * _per_row(removed[:, :, -1:], C)
                 moved = moved - taken
                 C = self._coefficients(moved)
         energy = self._energy(kept, C, moved)
         if budget is None:
-            difference = kept - C
+            removed_along = C - kept
         else:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
             allowed = budget * self.scale
@@ -134,13 +138,14 @@ class ProjectionBatch:
             energy = energy * factor.square()
             inside, outside = factor[:, :, :-1], factor[:, :, -1:]
             if eps is None:
-                difference = C * _per_row(inside - outside, C)
+                removed_along = C * _per_row(outside - inside, C)
             else:
-                difference = kept * _per_row(inside, C) - C * _per_row(outside, C)
+                start = C if self._complete else C * _per_row(outside, C)
+                removed_along = torch.addcmul(start, kept, _per_row(inside, C), value=-1)
             if not self._complete:
                 now = now + moved * _per_row(outside - 1, C)
         self.last_drift.copy_((self.debt + drift(self.spectrum, energy)) / self.scale)
-        result = self._plus_back(now if taken is None else now - taken, difference)
+        result = self._minus_back(now if taken is None else now - taken, removed_along)
         self._write(result)
         if eps is not None:
             self.reference.copy_(result if self._exact else self.read())
@@ -162,10 +167,10 @@ class ProjectionBatch:
         """Along the leading directions: [L, G, m, n] -> [L, G, m, r]."""
         return torch.matmul(moved, self.vectors)
 
-    def _plus_back(self, weights: Tensor, coefficients: Tensor) -> Tensor:
-        """The weights plus what has these coefficients along the leading directions."""
+    def _minus_back(self, weights: Tensor, coefficients: Tensor) -> Tensor:
+        """The weights less what has these coefficients along the leading directions."""
         flat = (t.flatten(0, 1) for t in (weights, coefficients, self.vectors.mT))
-        return torch.baddbmm(*flat).view(weights.shape)
+        return torch.baddbmm(*flat, alpha=-1).view(weights.shape)
 
     def _energy(self, kept: Tensor, C: Tensor, moved: Tensor) -> Tensor:
         """Sum over the rows of the squares along each direction, and of all others together.

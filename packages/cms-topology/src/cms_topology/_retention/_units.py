@@ -46,14 +46,19 @@ class ProtectedWeight:
         return (blocks[:, :, None] * self.layer.B + within).view(G, n)
 
     def read(self) -> Tensor:
-        """The weights, float32 [G, m, n] (float64 for a float64 model); a copy or a view."""
-        weight = self.parameter.detach()
-        wide = torch.float64 if weight.dtype == torch.float64 else torch.float32
+        """The weights, float32 [G, m, n] (float64 for a float64 model); a copy."""
+        wide = torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
+        return self.read_into(torch.empty(self.shape, dtype=wide, device=self.parameter.device))
+
+    @torch.no_grad()
+    def read_into(self, units: Tensor) -> Tensor:
+        """Write the weights to a contiguous [G, m, n]; returns it."""
         if self.layer is None:
-            return weight.to(wide)[None]
+            units[0].copy_(self.parameter)
+            return units
         R, K, B = self.layer.R, self.layer.num_live, self.layer.B
-        tiles = weight[:, :K].to(wide).permute(0, 2, 1, 3).reshape(R * B, K * B)
-        return tiles.view(self.shape)
+        units.view(R, B, K, B).copy_(self.parameter[:, :K].permute(0, 2, 1, 3))
+        return units
 
     @torch.no_grad()
     def write(self, units: Tensor) -> None:
