@@ -1,6 +1,8 @@
 from __future__ import annotations
 
-from collections.abc import Callable
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
 
 import pytest
 import torch
@@ -46,3 +48,21 @@ def trained_layer(backward: Backward) -> Callable[..., CMSBlockLinear]:
         return layer
 
     return make
+
+
+@pytest.fixture(scope="session")
+def run_alone() -> Callable[[str, Mapping[str, str]], None]:
+    """Runs a check of Triton kernels in a process of its own, since its interpreter takes the
+    compiler's place there. The check is told the device and has to print "agrees"."""
+
+    def run(check: str, environment: Mapping[str, str]) -> None:
+        done = subprocess.run(
+            [sys.executable, "-c", check, "cuda" if torch.cuda.is_available() else "cpu"],
+            env=dict(environment),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.stdout.strip() == "agrees", done.stderr[-2000:]
+
+    return run

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Mapping
 
 import pytest
@@ -12,6 +10,8 @@ import torch
 from torch import nn
 
 from cms_topology import CMSBlockLinear, NewbornStepCorrection, reset_optimizer_state
+
+RunAlone = Callable[[str, Mapping[str, str]], None]
 
 ADAM: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adamw foreach": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.0, foreach=True),
@@ -112,7 +112,7 @@ def test_other_optimizers_are_left_alone() -> None:
 
 KERNEL = """
 import sys, torch
-from cms_topology import CMSBlockLinear, NewbornStepCorrection, _birth
+from cms_topology import CMSBlockLinear, NewbornStepCorrection, _newborn_steps
 device = sys.argv[1]
 torch.manual_seed(0)
 for tile, group, amsgrad, tensor_rate, betas in (
@@ -121,27 +121,34 @@ for tile, group, amsgrad, tensor_rate, betas in (
 ):
     layer = CMSBlockLinear(3 * tile, 4 * tile, tile_size=tile, density=0.4, max_density=0.7,
                            row_group=group, device=device)
+    other = CMSBlockLinear(2 * tile, 6 * tile, tile_size=tile, row_group=group, device=device)
     rate = torch.tensor(0.01, device=device) if tensor_rate else 0.01
     optimizer = torch.optim.AdamW(
-        [layer.values], lr=rate, betas=betas, amsgrad=amsgrad, capturable=tensor_rate,
+        [layer.values, other.values], lr=rate, betas=betas, amsgrad=amsgrad, capturable=tensor_rate,
         foreach=not tensor_rate,
-    ) if device == "cuda" else torch.optim.AdamW([layer.values], lr=0.01, betas=betas,
-                                                 amsgrad=amsgrad)
+    ) if device == "cuda" else torch.optim.AdamW([layer.values, other.values], lr=0.01,
+                                                 betas=betas, amsgrad=amsgrad)
     for step in range(8):
         layer.values.grad = torch.randn_like(layer.values)
+        other.values.grad = torch.randn_like(other.values)
         optimizer.step()
-    age = torch.randint(0, 10, layer.scorer.block_age.shape, dtype=torch.int32, device=device)
+    age, its = (torch.randint(0, 10, x.scorer.block_age.shape, dtype=torch.int32, device=device)
+                for x in (layer, other))
+    both = [(other.values, its, other.num_live), (layer.values, age, layer.num_live)]
     old, results = layer.values.detach().clone(), []
+    old_other = other.values.detach().clone()
     for kernel in (False, True):
         with torch.no_grad():
             layer.values.copy_(old)
-        _birth._by_kernel = lambda *tensors: kernel
+            other.values.copy_(old_other)
+        _newborn_steps._by_kernel = lambda *tensors: kernel
         correction = NewbornStepCorrection()
-        correction.apply(optimizer, layer.values, age, layer.num_live)
-        results.append(layer.values.detach().clone())
-        correction.apply(optimizer, layer.values, age, layer.num_live)
-        assert torch.equal(layer.values, results[-1]), "no step, no correction"
-    plain, got = results
+        correction.apply_all(optimizer, both)
+        results.append([x.detach().clone() for x in (layer.values, other.values)])
+        correction.apply_all(optimizer, both)
+        assert torch.equal(layer.values, results[-1][0]), "no step, no correction"
+    (plain, plain_other), (got, got_other) = results
+    torch.testing.assert_close(got_other, plain_other, rtol=1e-4, atol=2e-6)
     old_enough = age >= 8
     old_enough[:, layer.num_live:] = True
     assert torch.equal(got[old_enough], old[old_enough])
@@ -151,47 +158,8 @@ print("agrees")
 """
 
 
-def test_the_kernel_agrees_with_torch() -> None:
+def test_the_kernel_agrees_with_torch(run_alone: RunAlone) -> None:
     """In Triton's interpreter where there is no GPU."""
     pytest.importorskip("triton")
     gpu = torch.cuda.is_available()
     run_alone(KERNEL, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
-
-
-def run_alone(check: str, environment: Mapping[str, str]) -> None:
-    """A process of its own, for the interpreter takes the compiler's place in this one."""
-    done = subprocess.run(
-        [sys.executable, "-c", check, "cuda" if torch.cuda.is_available() else "cpu"],
-        env=dict(environment),
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "agrees", done.stderr[-2000:]
-
-
-AHEAD = """
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
-from cms_topology._birth_kernels import _correct_young
-pointers = {"values_ptr": "*fp32", "mean_ptr": "*fp32", "square_ptr": "*fp32", "age_ptr": "*i32",
-            "step_ptr": "*fp32", "last_ptr": "*fp32", "rate_ptr": "*fp32"}
-floats = dict.fromkeys(("rate", "beta1", "beta2", "eps", "grown_up"), "fp32")
-for E, slots, piece, rate in ((16384, 1, 4096, {}), (256, 16, 256, {"rate_ptr": None})):
-    constants = {"E": E, "SLOTS": slots, "PIECE": piece, **rate}
-    signature = {
-        name: "constexpr" if name in constants else (pointers | floats).get(name, "i32")
-        for name in _correct_young.arg_names
-    }
-    source = ASTSource(_correct_young, signature, constexprs=constants)
-    for architecture in (80, 90):
-        triton.compile(source, target=GPUTarget("cuda", architecture, 32))
-print("agrees")
-"""
-
-
-def test_the_kernel_compiles_without_a_gpu() -> None:
-    pytest.importorskip("triton")
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    run_alone(AHEAD, environment)

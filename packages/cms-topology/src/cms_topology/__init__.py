@@ -1,7 +1,7 @@
 """CMSBlockLinear: a drop-in nn.Linear whose block topology changes while the network learns."""
 
 from cms_topology._accumulate import accumulate_scores
-from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
+from cms_topology._birth import reset_optimizer_state
 from cms_topology._clock import CMSClock
 from cms_topology._config import ScoringConfig
 from cms_topology._convert import densify, sparse_layers, sparsify
@@ -9,6 +9,7 @@ from cms_topology._distributed import TopologyDivergenceError, sync_topology_sco
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._mlp import block_sparse_mlp, mlp_is_fused
+from cms_topology._newborn_steps import NewbornStepCorrection
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._retention import (
     Absorption,

@@ -11,11 +11,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cms_topology._scorer import (
-    all_finite,
-    compute_gradient_frobenius_norms,
-    update_gradient_emas,
-)
+from cms_topology._blocks import block_norms
+from cms_topology._sampled import add_sampled_step
+from cms_topology._scorer import all_finite, update_gradient_emas
 
 if TYPE_CHECKING:
     from cms_topology._linear import CMSBlockLinear
@@ -37,18 +35,19 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
         active = [layer for layer in layers if layer.values.grad is not None]
         if not active:
             return None
-        scores = [_block_scores_of_step(layer) for layer in active]
+        scores = _block_scores_of_step(active)
         stats = [layer._probe.grad for layer in active]
         traces = [_fisher_trace(layer) for layer in active]
         finite = all_finite([t for t in (*scores, *stats, *traces) if t is not None])
         update_gradient_emas([layer.scorer for layer in active], scores, finite)
-        for layer, collected, trace in zip(active, stats, traces, strict=True):
-            if collected is not None:
-                here = finite.to(collected.device)
-                layer.scorer.accumulate_statistics(collected, here)
-                if trace is not None:
-                    _accumulate_loss(layer, collected, trace, here)
-                layer._probe.grad = None
+        sampled = [i for i, collected in enumerate(stats) if collected is not None]
+        collected = [t for t in stats if t is not None]
+        add_sampled_step([active[i].scorer for i in sampled], collected, finite)
+        for i, norms_sq in zip(sampled, collected, strict=True):
+            trace = traces[i]
+            if trace is not None:
+                _accumulate_loss(active[i], norms_sq, trace, finite.to(norms_sq.device))
+            active[i]._probe.grad = None
         return finite
 
 
@@ -65,13 +64,22 @@ def _refuse_shards(layer: CMSBlockLinear) -> None:
         )
 
 
-def _block_scores_of_step(layer: CMSBlockLinear) -> Tensor:
-    grad = layer.values.grad
-    assert grad is not None
-    if layer.scorer.config.keep_score in ("taylor", "loss"):
-        slope = (layer.values.detach() * grad).sum((2, 3), dtype=torch.float32)
-        return slope.abs() if layer.scorer.config.keep_score == "taylor" else slope
-    return compute_gradient_frobenius_norms(grad)
+def _block_scores_of_step(layers: Sequence[CMSBlockLinear]) -> list[Tensor]:
+    """float32 [R, K] of each layer."""
+    by_norm = [x for x in layers if x.scorer.config.keep_score not in ("taylor", "loss")]
+    norms = dict(zip(by_norm, block_norms([_grad(layer) for layer in by_norm]), strict=True))
+    return [norms[layer] if layer in norms else _slope(layer) for layer in layers]
+
+
+def _grad(layer: CMSBlockLinear) -> Tensor:
+    assert layer.values.grad is not None
+    return layer.values.grad
+
+
+def _slope(layer: CMSBlockLinear) -> Tensor:
+    """<W, G> of every block, without its sign for the "taylor" score: float32 [R, K]."""
+    slope = (layer.values.detach() * _grad(layer)).sum((2, 3), dtype=torch.float32)
+    return slope.abs() if layer.scorer.config.keep_score == "taylor" else slope
 
 
 def _fisher_trace(layer: CMSBlockLinear) -> Tensor | None:
@@ -83,10 +91,9 @@ def _accumulate_loss(
 ) -> None:
     assert layer.scorer.loss is not None
     assert layer._fisher_probe is not None
-    assert layer.values.grad is not None
     norms_sq = collected[layer.R + layer.C :]
     live = layer.col_indices[:, : layer.num_live].long()
     seen = norms_sq.view(layer.R, layer.C).gather(1, live).sum()
-    given = layer.values.grad.float().square().sum()
+    given = _grad(layer).float().square().sum()
     layer.scorer.loss.add(norms_sq, trace, torch.stack((given, seen)), finite)
     layer._fisher_probe.grad = None

@@ -1,48 +1,57 @@
 # mypy: ignore-errors
 """A Triton kernel that corrects the steps of young blocks, and reads only the ages of others.
 
-Legend: R block rows, K slots per row (live ones first), B tile side, E = B*B elements of a block.
+Legend: L layers, R block rows, K slots per row (live ones first), B tile side, E = B*B elements of
+a block.
 """
 
-import torch
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-ELEMENTS = 4096
-"""Of the values, at most, that a program looks after: some small blocks or a piece of a large."""
+from cms_topology._addresses import address_table
+from cms_topology._block_kernels import ELEMENTS, KINDS
 
 
 @triton.jit
 def _correct_young(
-    values_ptr,  # [R, K, E]
-    mean_ptr,  # [R, K, E]
-    square_ptr,  # [R, K, E]
-    age_ptr,  # int32 [R, K]
-    step_ptr,  # float32, steps of the whole parameter
-    last_ptr,  # float32, the same at the last call
+    table_ptr,  # int64 [L, 7]: addresses of values, mean, square [R, K, E], int32 age [R, K]; R*K,
+    # K, live
+    step_ptr,  # float32 [L], steps of the whole parameter
+    last_ptr,  # float32 [L], the same at the last call
     rate_ptr,  # float32, or None
     rate,  # the learning rate without rate_ptr
     beta1,
     beta2,
     eps,
     grown_up,
-    slots,  # R*K
-    K,
-    live,
     E: tl.constexpr,
     SLOTS: tl.constexpr,
     PIECE: tl.constexpr,
+    VALUES: tl.constexpr,
+    MEAN: tl.constexpr,
+    SQUARE: tl.constexpr,
 ):
+    layer = tl.program_id(2)
+    row = table_ptr + layer * 7
     first = tl.program_id(0) * SLOTS
-    t = tl.load(step_ptr)
+    slots = tl.load(row + 4).to(tl.int32)
+    K = tl.load(row + 5).to(tl.int32)
+    live = tl.load(row + 6).to(tl.int32)
+    age_ptr = tl.load(row + 3).to(tl.pointer_type(tl.int32))
+    t = tl.load(step_ptr + layer)
     slot = first + tl.arange(0, SLOTS)
     there = (slot < slots) & (slot % K < live)
     age = tl.load(age_ptr + slot, there, other=2**30).to(tl.float32)
     # a gradient scaler may have skipped the step: then there is nothing to correct
-    youngest = tl.where(t > tl.load(last_ptr), tl.min(age, 0), 2.0**30)
+    youngest = tl.where(t > tl.load(last_ptr + layer), tl.min(age, 0), 2.0**30)
     limit = tl.minimum(t, grown_up)
     if youngest < limit:
+        values_ptr = tl.multiple_of(tl.load(row).to(tl.pointer_type(VALUES)), 16)
+        mean_ptr = tl.multiple_of(tl.load(row + 1).to(tl.pointer_type(MEAN)), 16)
+        square_ptr = tl.multiple_of(tl.load(row + 2).to(tl.pointer_type(SQUARE)), 16)
         if rate_ptr is not None:
             rate = tl.load(rate_ptr).to(tl.float32)
         for i in range(SLOTS):
@@ -61,53 +70,52 @@ def _correct_young(
                 meant = mean / (1.0 - tl.exp(its_age * log1))
                 meant /= root / tl.sqrt(1.0 - tl.exp(its_age * log2)) + eps
                 value = tl.load(values_ptr + at).to(tl.float32) + rate * (made - meant)
-                tl.store(values_ptr + at, value.to(values_ptr.dtype.element_ty))
+                tl.store(values_ptr + at, value.to(VALUES))
 
 
 def correct_young(
-    values: Tensor,
-    mean: Tensor,
-    square: Tensor,
-    age: Tensor,
-    live: int,
-    step: Tensor,
-    last: Tensor,
+    blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]],
+    steps: Tensor,
+    lasts: Tensor,
     rate: float | Tensor,
     betas: tuple[float, float],
     eps: float,
     grown_up: float,
 ) -> None:
-    """See `NewbornStepCorrection`; contiguous tensors, `values` [R, K, B, B] changed in place.
+    """See `NewbornStepCorrection`; contiguous tensors, equal dtypes and tile sides in all layers.
 
-    `step` and `last` float32: Adam's steps, and those at the last call. A `rate` that is a tensor
-    is read on the device.
+    `blocks` has the layers' values [R, K, B, B], changed in place, both moments of that shape, ages
+    int32 [R, K], and live slots per row. `steps` and `lasts` float32 [L]: Adam's steps, and those
+    at the last call. A `rate` that is a tensor is read on the device.
     """
-    R, K, B, _ = values.shape
-    piece = min(B * B, ELEMENTS)
-    slots = max(1, ELEMENTS // (B * B))
+    values, mean, square, _, _ = blocks[0]
+    E = values.shape[-1] ** 2
+    piece = min(E, ELEMENTS)
+    slots = max(1, ELEMENTS // E)
+    rows = tuple(
+        (
+            *(tensor.data_ptr() for tensor in (values, mean, square, age)),
+            age.numel(),
+            age.shape[1],
+            live,
+        )
+        for values, mean, square, age, live in blocks
+    )
     in_memory = isinstance(rate, Tensor)
-    _correct_young[(triton.cdiv(R * K, slots), B * B // piece)](
-        values,
-        mean,
-        square,
-        age,
-        step,
-        last,
+    most = max(row[4] for row in rows)
+    _correct_young[(triton.cdiv(most, slots), E // piece, len(rows))](
+        address_table(rows, values.device),
+        steps,
+        lasts,
         rate if in_memory else None,
         0.0 if in_memory else rate,
         *betas,
         eps,
         grown_up,
-        R * K,
-        K,
-        live,
-        E=B * B,
+        E=E,
         SLOTS=slots,
         PIECE=piece,
+        VALUES=KINDS[values.dtype],
+        MEAN=KINDS[mean.dtype],
+        SQUARE=KINDS[square.dtype],
     )
-
-
-def takes(values: Tensor, *others: Tensor) -> bool:
-    """Whether the kernel reads these tensors."""
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
-    return all(t.is_contiguous() and t.dtype in kinds for t in (values, *others))

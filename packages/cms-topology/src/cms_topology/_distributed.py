@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
+from cms_topology._sampled import fold_sampled_steps
+
 if TYPE_CHECKING:
     from cms_topology._linear import CMSBlockLinear
 
@@ -33,8 +35,7 @@ def sync_topology_scores(layers: Sequence[CMSBlockLinear]) -> None:
     DDP averages gradients; what a rank collected about absent blocks from its own tokens, it does
     not.
     """
-    for layer in layers:
-        layer.scorer.fold()
+    fold_sampled_steps([layer.scorer for layer in layers])
     if world_size() == 1 or not layers:
         return
     parts = [p for layer in layers for p in (layer.scorer.score_ema, layer.scorer._means)]
@@ -42,8 +43,8 @@ def sync_topology_scores(layers: Sequence[CMSBlockLinear]) -> None:
     flat = torch.cat([p.flatten() for p in parts])
     dist.all_reduce(flat)
     flat /= world_size()
-    for part, mean in zip(parts, flat.split([p.numel() for p in parts]), strict=True):
-        part.copy_(mean.view_as(part))
+    means = flat.split([p.numel() for p in parts])
+    torch._foreach_copy_(parts, [m.view_as(p) for m, p in zip(means, parts, strict=True)])
 
 
 def gather_checksums(

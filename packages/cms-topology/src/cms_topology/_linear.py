@@ -19,8 +19,9 @@ from blockell_format import num_blocks_for_density
 from blockell_kernels import block_ell_linear, probe_size
 from cms_topology import _distributed as dist_sync
 from cms_topology._accumulate import accumulate_scores
-from cms_topology._birth import reset_optimizer_state, write_newborn_values
+from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
+from cms_topology._decision import decide, refresh_derived
 from cms_topology._loss_score import FisherTap
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
@@ -311,43 +312,19 @@ class CMSBlockLinear(nn.Module):
         global_step: int | None,
         retention: SwapRetention | None = None,
     ) -> TopologyDecisionResult:
-        scorer, config = self.scorer, self.scorer.config
-        scorer.fold()
-        live = self.col_indices[:, : self.num_live]
-        before = live.clone()
-        old = None
-        locked = cost = None
-        if retention is not None:
-            old = LiveBlocks(
-                before,
-                self.values[:, : self.num_live].detach().clone(),
-                scorer.block_age[:, : self.num_live].clone(),
-            )
-            locked, cost = retention.locked_and_cost(self)
-        selection, candidates = scorer.select_top_k(
-            self.values,
-            live,
-            row_group=self.row_group,
-            generator=generator,
-            locked=locked,
-            cost=cost,
+        if retention is None:
+            return decide([self], [generator], global_step)[0]
+        old = LiveBlocks(
+            self.col_indices[:, : self.num_live].clone(),
+            self.values[:, : self.num_live].detach().clone(),
+            self.scorer.block_age[:, : self.num_live].clone(),
         )
-        zero_birth = config.birth == "zeros" or retention is not None
-        write_newborn_values(
-            self.values,
-            selection.swapped,
-            max_swaps=selection.max_swaps,
-            scale=0.0 if zero_birth else config.birth_scale,
-            fan_in=self.num_live * self.B,
-            generator=generator,
+        locked, cost = retention.locked_and_cost(self)
+        (result,) = decide(
+            [self], [generator], global_step, locked=locked[None], cost=cost[None], zero_birth=True
         )
-        live.copy_(selection.columns)
-        scorer.record_decision(selection.swapped, candidates.gather(1, live.long()))
-        self._refresh_derived()
-        if retention is not None:
-            assert old is not None
-            retention.after_swap(self, selection.swapped, old)
-        return TopologyDecisionResult(selection.swapped, before, live.clone(), global_step)
+        retention.after_swap(self, result.swapped, old)
+        return result
 
     @torch.no_grad()
     def grow(
@@ -472,8 +449,11 @@ class CMSBlockLinear(nn.Module):
     def _refresh_derived(self) -> None:
         """Rebuild the transposed index in place, so that compiled graphs see it."""
         if self.col_indices.device.type != "meta":
-            fmt.transposed_index(self.col_indices, self.C, out=self._index)
-            self._index_version = _version(self.col_indices)
+            refresh_derived([self])
+
+    def _mark_derived(self) -> None:
+        """Say that what is derived fits `col_indices` as they are now."""
+        self._index_version = _version(self.col_indices)
 
     def _refresh_if_stale(self) -> None:
         """Notice writes to `col_indices` that went around this class (some loaders do that)."""

@@ -15,14 +15,17 @@ import blockell_format as fmt
 from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 from cms_topology import _distributed as dist_sync
 from cms_topology._accumulate import accumulate_scores
-from cms_topology._birth import NewbornStepCorrection, reset_optimizer_state
+from cms_topology._birth import reset_optimizer_states
 from cms_topology._clock import CMSClock
 from cms_topology._convert import sparse_layers
+from cms_topology._decision import decide_all
 from cms_topology._linear import CMSBlockLinear
-from cms_topology._result import TopologyDecisionResult
+from cms_topology._newborn_steps import NewbornStepCorrection
+from cms_topology._result import TopologyDecisionResult, count_swaps
 from cms_topology._retention._bank import BlockBank
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._topology import RetentionRule
+from cms_topology._sampled import fold_sampled_steps
 from cms_topology._scorer import compute_column_entropy
 from cms_topology._seeding import decision_generator
 
@@ -210,8 +213,7 @@ class TopologyManager:
             elif self._correction is not None:
                 self._correct_newborns()
         if 1 in due:
-            for layer in layers:
-                layer.score_step()
+            fold_sampled_steps([layer.scorer for layer in layers])
         swaps: dict[str, TopologyDecisionResult] = {}
         if 2 in due and not self._frozen(self._step):
             swaps = self._decide()
@@ -222,29 +224,26 @@ class TopologyManager:
 
     def _correct_newborns(self) -> None:
         assert self._correction is not None
-        for layer in self.layers.values():
-            for optimizer in self._optimizers:
-                self._correction.apply(
-                    optimizer, layer.values, layer.scorer.block_age, layer.num_live
-                )
+        layers = [
+            (layer.values, layer.scorer.block_age, layer.num_live) for layer in self.layers.values()
+        ]
+        for optimizer in self._optimizers:
+            self._correction.apply_all(optimizer, layers)
 
     def _decide(self) -> dict[str, TopologyDecisionResult]:
-        layers = list(self.layers.values())
-        dist_sync.sync_topology_scores(layers)
-        swaps = {}
-        for name, layer in self.layers.items():
-            generator = decision_generator(self.seed, self._step, name)
-            swaps[name] = layer._decide(generator, self._step, self._rules.get(name))
-            reset_optimizer_state(self._optimizers, layer.values, swaps[name].swapped)
+        dist_sync.sync_topology_scores(list(self.layers.values()))
+        generators = {n: decision_generator(self.seed, self._step, n) for n in self.layers}
+        swaps = decide_all(self.layers, generators, self._step, self._rules)
+        reset_optimizer_states(
+            self._optimizers, {self.layers[n].values: x.swapped for n, x in swaps.items()}
+        )
         recording = self.writer is not None or self.logger is not None
         if recording or dist_sync.world_size() > 1:
             self._record(swaps)
         return swaps
 
     def _record(self, swaps: dict[str, TopologyDecisionResult]) -> None:
-        counts = torch.stack([result.swapped.sum() for result in swaps.values()]).tolist()
-        for result, count in zip(swaps.values(), counts, strict=True):
-            result._host["num_swaps"] = int(count)
+        count_swaps(swaps.values())
         checksums = self._checksums(swaps)
         if dist_sync.rank() == 0:
             if self.logger is not None:
@@ -380,6 +379,7 @@ class TopologyManager:
 
 def _swap_rate(swaps: Mapping[str, TopologyDecisionResult]) -> float:
     blocks = sum(result.swapped.numel() for result in swaps.values())
+    count_swaps(swaps.values())
     return sum(result.num_swaps for result in swaps.values()) / blocks
 
 

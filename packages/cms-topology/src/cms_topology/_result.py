@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from torch import Tensor
 
 
@@ -55,6 +57,16 @@ class TopologyDecisionResult:
     def grown_columns(self) -> list[int]:
         """Block columns of the blocks that arrived, in the order of `pruned_positions`."""
         return [int(column) for column in self.new_columns[self.swapped].tolist()]
+
+
+def count_swaps(results: Iterable[TopologyDecisionResult]) -> None:
+    """Let every result know its number of swaps, waiting for the device once instead of often."""
+    unknown = [result for result in results if "num_swaps" not in result._host]
+    if not unknown:
+        return
+    counts = torch.stack([result.swapped.sum() for result in unknown]).tolist()
+    for result, count in zip(unknown, counts, strict=True):
+        result._host["num_swaps"] = int(count)
 
 
 class TopologyStats(NamedTuple):

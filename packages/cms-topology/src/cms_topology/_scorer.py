@@ -18,17 +18,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cms_topology._blocks import block_norms
 from cms_topology._config import ScoringConfig
 from cms_topology._loss_score import LossStatistics
-from cms_topology._selection import Selection, select_top_k
-
-HISTORY_DECISIONS = 64
-"""Length of the swap-rate history a layer keeps."""
+from cms_topology._sampled import add_sampled_step, fold_sampled_steps
+from cms_topology._scores import HISTORY_DECISIONS, calibrated, record_swaps, select_swaps
+from cms_topology._selection import Selection
 
 
 def compute_gradient_frobenius_norms(grad: Tensor) -> Tensor:
     """Frobenius norm of every block's gradient: [R, K, B, B] -> float32 [R, K]."""
-    return torch.linalg.vector_norm(grad, dim=(2, 3), dtype=torch.float32)
+    return block_norms([grad])[0]
 
 
 def compute_column_entropy(col_indices: Tensor, C: int) -> Tensor:
@@ -88,6 +88,7 @@ class TopologyScorer(nn.Module):
         # error norms [R], activation norms [C], candidate norms [R * C], number of sampled steps
         self._sums = torch.zeros(size, device=device)
         self._means = torch.zeros(size, device=device)
+        self._unfolded = False  # whether anything was added since the last fold
         self.loss: LossStatistics | None = None
         """Statistics of the scores in nats; None for others."""
         if self.config.candidate_score == "loss":
@@ -101,6 +102,7 @@ class TopologyScorer(nn.Module):
             buffer.zero_()
         self._sums.zero_()
         self._means.zero_()
+        self._unfolded = False
         if self.loss is not None:
             self.loss.sums.zero_()
             self.loss.means.zero_()
@@ -121,17 +123,11 @@ class TopologyScorer(nn.Module):
         """Add one step's squared norms [R + C + R * C] (rows, columns, all blocks)."""
         if finite is None:
             finite = stats.isfinite().all()
-        step = torch.cat((stats.sqrt(), stats.new_ones(1)))
-        self._sums += torch.where(finite, step, 0.0)
+        add_sampled_step([self], [stats], finite)
 
     def fold(self) -> None:
         """Turn the sums since the last fold into means; with no sample since, keep the old ones."""
-        count = self._sums[-1]
-        means = torch.cat((self._sums[:-1] / count.clamp(min=1), count.view(1)))
-        self._means = torch.where(count > 0, means, self._means)
-        self._sums.zero_()
-        if self.loss is not None:
-            self.loss.fold()
+        fold_sampled_steps([self])
 
     # -- scores -------------------------------------------------------------------------------
 
@@ -197,10 +193,7 @@ class TopologyScorer(nn.Module):
             present: float32 [R, k], keep scores of the first k slots.
             col_indices: int32 [R, k].
         """
-        known = candidates.gather(1, col_indices.long())
-        usable = present.isfinite() & known.isfinite()
-        ratio = torch.where(usable, present, 0.0).sum() / torch.where(usable, known, 0.0).sum()
-        return candidates * ratio
+        return calibrated(candidates[None], present[None], col_indices[None])[0]
 
     def should_swap(self, candidate: Tensor, present: Tensor) -> Tensor:
         """Elementwise: does the candidate beat the present block by the threshold, strictly?"""
@@ -227,27 +220,16 @@ class TopologyScorer(nn.Module):
             locked: bool [R, k], blocks that must stay.
             cost: float32 [R, k], what dropping a block costs an old task, in nats.
         """
-        k = col_indices.shape[1]
-        if self.loss is None:
-            present = self.present_scores(values)[:, :k]
-            candidates = self.calibrate(self.compute_candidate_scores(), present, col_indices)
-        else:
-            slots = torch.nn.functional.pad(col_indices, (0, self.K - k), value=-1)
-            present = self.present_scores(values, slots)[:, :k]
-            candidates = self.loss.gain(self.config.damping)
-            if cost is not None:
-                present = present + cost
-        protected = self.block_grace[:, :k] > 0
-        selection = select_top_k(
-            present,
-            candidates,
-            col_indices,
-            self.config,
+        found, candidates = select_swaps(
+            [self],
+            [values],
+            col_indices[None],
             row_group=row_group,
-            protected=protected if locked is None else protected | locked,
-            generator=generator,
+            generators=[generator],
+            locked=None if locked is None else locked[None],
+            cost=None if cost is None else cost[None],
         )
-        return selection, candidates
+        return Selection(found.swapped[0], found.columns[0], found.max_swaps), candidates[0]
 
     # -- the life of a block ------------------------------------------------------------------
 
@@ -258,18 +240,7 @@ class TopologyScorer(nn.Module):
             swapped: bool [R, k].
             newborn_scores: float32 [R, k], candidate scores of the slots' columns.
         """
-        k = swapped.shape[1]
-        scores = newborn_scores.nan_to_num(0.0, 0.0, 0.0)
-        if self.loss is not None:  # the average is one of slopes then, not of scores
-            scores = torch.zeros_like(scores)
-        self.block_grace.sub_(1).clamp_(min=0)
-        self.block_age[:, :k].masked_fill_(swapped, 0)
-        self.block_grace[:, :k].masked_fill_(swapped, self.config.grace_decisions)
-        self.score_ema[:, :k].copy_(torch.where(swapped, scores, self.score_ema[:, :k]))
-        self.score_weight[:, :k].masked_fill_(swapped, 1.0)
-        position = (self.num_decisions % HISTORY_DECISIONS).view(1)
-        self.swap_history.index_copy_(0, position, swapped.float().mean().view(1))
-        self.num_decisions += 1
+        record_swaps([self], swapped[None], newborn_scores[None])
 
     def swap_rates(self) -> list[float]:
         """Swap rates of the last decisions (at most 64), oldest first. Copies to the host."""
@@ -302,6 +273,7 @@ class TopologyScorer(nn.Module):
             )
         parts = [part.clone() for part in torch.split(state.to(self._sums), sizes)]
         self._sums, self._means = parts[:2]
+        self._unfolded = True
         if self.loss is not None:
             self.loss.sums, self.loss.means = parts[2:]
 
@@ -361,8 +333,8 @@ def update_gradient_emas(
         torch._foreach_lerp_(weights, ends, 1.0 - decay)
         ages = [scorers[i].block_age for i in members]
         # given one 0-d tensor for all, torch reads it as a number and waits for the device
-        one = here.to(torch.int32)
-        torch._foreach_add_(ages, [one.expand_as(age) for age in ages])
+        steps = here.to(torch.int32).repeat(sum(age.numel() for age in ages))
+        torch._foreach_add_(ages, _split(steps, ages))
 
 
 def _where(
@@ -374,8 +346,13 @@ def _where(
         chosen = torch.where(condition, given, held)
     else:
         chosen = torch.where(condition, _flat(given), held)
-    parts = chosen.split([tensor.numel() for tensor in otherwise])
-    return [part.view_as(tensor) for part, tensor in zip(parts, otherwise, strict=True)]
+    return _split(chosen, otherwise)
+
+
+def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
+    """Pieces of a flat tensor in the shapes of `like`."""
+    parts = flat.split([tensor.numel() for tensor in like])
+    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
 
 
 def _flat(tensors: Sequence[Tensor]) -> Tensor:

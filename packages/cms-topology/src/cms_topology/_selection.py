@@ -1,20 +1,23 @@
 """Which blocks leave and which arrive.
 
-Legend: R block rows, C block columns, K live blocks per row, G rows of a row group, P proposals
-per row group.
+Legend: L layers of one shape, R block rows, C block columns, K live blocks per row, G rows of a row
+group, P proposals per row group.
 
-Everything here is tensor arithmetic of static shape: no loop over rows, no host synchronisation.
+Everything here is tensor arithmetic of static shape: no loop over rows or layers, no host
+synchronisation. A layer's part of a result does not depend on the layers beside it, not by a bit.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cms_topology._config import ScoringConfig
+from cms_topology._ordered_sum import ordered_sum
 
 
 class Selection(NamedTuple):
@@ -59,21 +62,50 @@ def select_top_k(
         protected: bool [R, K], blocks that must stay.
         generator: source of the exploration; draws the same amount at every call.
     """
-    R, K = present.shape
-    C = candidates.shape[1]
+    selection = select_in_layers(
+        present[None],
+        candidates[None],
+        col_indices[None],
+        config,
+        row_group=row_group,
+        protected=None if protected is None else protected[None],
+        generators=[generator],
+    )
+    return Selection(selection.swapped[0], selection.columns[0], selection.max_swaps)
+
+
+def select_in_layers(
+    present: Tensor,
+    candidates: Tensor,
+    col_indices: Tensor,
+    config: ScoringConfig,
+    *,
+    row_group: int,
+    protected: Tensor | None,
+    generators: Sequence[torch.Generator | None],
+) -> Selection:
+    """`select_top_k` of L layers at once: every tensor has their number as its first dimension.
+
+    `generators` has one for each. `max_swaps` of the result bounds the swaps of one layer.
+    """
+    L, R, K = present.shape
+    C = candidates.shape[2]
     G = row_group
     groups = R // G
     unchanged = Selection(
-        torch.zeros(R, K, dtype=torch.bool, device=present.device), col_indices.clone(), 0
+        torch.zeros(L, R, K, dtype=torch.bool, device=present.device), col_indices.clone(), 0
     )
     proposals = min(max(1, int(config.max_row_swap_frac * K)), K, C - K)
     if config.max_row_swap_frac == 0 or config.max_swap_frac == 0 or proposals == 0:
         return unchanged
     max_group_swaps = min(max(1, int(config.max_swap_frac * K * groups)), groups * proposals)
 
-    columns = col_indices.view(groups, G, K)[:, 0].long()
+    columns = col_indices.view(L, groups, G, K)[:, :, 0].long()
     additive = config.candidate_score == "loss"
-    weak, weak_slot = _weakest(_group_scores(present, G, additive), protected, G, proposals)
+    blocked = ~_group_scores(present, G, additive).isfinite()
+    if protected is not None:
+        blocked |= protected.view(L, groups, G, K).any(2)
+    weak, weak_slot = _weakest(_group_scores(present, G, additive), blocked, proposals)
     grouped = _group_scores(candidates, G, additive)
     strong, strong_column = _strongest(grouped, columns, proposals)
 
@@ -81,58 +113,52 @@ def select_top_k(
     known = strong.isfinite() & weak.isfinite()
     accept = (strong > config.swap_threshold * weak) & known
     floor = math.ceil(config.min_swap_frac * K * groups)
+    gain = strong - weak
     if floor > 0:
         # those over the threshold come first, whatever they gain
-        order = torch.where(accept, torch.inf, strong - weak)
-        accept |= known & _largest(order, known, floor)
-    accept &= _largest(strong - weak, accept, max_group_swaps)
+        accept |= known & _largest(gain.masked_fill(accept, torch.inf), known, floor)
+    accept &= _largest(gain, accept, max_group_swaps)
 
-    arriving = _explore(accept, strong_column, columns, C, config.epsilon, generator)
-    swapped = torch.zeros_like(columns, dtype=torch.bool).scatter(1, weak_slot, accept)
-    leaving = columns.gather(1, weak_slot)
-    new_columns = columns.scatter(1, weak_slot, torch.where(accept, arriving, leaving))
+    arriving = _explore(accept, strong_column, columns, C, config.epsilon, generators)
+    swapped = torch.zeros_like(columns, dtype=torch.bool).scatter(2, weak_slot, accept)
+    leaving = columns.gather(2, weak_slot)
+    new_columns = columns.scatter(2, weak_slot, torch.where(accept, arriving, leaving))
     return Selection(
-        swapped.repeat_interleave(G, 0),
-        new_columns.to(col_indices.dtype).repeat_interleave(G, 0),
+        swapped.repeat_interleave(G, 1),
+        new_columns.to(col_indices.dtype).repeat_interleave(G, 1),
         max_group_swaps * G,
     )
 
 
 def _group_scores(scores: Tensor, G: int, additive: bool) -> Tensor:
-    """[R, n] -> [R/G, n]: root of the sum of squares over the rows of a group; nats add up."""
+    """[L, R, n] -> [L, R/G, n]: root of the sum of squares over a group's rows; nats add up."""
     if G == 1:
         return scores
-    if additive:
-        return scores.view(-1, G, scores.shape[1]).sum(1)
-    return scores.view(-1, G, scores.shape[1]).square().sum(1).sqrt()
+    rows = scores.unflatten(1, (-1, G))
+    return ordered_sum(rows, 2) if additive else ordered_sum(rows.square(), 2).sqrt()
 
 
-def _weakest(
-    scores: Tensor, protected: Tensor | None, G: int, proposals: int
-) -> tuple[Tensor, Tensor]:
-    """Scores and slots of the weakest blocks of every group, weakest first: [R/G, P] each."""
-    blocked = ~scores.isfinite()
-    if protected is not None:
-        blocked = blocked | protected.view(-1, G, protected.shape[1]).any(1)
+def _weakest(scores: Tensor, blocked: Tensor, proposals: int) -> tuple[Tensor, Tensor]:
+    """Scores and slots of the weakest blocks of every group, weakest first: [L, R/G, P] each."""
     # stable sorts, so that ties fall alike on every rank and device
-    ordered, slots = scores.masked_fill(blocked, torch.inf).sort(dim=1, stable=True)
-    return ordered[:, :proposals], slots[:, :proposals]
+    ordered, slots = scores.masked_fill(blocked, torch.inf).sort(dim=2, stable=True)
+    return ordered[:, :, :proposals], slots[:, :, :proposals]
 
 
 def _strongest(scores: Tensor, columns: Tensor, proposals: int) -> tuple[Tensor, Tensor]:
-    """Scores and columns of the strongest absent blocks, strongest first: [R/G, P] each."""
-    scores = scores.masked_fill(~scores.isfinite(), -torch.inf).scatter(1, columns, -torch.inf)
-    ordered, order = scores.sort(dim=1, descending=True, stable=True)
-    return ordered[:, :proposals], order[:, :proposals]
+    """Scores and columns of the strongest absent blocks, strongest first: [L, R/G, P] each."""
+    scores = scores.masked_fill(~scores.isfinite(), -torch.inf).scatter(2, columns, -torch.inf)
+    ordered, order = scores.sort(dim=2, descending=True, stable=True)
+    return ordered[:, :, :proposals], order[:, :, :proposals]
 
 
 def _largest(gain: Tensor, accept: Tensor, limit: int) -> Tensor:
-    """bool, shape of `gain`: True for the `limit` largest gains among the accepted."""
-    if limit >= gain.numel():
+    """bool, shape of `gain`: True for the `limit` largest gains among a layer's accepted."""
+    if limit >= gain[0].numel():
         return torch.ones_like(accept)
-    order = torch.where(accept, gain, -torch.inf).flatten().argsort(descending=True, stable=True)
-    chosen = torch.zeros_like(accept).flatten()
-    chosen.index_fill_(0, order[:limit], True)  # assigning a number would wait for the device
+    gain = gain.masked_fill(~accept, -torch.inf).flatten(1)
+    order = gain.argsort(dim=1, descending=True, stable=True)
+    chosen = torch.zeros_like(gain, dtype=torch.bool).scatter_(1, order[:, :limit], True)
     return chosen.view_as(accept)
 
 
@@ -142,19 +168,27 @@ def _explore(
     columns: Tensor,
     C: int,
     epsilon: float,
-    generator: torch.Generator | None,
+    generators: Sequence[torch.Generator | None],
 ) -> Tensor:
-    """Columns that arrive, [R/G, P]: the strongest, or random absent ones for a share epsilon."""
-    source = generator.device if generator is not None else accept.device
-    draws = torch.rand(
-        columns.shape[0], C + accept.shape[1], generator=generator, device=source
+    """Columns that arrive, [L, R/G, P]: the strongest, or, for a share epsilon, random ones."""
+    proposals = accept.shape[2]
+    draws = torch.stack(
+        [
+            torch.rand(
+                columns.shape[1],
+                C + proposals,
+                generator=generator,
+                device=generator.device if generator is not None else accept.device,
+            )
+            for generator in generators
+        ]
     ).to(accept.device, non_blocking=True)  # a blocking copy would wait for the device
-    keys, coin = draws.split((C, accept.shape[1]), dim=1)
+    keys, coin = draws.split((C, proposals), dim=2)
     exploring = accept & (coin < epsilon)
     greedy = accept & ~exploring
     # a random newcomer may be any absent column that no greedy newcomer of the row takes
-    keys = keys.scatter(1, columns, -1.0)
-    taken = torch.zeros_like(keys, dtype=torch.bool).scatter(1, strong_column, greedy)
-    random_columns = keys.masked_fill(taken, -1.0).argsort(dim=1, descending=True, stable=True)
-    rank = (exploring.cumsum(1) - 1).clamp_(min=0)
-    return torch.where(exploring, random_columns.gather(1, rank), strong_column)
+    keys = keys.scatter(2, columns, -1.0)
+    taken = torch.zeros_like(keys, dtype=torch.bool).scatter(2, strong_column, greedy)
+    random_columns = keys.masked_fill(taken, -1.0).argsort(dim=2, descending=True, stable=True)
+    rank = (exploring.cumsum(2) - 1).clamp_(min=0)
+    return torch.where(exploring, random_columns.gather(2, rank), strong_column)

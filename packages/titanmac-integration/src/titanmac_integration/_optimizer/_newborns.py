@@ -35,14 +35,18 @@ class NewbornSteps:
 
     def correct(self, optimizer: DeepNestedOptimizer, step: int) -> None:
         """Correct the update that `optimizer` has just made at `step`, before ages advance."""
-        for name, layer in self._layers.items():
-            period = self._periods[name]
-            if step % period == 0:
-                updates = layer.scorer.block_age + 1
-                if period > 1:
-                    born = step - updates
-                    updates = step // period - torch.div(born, period, rounding_mode="floor")
-                self._correction.apply(optimizer, layer.values, updates, layer.num_live)
+        due = [name for name, period in self._periods.items() if step % period == 0]
+        if not due:
+            return
+        ages = torch._foreach_add([self._layers[name].scorer.block_age for name in due], 1)
+        corrected = []
+        for name, age in zip(due, ages, strict=True):
+            layer, period = self._layers[name], self._periods[name]
+            if period > 1:
+                born = torch.div(step - age, period, rounding_mode="floor")
+                age = step // period - born
+            corrected.append((layer.values, age, layer.num_live))
+        self._correction.apply_all(optimizer, corrected)
 
     def state_dict(self) -> dict[str, float]:
         """Updates seen per layer name."""

@@ -1,0 +1,96 @@
+"""The kernels that treat many layers in one launch: what torch computes, layer by layer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+
+from cms_topology._blocks import block_norms, clear_blocks
+
+RunAlone = Callable[[str, Mapping[str, str]], None]
+
+CHECK = """
+import sys, torch
+from cms_topology import _blocks, _block_kernels
+device = sys.argv[1]
+torch.manual_seed(0)
+for B, dtype in ((8, torch.float32), (16, torch.bfloat16), (128, torch.float32)):
+    shapes = [(3, 5), (4, 1), (7, 2), (1, 1)]
+    tensors = [torch.randn(R, K, B, B, device=device).to(dtype) for R, K in shapes]
+    tensors[1][2, 0, 0, 0], tensors[2][6, 1, -1, -1] = float("inf"), float("nan")
+    norms = _block_kernels.norms(tensors)
+    for got, tensor in zip(norms, tensors):
+        plain = torch.linalg.vector_norm(tensor, dim=(2, 3), dtype=torch.float32)
+        torch.testing.assert_close(got, plain, rtol=1e-5, atol=0, equal_nan=True)
+    for got, tensor in zip(norms, tensors):
+        alone = _block_kernels.norms([tensor])[0]
+        assert torch.equal(got.nan_to_num(7.0), alone.nan_to_num(7.0)), "depends on its neighbours"
+    masks = [torch.rand(R, max(1, K - 1), device=device) < 0.5 for R, K in shapes]
+    versions = [tensor._version for tensor in tensors]
+    expected = [tensor.clone() for tensor in tensors]
+    for tensor, mask in zip(expected, masks):
+        tensor[:, : mask.shape[1]].masked_fill_(mask[:, :, None, None], 0.0)
+    _block_kernels.clear(tensors, masks)
+    for got, want, version in zip(tensors, expected, versions):
+        assert torch.equal(got.nan_to_num(7.0), want.nan_to_num(7.0)) and got._version > version
+    if device == "cuda":
+        launches = _blocks._launches([*tensors, tensors[0].transpose(2, 3)])
+        assert [len(members) for members, _ in launches] == [4, 1]
+        assert [kernels is None for _, kernels in launches] == [False, True]
+print("agrees")
+"""
+
+
+def test_the_kernels_agree_with_torch(run_alone: RunAlone) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(CHECK, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
+
+
+AHEAD = """
+import triton
+import triton.language as tl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from cms_topology._birth_kernels import _correct_young
+from cms_topology._block_kernels import _block_norms, _clear_blocks
+pointers = {"table_ptr": "*i64", "step_ptr": "*fp32", "last_ptr": "*fp32", "rate_ptr": "*fp32",
+            "norms_ptr": "*fp32"}
+floats = dict.fromkeys(("rate", "beta1", "beta2", "eps", "grown_up"), "fp32")
+kinds = {"VALUES": tl.bfloat16, "MEAN": tl.float32, "SQUARE": tl.float32}
+for E, slots, piece, rate in ((16384, 1, 4096, {}), (256, 16, 256, {"rate_ptr": None})):
+    sizes = {"E": E, "SLOTS": slots, "PIECE": piece}
+    for kernel, constants in (
+        (_correct_young, sizes | kinds | rate),
+        (_block_norms, sizes | {"KIND": tl.float32}),
+        (_clear_blocks, {"E": E, "PIECE": piece, "KIND": tl.float16}),
+    ):
+        signature = {
+            name: "constexpr" if name in constants else (pointers | floats).get(name, "i32")
+            for name in kernel.arg_names
+        }
+        source = ASTSource(kernel, signature, constexprs=constants)
+        for architecture in (80, 90):
+            triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+print("agrees")
+"""
+
+
+def test_the_kernels_compile_without_a_gpu(run_alone: RunAlone) -> None:
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    run_alone(AHEAD, environment)
+
+
+def test_what_kernels_do_not_take_is_done_one_by_one() -> None:
+    tensors = [torch.randn(2, 3, 8, 8), torch.randn(2, 2, 16, 16, dtype=torch.float64)]
+    for norms, tensor in zip(block_norms(tensors), tensors, strict=True):
+        assert norms.dtype == torch.float32
+        torch.testing.assert_close(norms, tensor.flatten(2).norm(dim=2).float())
+    masks = [torch.tensor([[True, False], [False, True]]), torch.ones(2, 1, dtype=torch.bool)]
+    clear_blocks(tensors, masks)
+    assert [int((t == 0).all(3).all(2).sum()) for t in tensors] == [2, 2]
