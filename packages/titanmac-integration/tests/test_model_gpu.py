@@ -12,6 +12,7 @@ from titanmac_integration import (
     _project,
     _rotary,
     _window,
+    _window_kernels,
     create_titanmac_model,
 )
 
@@ -104,6 +105,34 @@ def test_compiled_blocks_compute_the_same(tiny_config: Make, variant: str) -> No
     for name, parameter in model.named_parameters():
         scale = gradients[name].abs().max()
         assert (parameter.grad - gradients[name]).abs().max() < 1e-2 * scale, name
+
+
+def test_compiled_blocks_attend_by_the_kernels(tiny_config: Make) -> None:
+    model = create_titanmac_model(config(tiny_config, "none", 1, d_model=64), device="cuda")
+    tokens = torch.randint(256, (2, 70), device="cuda")
+    results, calls = [], []
+    attend = _window_kernels.attend
+
+    def watched(*args: object) -> object:
+        calls.append(len(args))
+        return attend(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_window_kernels, "attend", watched)
+        for compiled in (False, True):
+            if compiled:
+                for block in model.blocks:
+                    block.compile(dynamic=False, fullgraph=True)
+            model.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                output = model(tokens, tokens)
+            output["loss"].backward()
+            grads = {n: p.grad for n, p in model.named_parameters()}
+            results.append((output["logits"], grads, len(calls)))
+    assert results[1][2] == 2 * results[0][2] > 0
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.02)
+    for name, plain in results[0][1].items():
+        assert (results[1][1][name] - plain).norm() < 0.05 * plain.norm(), name
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 CHECK = """
 import sys, torch
 from torch.nn import functional
-from titanmac_integration import _window, _window_kernels
+from titanmac_integration import _window, _window_kernels, _window_ops
 device = sys.argv[1]
 for tiles, M, N in (("FORWARD", 32, 16), ("GRAD_QUERY", 16, 32), ("GRAD_KEY", 32, 16)):
     getattr(_window_kernels, tiles).update(M=M, N=N)
@@ -25,6 +25,11 @@ for T, W, P in ((70, 20, 5), (70, 200, 0), (40, 1, 3), (65, 16, 20), (3, 8, 4)):
     for plain, kernel in zip([*expected, *expected[1:]], [*got, *again], strict=True):
         error = (kernel.float() - plain).norm() / plain.norm()
         assert error < 2e-3, float(error)
+    out, _ = _window_ops.attend(*parts, W, P)  # what compiled models call
+    same = [out, *torch.autograd.grad(out, parts, grad)]
+    assert all(torch.equal(a, b) for a, b in zip(same, got, strict=True))
+    if T == 40:
+        torch.library.opcheck(_window_ops.attend, (*parts, W, P))
     t = P + T // 2
     late = [torch.cat((x[:, :, :t], x[:, :, t:] + 1), 2) for x in parts]
     changed = _window.window_attention(*late, plan, 0.0)

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._triton import has_triton
+from . import _window_ops
 
 DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
 """Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
@@ -108,18 +108,21 @@ def window_attention(
     query: Tensor, key: Tensor, value: Tensor, plan: WindowPlan, dropout: float
 ) -> Tensor:
     """Causal window attention in time and memory O(T window): [S, H, P + T, D], all of them."""
-    if _on_gpu(query, dropout):
-        out: Tensor = _Attend.apply(query, key, value, plan)
-        return out
-    return _by_torch(query, key, value, plan, dropout)
+    if not _on_gpu(query, dropout):
+        return _by_torch(query, key, value, plan, dropout)
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out, _ = _window_ops.attend(query, key, value, plan.window, plan.n_persistent)
+    else:
+        out = _Attend.apply(query, key, value, plan)
+    return out
 
 
 def _on_gpu(query: Tensor, dropout: float) -> bool:
     """Whether the Triton kernels take these queries: half precision, without dropout."""
-    if torch.compiler.is_compiling() or not query.is_cuda or dropout > 0:
+    if not (_window_ops.AVAILABLE and query.is_cuda) or dropout > 0:
         return False
-    half = query.dtype in (torch.bfloat16, torch.float16)
-    return half and query.shape[-1] in KERNEL_WIDTHS and has_triton()
+    return query.dtype in (torch.bfloat16, torch.float16) and query.shape[-1] in KERNEL_WIDTHS
 
 
 class _Attend(torch.autograd.Function):
