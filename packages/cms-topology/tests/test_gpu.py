@@ -25,9 +25,12 @@ def no_host_synchronisation() -> Iterator[None]:
         torch.cuda.set_sync_debug_mode("default")
 
 
-def build(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+EXPLORING = ScoringConfig(keep_score="magnitude", birth="zeros", min_swap_frac=0.01)
+
+
+def build(dtype: torch.dtype = torch.float32, scoring: ScoringConfig = LOOSE) -> nn.Sequential:
     torch.manual_seed(0)
-    kwargs = {"tile_size": 16, "row_group": 2, "scoring": LOOSE, "dtype": dtype}
+    kwargs = {"tile_size": 16, "row_group": 2, "scoring": scoring, "dtype": dtype}
     return nn.Sequential(
         CMSBlockLinear(128, 256, **kwargs), nn.GELU(), CMSBlockLinear(256, 128, **kwargs)
     )
@@ -63,9 +66,12 @@ def test_the_same_topology_as_on_the_cpu(options: dict[str, bool]) -> None:
         assert (on_cpu == on_gpu).float().mean() > 0.95
 
 
+@pytest.mark.parametrize("scoring", [LOOSE, EXPLORING])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
-def test_the_clock_does_not_wait_for_the_device(options: dict[str, bool]) -> None:
-    model = build().cuda()
+def test_the_clock_does_not_wait_for_the_device(
+    options: dict[str, bool], scoring: ScoringConfig
+) -> None:
+    model = nn.Sequential(build(scoring=scoring), build(scoring=scoring)).cuda()
     optimizer = torch.optim.AdamW(model.parameters(), **options)
     manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
     train(model, optimizer, manager, 4)  # first use of kernels and allocations
