@@ -36,7 +36,7 @@ from blockell_kernels._triton._tiling import Tiling
 SHAPES = [(8192, 640, 2560), (8192, 4096, 14336), (65536, 640, 2560), (8192, 2560, 640)]
 DTYPE = torch.bfloat16
 FIELDS = ["N", "width", "hidden", "B", "density", "contender", "us", "p20_us", "p80_us"]
-FIELDS += ["speedup", "peak_mib"]
+FIELDS += ["speedup", "peak_mib", "held_mib"]
 
 
 class Problem:
@@ -59,7 +59,7 @@ class Problem:
             self.index.append(transposed_index(cols, C))
             self.patterns.append(Pattern(cols, C, B, G, K, *self.index[-1]))
 
-    def fused(self, recompute="activation", backend=None):
+    def fused(self, recompute=None, backend=None):
         values1, bias1, values2, bias2 = self.inputs
         return block_ell_mlp(
             self.x, values1, self.cols[0], bias1, values2, self.cols[1], bias2, "gelu",
@@ -95,34 +95,44 @@ def relative(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def contenders(p: Problem, compiled_dense, compiled_ours, quick: bool):
-    """Name -> forward and backward."""
-
-    def step(forward, inputs):
-        return lambda: torch.autograd.grad(forward(), (p.x, *inputs), p.dy)
-
-    yield "dense compiled", step(lambda: compiled_dense(p.x, *p.dense), p.dense)
-    yield "ours", step(p.fused, p.inputs)
-    yield "ours, nothing recomputed", step(lambda: p.fused("none"), p.inputs)
-    yield "ours, two layers", step(p.separate, p.inputs)
-    yield "ours, hidden recomputed", step(lambda: p.fused("hidden"), p.inputs)
+    """(name, forward, what it is differentiated by besides x)."""
+    yield "dense compiled", lambda: compiled_dense(p.x, *p.dense), p.dense
+    yield "ours", p.fused, p.inputs
+    yield "ours, activation recomputed", lambda: p.fused("activation"), p.inputs
+    yield "ours, hidden recomputed", lambda: p.fused("hidden"), p.inputs
+    yield "ours, two layers", p.separate, p.inputs
     if not quick:
-        yield "dense eager", step(lambda: dense_mlp(p.x, *p.dense), p.dense)
-        yield "ours compiled", step(lambda: compiled_ours(p), p.inputs)
+        yield "dense eager", lambda: dense_mlp(p.x, *p.dense), p.dense
+        yield "ours compiled", lambda: compiled_ours(p), p.inputs
+
+
+def memory(forward, step) -> tuple[float, float]:
+    """MiB beyond the operands: a step's peak, and what is held between forward and backward."""
+    torch.cuda.synchronize()
+    time.sleep(0.05)  # until autograd's thread has let go of what it held
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    time.sleep(0.05)
+    before = torch.cuda.memory_allocated()
+    y = forward()
+    held = torch.cuda.memory_allocated() - before - y.nbytes
+    return peak / 2**20, held / 2**20
 
 
 def measure(p: Problem, compiled_dense, compiled_ours, rep_ms: int, quick: bool):
     p.gate()
     reference = None
-    for name, step in contenders(p, compiled_dense, compiled_ours, quick):
+    for name, forward, inputs in contenders(p, compiled_dense, compiled_ours, quick):
+
+        def step(forward=forward, inputs=inputs):
+            return torch.autograd.grad(forward(), (p.x, *inputs), p.dy)
+
         try:
             step()
-            torch.cuda.synchronize()
-            time.sleep(0.05)  # until autograd's thread has let go of what it held
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
-            kept = step()
-            peak = (torch.cuda.max_memory_allocated() - before) / 2**20
-            del kept
+            peak, held = memory(forward, step)
             us, p20, p80 = (ms * 1e3 for ms in median_ms(step, 2, rep_ms, (0.5, 0.2, 0.8)))
         except Exception as error:
             print("failed:", p.facts, name, repr(error)[:300], flush=True)
@@ -130,7 +140,7 @@ def measure(p: Problem, compiled_dense, compiled_ours, rep_ms: int, quick: bool)
         reference = reference or us
         yield p.facts | {
             "contender": name, "us": us, "p20_us": p20, "p80_us": p80, "speedup": reference / us,
-            "peak_mib": peak,
+            "peak_mib": peak, "held_mib": held,
         }  # fmt: skip
 
 
@@ -197,12 +207,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("mlp.csv"))
     parser.add_argument("--rep-ms", type=int, default=15)
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="only the first so many")
+    parser.add_argument("--shapes", nargs="+", help="instead of the usual ones", metavar="NxINxHID")
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.5, 0.25])
     parser.add_argument("--parts", type=int, default=0, help="of the first so many shapes")
     parser.add_argument("--quick", action="store_true", help="leave out what compiles longest")
     parser.add_argument("--layouts", nargs="+", default=["128x1"], metavar="TILExROWGROUP")
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     arguments = parser.parse_args()
+    shapes = [tuple(map(int, shape.split("x"))) for shape in arguments.shapes or []] or SHAPES
     compiled_dense = torch.compile(dense_mlp, fullgraph=True, dynamic=False)
     compiled_ours = torch.compile(Problem.fused, dynamic=False)
     torch._dynamo.config.recompile_limit = 64
@@ -216,16 +228,17 @@ def main() -> None:
         writer.writeheader()
         for layout in arguments.layouts:
             B, G = map(int, layout.split("x"))
-            for N, width, hidden in SHAPES[: arguments.shapes]:
-                for density in (0.5, 0.25):
+            for N, width, hidden in shapes:
+                for density in arguments.densities:
                     p = Problem(N, width, hidden, B, G, density)
                     for row in measure(
                         p, compiled_dense, compiled_ours, arguments.rep_ms, arguments.quick
                     ):
                         print(
                             f"{time.time() - started:5.0f} s  {layout} {N} {width} -> {hidden} "
-                            f"{density}: {row['contender']:26} {row['us']:9.1f} us "
-                            f"{row['speedup']:.2f}x {row['peak_mib']:.0f} MiB",
+                            f"{density}: {row['contender']:27} {row['us']:9.1f} us "
+                            f"{row['speedup']:.2f}x {row['peak_mib']:.0f} MiB, "
+                            f"held {row['held_mib']:.0f}",
                             flush=True,
                         )
                         rounded = {k: f"{v:.4g}" if isinstance(v, float) else v
@@ -234,7 +247,7 @@ def main() -> None:
                         out.flush()
     for layout in arguments.layouts:
         B, G = map(int, layout.split("x"))
-        for shape in SHAPES[: arguments.parts]:
+        for shape in shapes[: arguments.parts]:
             print(f"{time.time() - started:5.0f} s  parts of {layout} {shape} 0.5", flush=True)
             parts(Problem(*shape, B, G, 0.5), arguments.rep_ms)
 

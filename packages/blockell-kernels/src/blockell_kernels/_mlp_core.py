@@ -94,8 +94,8 @@ def backward(
     """[dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2] of dy [N, out].
 
     None where not needed. `held` is [h, a], and is emptied, so that they are in memory no longer
-    than needed; what is needed of them and was not saved is computed again. `last`: f(h) may take
-    the memory of h.
+    than needed; what is needed of them and was not saved is computed again. `last`: f(h), or else
+    the gradient of h, may take the memory of h.
     """
     h, a = held
     held.clear()
@@ -106,19 +106,24 @@ def backward(
     if (need_dh and h is None) or (need_a and a is None and h is None):
         assert x is not None
         a, h, _ = hidden(first, x, activation, keep_pre=True)
+        last = True
     forked = need_first and _forks(first, second)
     only2 = (False, needs.values2, False)
     again = need_a and a is None
     dvalues2 = dprobe2 = None
+    dbias1 = dbias2 = None
     with _beside(forked, dy):
-        dbias2 = sum_over_tokens(dy) if needs.bias2 else None
         if forked and not again:
             _, dvalues2, _, dprobe2 = second.plan.backward(
                 dy, a, None, second.pattern, only2, samples[1]
             )
+        if forked and needs.bias2:
+            dbias2 = sum_over_tokens(dy)
     dh = sums = None
     if need_dh:
         assert h is not None
+        if a is not None and a.data_ptr() == h.data_ptr():
+            last = False  # no activation: f(h) is h, and still needed
         wants = {"keep_a": again, "need_bias": needs.bias1, "overwrite": last}
         dh, a_again, sums = _middle(dy, h, second, activation, weight2, **wants)
         a = a_again if again else a
@@ -126,15 +131,17 @@ def backward(
         assert h is not None
         a = activate(h, activation)
     h = None
-    dbias1 = None if sums is None else sum_over_tokens(sums, dy.dtype)
-    sums = None
     with _beside(forked, dy):
+        if sums is not None:
+            dbias1 = sum_over_tokens(sums, dy.dtype)
         if again or not forked:
             _, dvalues2, _, dprobe2 = second.plan.backward(
                 dy, a, None, second.pattern, only2, samples[1]
             )
+        if not forked and needs.bias2:  # after the products, which brought dy into the cache
+            dbias2 = sum_over_tokens(dy)
     if not forked:
-        a = None
+        a = sums = None
     dx = dvalues1 = dprobe1 = None
     if need_first:
         assert dh is not None
@@ -142,7 +149,7 @@ def backward(
         dx, dvalues1, _, dprobe1 = first.plan.backward(
             dh, x, first.values, first.pattern, only1, samples[0], weight1
         )
-    if forked:  # only now may the memory of a and dy be used again
+    if forked:  # only now may the memory of a, dy and the sums be used again
         join(dy.device)
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
 
@@ -175,7 +182,7 @@ def _middle(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """(dh, a, sums): the input gradient of layer 2, through the activation.
 
-    The sums [any, hidden] add up to dbias1. `overwrite`: a may take the memory of h.
+    The sums [any, hidden] add up to dbias1. `overwrite`: a, or else dh, may take the memory of h.
     """
     plan, values, pattern = second.plan, second.values, second.pattern
     assert values is not None

@@ -155,17 +155,15 @@ def middle(
         activation: f.
         keep_a: whether f(h) is asked for.
         need_bias: whether the sums are asked for.
-        overwrite: whether f(h) may take the memory of h. A program reads a tile of h before it
-            writes that of f(h).
+        overwrite: whether f(h), or dh where that is not asked for, may take the memory of h. A
+            program reads a tile of h before it writes that of the other.
     """
     from blockell_kernels._gluon._descriptors import descriptor
     from blockell_kernels._gluon._mlp_kernels import middle_by_turns
 
     (N, width), depth = pre.shape, dy.shape[1]
-    dh = torch.empty_like(pre)
-    a = None
-    if keep_a:
-        a = pre if overwrite else torch.empty_like(pre)
+    spare = pre if overwrite else torch.empty_like(pre)
+    dh, a = (torch.empty_like(pre), spare) if keep_a else (spare, None)
     token_tiles, columns = ceil_div(N, TILE), width // TILE
     sums = None
     if need_bias:

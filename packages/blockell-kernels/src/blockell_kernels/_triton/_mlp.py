@@ -162,17 +162,16 @@ def grad_input_activated(
 ) -> Middle | None:
     """From dy [N, R*B], values [R, slots, B, B] and h [N, C*B]; None where TMA cannot read them.
 
-    `overwrite`: a may take the memory of h, of which a program reads a tile before it writes it.
+    `overwrite`: a, or dh where a is not asked for, may take the memory of h, of which a program
+    reads a tile before it writes it.
     """
     N, in_features = pre.shape
     B, BM, BK = pattern.B, tiling.BM, tiling.BK
     BN = min(tiling.BN, B)
     if not all(map(describable, (dy, values, pre))) or (BK > B and pattern.row_group * B < BK):
         return None
-    dh = torch.empty_like(pre)
-    a = None
-    if keep_a:
-        a = pre if overwrite else torch.empty_like(pre)
+    spare = pre if overwrite else torch.empty_like(pre)
+    dh, a = (torch.empty_like(pre), spare) if keep_a else (spare, None)
     token_tiles = ceil_div(N, BM)
     sums = None
     if need_bias:
