@@ -30,6 +30,7 @@ from cms_topology._retention import (
     removal_cost,
     sample_tokens,
     used_blocks,
+    with_answers,
 )
 from cms_topology._scorer import (
     TopologyScorer,
@@ -87,4 +88,5 @@ __all__ = [
     "sparsify",
     "sync_topology_scores",
     "used_blocks",
+    "with_answers",
 ]

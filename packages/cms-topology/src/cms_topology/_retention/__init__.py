@@ -1,5 +1,6 @@
 """Retention: what a model must remember of earlier tasks, and training that respects it."""
 
+from cms_topology._retention._answers import with_answers
 from cms_topology._retention._bank import BankedBlock, BlockBank
 from cms_topology._retention._compensation import Absorption, absorb
 from cms_topology._retention._consolidate import consolidate
@@ -32,4 +33,5 @@ __all__ = [
     "removal_cost",
     "sample_tokens",
     "used_blocks",
+    "with_answers",
 ]

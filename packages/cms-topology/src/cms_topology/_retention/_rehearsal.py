@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cms_topology._retention._answers import LOG_PROBS, divergence_from_answers
 from cms_topology._retention._consolidate import LossFn, default_loss
 
 
@@ -22,7 +23,7 @@ class Rehearsal:
 
     ```python
     guard = RetentionGuard(model, optimizer, memory, drift=None)
-    rehearsal = Rehearsal(model, [{"input_ids": written, "labels": written}])
+    rehearsal = Rehearsal(model, [with_answers(model, {"input_ids": written})])
     ...
     (loss + rehearsal.loss()).backward()
     optimizer.step()
@@ -33,7 +34,8 @@ class Rehearsal:
         kept: one entry per old task: tensors by name, whose first dimension counts sequences.
         weight: of the loss of each old task.
         rows: sequences per task and step, drawn with replacement.
-        loss_fn: (model, batch) -> scalar, the mean over tokens. Default: `model(**batch)["loss"]`.
+        loss_fn: (model, batch) -> scalar, the mean over tokens. Default: the divergence from the
+            answers, where they are kept (`with_answers`), else `model(**batch)["loss"]`.
         generator: on the device of `kept`; default: one of a fixed seed. A step that is captured in
             a graph needs it registered there.
 
@@ -49,7 +51,7 @@ class Rehearsal:
         *,
         weight: float = 0.3,
         rows: int = 16,
-        loss_fn: LossFn = default_loss,
+        loss_fn: LossFn | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         if not kept:
@@ -66,7 +68,8 @@ class Rehearsal:
         if rows < 1:
             raise ValueError(f"rows (={rows}) must be at least 1.")
         self.model, self.kept = model, [dict(batch) for batch in kept]
-        self.weight, self.rows, self.loss_fn = weight, rows, loss_fn
+        self.weight, self.rows = weight, rows
+        self.loss_fn = _default_loss if loss_fn is None else loss_fn
         device = next(iter(self.kept[0].values())).device
         if generator is None:
             generator = torch.Generator(device).manual_seed(0)
@@ -120,3 +123,7 @@ class Rehearsal:
                 kept.setdefault(int(number), {})[name] = tensor.to(self.generator.device)
         self.kept = [kept[number] for number in sorted(kept)]
         self.generator.set_state(state["generator"].cpu())
+
+
+def _default_loss(model: nn.Module, batch: dict[str, Tensor]) -> Any:
+    return (divergence_from_answers if LOG_PROBS in batch else default_loss)(model, batch)
