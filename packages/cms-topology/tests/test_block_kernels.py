@@ -14,19 +14,21 @@ RunAlone = Callable[[str, Mapping[str, str]], None]
 
 CHECK = """
 import sys, torch
-from cms_topology import _blocks, _block_kernels
+from cms_topology import _averages, _blocks, _block_kernels
 device = sys.argv[1]
 torch.manual_seed(0)
 for B, dtype in ((8, torch.float32), (16, torch.bfloat16), (128, torch.float32)):
     shapes = [(3, 5), (4, 1), (7, 2), (1, 1)]
     tensors = [torch.randn(R, K, B, B, device=device).to(dtype) for R, K in shapes]
     tensors[1][2, 0, 0, 0], tensors[2][6, 1, -1, -1] = float("inf"), float("nan")
-    norms = _block_kernels.norms(tensors)
+    norms, finite = _block_kernels.norms(tensors)
+    assert not finite and _block_kernels.norms([tensors[0], tensors[3]])[1]
     for got, tensor in zip(norms, tensors):
         plain = torch.linalg.vector_norm(tensor, dim=(2, 3), dtype=torch.float32)
         torch.testing.assert_close(got, plain, rtol=1e-5, atol=0, equal_nan=True)
     for got, tensor in zip(norms, tensors):
-        alone = _block_kernels.norms([tensor])[0]
+        (alone,), its = _block_kernels.norms([tensor])
+        assert its == alone.isfinite().all()
         assert torch.equal(got.nan_to_num(7.0), alone.nan_to_num(7.0)), "depends on its neighbours"
     masks = [torch.rand(R, max(1, K - 1), device=device) < 0.5 for R, K in shapes]
     versions = [tensor._version for tensor in tensors]
@@ -40,6 +42,23 @@ for B, dtype in ((8, torch.float32), (16, torch.bfloat16), (128, torch.float32))
         launches = _blocks._launches([*tensors, tensors[0].transpose(2, 3)])
         assert [len(members) for members, _ in launches] == [4, 1]
         assert [kernels is None for _, kernels in launches] == [False, True]
+for decay in (0.95, 0.3, 0.0):
+    shapes = [(3, 5), (40, 21), (1, 1)]
+    def draw(): return [torch.rand(shape, device=device) for shape in shapes]
+    emas, weights, scores = draw(), draw(), draw()
+    ages = [torch.randint(9, shape, device=device, dtype=torch.int32) for shape in shapes]
+    for finite in (torch.tensor(True, device=device), torch.tensor(False, device=device)):
+        results = []
+        for way in (_averages._advance, _block_kernels.advance):
+            held = zip(emas, weights, ages)
+            state = [_averages.Averages(*(x.clone() for x in of)) for of in held]
+            way(state, scores, finite, decay)
+            results.append([x for averages in state for x in averages])
+        for plain, got in zip(*results):
+            torch.testing.assert_close(got, plain, rtol=1e-6, atol=0)
+            assert plain.is_floating_point() or torch.equal(got, plain)
+        if not finite:
+            assert torch.equal(got, ages[-1]) and torch.equal(results[1][0], emas[0])
 print("agrees")
 """
 
@@ -57,10 +76,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cms_topology._birth_kernels import _correct_young
-from cms_topology._block_kernels import _block_norms, _clear_blocks
+from cms_topology._block_kernels import BLOCK, _advance, _block_norms, _clear_blocks
 pointers = {"table_ptr": "*i64", "step_ptr": "*fp32", "last_ptr": "*fp32", "rate_ptr": "*fp32",
             "norms_ptr": "*fp32"}
-floats = dict.fromkeys(("rate", "beta1", "beta2", "eps", "grown_up"), "fp32")
+floats = dict.fromkeys(("rate", "rise", "beta1", "beta2", "eps", "grown_up"), "fp32")
 kinds = {"VALUES": tl.bfloat16, "MEAN": tl.float32, "SQUARE": tl.float32}
 for E, slots, piece, rate in ((16384, 1, 4096, {}), (256, 16, 256, {"rate_ptr": None})):
     sizes = {"E": E, "SLOTS": slots, "PIECE": piece}
@@ -68,9 +87,11 @@ for E, slots, piece, rate in ((16384, 1, 4096, {}), (256, 16, 256, {"rate_ptr": 
         (_correct_young, sizes | kinds | rate),
         (_block_norms, sizes | {"KIND": tl.float32}),
         (_clear_blocks, {"E": E, "PIECE": piece, "KIND": tl.float16}),
+        (_advance, {"SMALL": E > 256, "BLOCK": BLOCK}),
     ):
+        flag = {"finite_ptr": "*i1" if kernel is _advance else "*i8"}
         signature = {
-            name: "constexpr" if name in constants else (pointers | floats).get(name, "i32")
+            name: "constexpr" if name in constants else (pointers | floats | flag).get(name, "i32")
             for name in kernel.arg_names
         }
         source = ASTSource(kernel, signature, constexprs=constants)

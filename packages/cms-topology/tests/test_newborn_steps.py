@@ -134,6 +134,7 @@ for tile, group, amsgrad, tensor_rate, betas in (
         optimizer.step()
     age, its = (torch.randint(0, 10, x.scorer.block_age.shape, dtype=torch.int32, device=device)
                 for x in (layer, other))
+    age[0, 0] = its[0, 0] = 1
     both = [(other.values, its, other.num_live), (layer.values, age, layer.num_live)]
     old, results = layer.values.detach().clone(), []
     old_other = other.values.detach().clone()

@@ -9,11 +9,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from cms_topology._blocks import block_norms
+from cms_topology._averages import update_averages
+from cms_topology._blocks import all_finite, all_of, finite_block_norms
 from cms_topology._sampled import add_sampled_step
-from cms_topology._scorer import all_finite, update_gradient_emas
 
 if TYPE_CHECKING:
     from cms_topology._linear import CMSBlockLinear
@@ -29,33 +29,49 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
     Raises:
         ValueError: the parameters are sharded (FSDP, tensor parallelism).
     """
+    active = []
     for layer in layers:
         _refuse_shards(layer)
+        if layer.values.grad is not None:
+            active.append(layer)
+    if not active:
+        return None
     with torch.no_grad():
-        active = [layer for layer in layers if layer.values.grad is not None]
-        if not active:
-            return None
-        scores = _block_scores_of_step(active)
-        stats = [layer._probe.grad for layer in active]
-        traces = [_fisher_trace(layer) for layer in active]
-        finite = all_finite([t for t in (*scores, *stats, *traces) if t is not None])
-        update_gradient_emas([layer.scorer for layer in active], scores, finite)
-        sampled = [i for i, collected in enumerate(stats) if collected is not None]
-        collected = [t for t in stats if t is not None]
-        add_sampled_step([active[i].scorer for i in sampled], collected, finite)
-        for i, norms_sq in zip(sampled, collected, strict=True):
-            trace = traces[i]
-            if trace is not None:
-                _accumulate_loss(active[i], norms_sq, trace, finite.to(norms_sq.device))
-            active[i]._probe.grad = None
+        scores, finite = _block_scores_of_step(active)
+        sampled = [layer for layer in active if layer._probe.grad is not None]
+        if sampled:
+            finite = all_of((finite, all_finite(_collected(sampled))))
+        update_averages([layer.scorer for layer in active], scores, finite)
+        if sampled:
+            _accumulate_sampled(sampled, finite)
         return finite
+
+
+def _collected(layers: Sequence[CMSBlockLinear]) -> list[Tensor]:
+    """Everything that the layers' backward passes left about absent blocks."""
+    found = [
+        p.grad for layer in layers for p in (layer._probe, layer._fisher_probe) if p is not None
+    ]
+    return [gradient for gradient in found if gradient is not None]
+
+
+def _accumulate_sampled(layers: Sequence[CMSBlockLinear], finite: Tensor) -> None:
+    stats = [layer._probe.grad for layer in layers]
+    found = [norms_sq for norms_sq in stats if norms_sq is not None]
+    add_sampled_step([layer.scorer for layer in layers], found, finite)
+    for layer, norms_sq in zip(layers, found, strict=True):
+        if layer._fisher_probe is not None and layer._fisher_probe.grad is not None:
+            trace = layer._fisher_probe.grad
+            _accumulate_loss(layer, norms_sq, trace, finite.to(norms_sq.device))
+        layer._probe.grad = None
 
 
 def _refuse_shards(layer: CMSBlockLinear) -> None:
     """Scores of a shard would be wrong without a word, so say the word."""
     values = layer.values
     # a DTensor has placements; importing its class to ask would cost half a second
-    if hasattr(values, "placements") or values.shape != (layer.R, layer.K, layer.B, layer.B):
+    whole = type(values) is nn.Parameter or not hasattr(values, "placements")
+    if not whole or values.shape != (layer.R, layer.K, layer.B, layer.B):
         raise ValueError(
             f"values (={type(values).__name__}, shape {tuple(values.shape)}) must be the layer's "
             f"whole [R, K, B, B] = [{layer.R}, {layer.K}, {layer.B}, {layer.B}] tensor; topology "
@@ -64,11 +80,17 @@ def _refuse_shards(layer: CMSBlockLinear) -> None:
         )
 
 
-def _block_scores_of_step(layers: Sequence[CMSBlockLinear]) -> list[Tensor]:
-    """float32 [R, K] of each layer."""
-    by_norm = [x for x in layers if x.scorer.config.keep_score not in ("taylor", "loss")]
-    norms = dict(zip(by_norm, block_norms([_grad(layer) for layer in by_norm]), strict=True))
-    return [norms[layer] if layer in norms else _slope(layer) for layer in layers]
+def _block_scores_of_step(layers: Sequence[CMSBlockLinear]) -> tuple[list[Tensor], Tensor]:
+    """float32 [R, K] of each layer, and whether all of them are finite, a 0-d bool."""
+    sloped = {x: _slope(x) for x in layers if x.scorer.config.keep_score in ("taylor", "loss")}
+    rest = [layer for layer in layers if layer not in sloped]
+    verdicts = [all_finite(list(sloped.values()))] if sloped else []
+    scores = sloped
+    if rest:
+        norms, finite = finite_block_norms([_grad(layer) for layer in rest])
+        scores |= dict(zip(rest, norms, strict=True))
+        verdicts.append(finite)
+    return [scores[layer] for layer in layers], all_of(verdicts)
 
 
 def _grad(layer: CMSBlockLinear) -> Tensor:
@@ -80,10 +102,6 @@ def _slope(layer: CMSBlockLinear) -> Tensor:
     """<W, G> of every block, without its sign for the "taylor" score: float32 [R, K]."""
     slope = (layer.values.detach() * _grad(layer)).sum((2, 3), dtype=torch.float32)
     return slope.abs() if layer.scorer.config.keep_score == "taylor" else slope
-
-
-def _fisher_trace(layer: CMSBlockLinear) -> Tensor | None:
-    return None if layer._fisher_probe is None else layer._fisher_probe.grad
 
 
 def _accumulate_loss(

@@ -4,6 +4,7 @@
 Legend: R block rows, K slots per row, k live ones, B tile side, E = B*B elements of a block.
 """
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,8 @@ from cms_topology._addresses import address_table
 
 ELEMENTS = 4096
 """Of a tensor, that a program holds at a time: some small blocks or a piece of a large one."""
+BLOCK = 256
+"""Slots whose averages a program moves."""
 KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -23,6 +26,7 @@ KINDS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: 
 def _block_norms(
     table_ptr,  # int64 [layers, 3]: address of [R, K, E], R*K, first entry in the result
     norms_ptr,  # float32, of all layers
+    finite_ptr,  # int8, 1 at first, and so it stays if all norms are finite
     E: tl.constexpr,
     SLOTS: tl.constexpr,
     PIECE: tl.constexpr,
@@ -40,7 +44,40 @@ def _block_norms(
         for piece in tl.static_range(0, E, PIECE):
             x = tl.load(blocks_ptr + at + piece, there, other=0.0).to(tl.float32)
             total += x * x
-        tl.store(norms_ptr + tl.load(row + 2) + slot, tl.sqrt(tl.sum(total, 1)), slot < count)
+        norm = tl.sqrt(tl.sum(total, 1))
+        tl.store(norms_ptr + tl.load(row + 2) + slot, norm, slot < count)
+        odd = (slot < count) & ~(norm < float("inf"))
+        if tl.max(odd.to(tl.int32), 0) > 0:
+            tl.store(finite_ptr, 0)
+
+
+@triton.jit
+def _advance(
+    table_ptr,  # int64 [layers, 5]: addresses of ema, weight, score (float32), age (int32); R*K
+    finite_ptr,  # bool
+    rise,  # 1 - decay
+    SMALL: tl.constexpr,  # rise < 0.5
+    BLOCK: tl.constexpr,
+):
+    row = table_ptr + tl.program_id(1) * 5
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there = at < tl.load(row + 4).to(tl.int32)
+    if tl.load(finite_ptr):
+        ema_ptr = tl.load(row).to(tl.pointer_type(tl.float32))
+        weight_ptr = tl.load(row + 1).to(tl.pointer_type(tl.float32))
+        score_ptr = tl.load(row + 2).to(tl.pointer_type(tl.float32))
+        age_ptr = tl.load(row + 3).to(tl.pointer_type(tl.int32))
+        ema, weight = tl.load(ema_ptr + at, there), tl.load(weight_ptr + at, there)
+        score = tl.load(score_ptr + at, there)
+        if SMALL:  # torch.lerp's two forms: the first exact at 0, the second at 1
+            ema = ema + rise * (score - ema)
+            weight = weight + rise * (1.0 - weight)
+        else:
+            ema = score - (score - ema) * (1.0 - rise)
+            weight = 1.0 - (1.0 - weight) * (1.0 - rise)
+        tl.store(ema_ptr + at, ema, there)
+        tl.store(weight_ptr + at, weight, there)
+        tl.store(age_ptr + at, tl.load(age_ptr + at, there) + 1, there)
 
 
 @triton.jit
@@ -63,27 +100,47 @@ def _clear_blocks(
                 tl.store(blocks_ptr + at + piece, tl.zeros((PIECE,), KIND))
 
 
-def norms(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """See `block_norms`; contiguous tensors of one dtype and tile side on one GPU."""
+def norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """See `finite_block_norms`; contiguous tensors of one dtype and tile side on one GPU."""
     B = tensors[0].shape[-1]
     piece = min(B * B, ELEMENTS)
     slots = ELEMENTS // piece
     counts = [tensor.shape[0] * tensor.shape[1] for tensor in tensors]
     flat = torch.empty(sum(counts), device=tensors[0].device)
-    parts = flat.split(counts)
+    finite = torch.ones((), dtype=torch.int8, device=flat.device)
+    starts = [0, *itertools.accumulate(counts)]
     rows = tuple(
-        (tensor.data_ptr(), count, part.storage_offset())
-        for tensor, count, part in zip(tensors, counts, parts, strict=True)
+        (t.data_ptr(), n, start) for t, n, start in zip(tensors, counts, starts, strict=False)
     )
     _block_norms[(triton.cdiv(max(counts), slots), len(tensors))](
         address_table(rows, flat.device),
         flat,
+        finite,
         E=B * B,
         SLOTS=slots,
         PIECE=piece,
         KIND=KINDS[tensors[0].dtype],
     )
-    return [part.view(t.shape[:2]) for part, t in zip(parts, tensors, strict=True)]
+    parts = zip(flat.split(counts), tensors, strict=True)
+    return [part.view(t.shape[:2]) for part, t in parts], finite.view(torch.bool)
+
+
+def advance(
+    state: Sequence[tuple[Tensor, Tensor, Tensor]],
+    scores: Sequence[Tensor],
+    finite: Tensor,
+    decay: float,
+) -> None:
+    """See `update_averages`; contiguous tensors on one GPU: emas, weights, ages of every layer."""
+    rows = tuple(
+        (ema.data_ptr(), weight.data_ptr(), score.data_ptr(), age.data_ptr(), age.numel())
+        for (ema, weight, age), score in zip(state, scores, strict=True)
+    )
+    most = max(row[4] for row in rows)
+    rise = 1.0 - decay
+    _advance[(triton.cdiv(most, BLOCK), len(rows))](
+        address_table(rows, finite.device), finite, rise, SMALL=rise < 0.5, BLOCK=BLOCK
+    )
 
 
 def clear(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:

@@ -292,10 +292,11 @@ class TopologyManager:
         """Let the next backward pass collect statistics only if a decision is near."""
         coming = self._step + 1
         wait = self.clock.steps_to_decision(coming)
+        frozen = self._frozen(coming + wait)
         for layer in self.layers.values():
-            layer.collect_candidates = wait < self._samples(layer) and not self._frozen(
-                coming + wait
-            )
+            wanted = not frozen and wait < self._samples(layer)
+            if layer.collect_candidates != wanted:  # a module takes its time to set an attribute
+                layer.collect_candidates = wanted
 
     def _samples(self, layer: CMSBlockLinear) -> int:
         if self._sample_steps is not None:

@@ -49,6 +49,7 @@ class NewbornStepCorrection:
 
     def __init__(self) -> None:
         self._last_step: dict[Tensor, Tensor] = {}
+        self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}  # of what one kernel corrects
 
     def apply(
         self, optimizer: torch.optim.Optimizer, values: Tensor, block_age: Tensor, live: int
@@ -100,15 +101,23 @@ class NewbornStepCorrection:
         device, group = members[0].values.device, members[0].group
         steps = torch.stack([aged.step for aged in members])
         steps = steps.to(device, torch.float32, non_blocking=True)
-        for aged in members:
-            if aged.values not in self._last_step:
-                self._last_step[aged.values] = torch.full((), -1.0, device=device)
-        lasts = [self._last_step[aged.values] for aged in members]
+        lasts = self._lasts([aged.values for aged in members], device)
         correct_young(
-            [aged[:5] for aged in members], steps, torch.stack(lasts), group["lr"],
+            [aged[:5] for aged in members], steps, lasts, group["lr"],
             group["betas"], group["eps"], _grown_up(group["betas"]),
         )  # fmt: skip
-        torch._foreach_copy_(lasts, steps.unbind())
+        lasts.copy_(steps)
+
+    def _lasts(self, parameters: list[Tensor], device: torch.device) -> Tensor:
+        """[L], the last steps of parameters that are corrected together, in one tensor."""
+        joined = self._joined.get(id(parameters[0]))
+        if joined is None or not _same(joined[0], parameters):
+            known = [self._last_step.get(p) for p in parameters]
+            start = [torch.full((), -1.0, device=device) if t is None else t for t in known]
+            joined = (parameters, torch.stack(start))
+            self._joined[id(parameters[0])] = joined
+            self._last_step.update(zip(parameters, joined[1].unbind(), strict=True))
+        return joined[1]
 
     def _correct_on_cpu(self, members: list[_Aged]) -> None:
         """Takes the young blocks out: asking which they are costs nothing here; they are few."""
@@ -164,6 +173,11 @@ class NewbornStepCorrection:
             for name, t in state.items()
             if name in parameters
         }
+        self._joined = {}
+
+
+def _same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
 def _by_kernel(values: Tensor, *others: Tensor) -> bool:

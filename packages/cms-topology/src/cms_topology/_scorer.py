@@ -12,13 +12,13 @@ travel in `state_dict` through `get_extra_state`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
-from cms_topology._blocks import block_norms
+from cms_topology._averages import update_averages
+from cms_topology._blocks import all_finite, block_norms
 from cms_topology._config import ScoringConfig
 from cms_topology._loss_score import LossStatistics
 from cms_topology._sampled import add_sampled_step, fold_sampled_steps
@@ -117,7 +117,7 @@ class TopologyScorer(nn.Module):
             norms: float32 [R, K].
             finite: 0-d bool; False skips the step. Default: whether `norms` is finite everywhere.
         """
-        update_gradient_emas([self], [norms], finite)
+        update_averages([self], [norms], all_finite([norms]) if finite is None else finite)
 
     def accumulate_statistics(self, stats: Tensor, finite: Tensor | None = None) -> None:
         """Add one step's squared norms [R + C + R * C] (rows, columns, all blocks)."""
@@ -301,66 +301,3 @@ class TopologyScorer(nn.Module):
             f"candidate_score={self.config.candidate_score!r}, "
             f"keep_score={self.config.keep_score!r}"
         )
-
-
-def update_gradient_emas(
-    scorers: Sequence[TopologyScorer], scores: Sequence[Tensor], finite: Tensor | None = None
-) -> None:
-    """`update_gradient_ema` of many layers in a handful of launches.
-
-    Args:
-        scorers: layers to update; those with equal `ema_decay` share launches.
-        scores: float32 [R, K] of each.
-        finite: 0-d bool; False skips the step for all. Default: whether all scores are finite.
-    """
-    if not scorers:
-        return
-    if finite is None:
-        finite = all_finite(scores)
-    by_decay: dict[tuple[float, Any], list[int]] = {}
-    for i, scorer in enumerate(scorers):
-        key = (scorer.config.ema_decay, scorer.score_ema.device)
-        by_decay.setdefault(key, []).append(i)
-    for (decay, device), members in by_decay.items():
-        here = finite.to(device)
-        emas = [scorers[i].score_ema for i in members]
-        weights = [scorers[i].score_weight for i in members]
-        # a skipped step lerps every entry to itself, which changes no bit
-        ends = _where(here, [scores[i] for i in members], emas)
-        torch._foreach_lerp_(emas, ends, 1.0 - decay)
-        # where a product with a 0-d tensor would need one launch per layer, reuse the same trick
-        ends = _where(here, 1.0, weights)
-        torch._foreach_lerp_(weights, ends, 1.0 - decay)
-        ages = [scorers[i].block_age for i in members]
-        # given one 0-d tensor for all, torch reads it as a number and waits for the device
-        steps = here.to(torch.int32).repeat(sum(age.numel() for age in ages))
-        torch._foreach_add_(ages, _split(steps, ages))
-
-
-def _where(
-    condition: Tensor, given: Sequence[Tensor] | float, otherwise: Sequence[Tensor]
-) -> list[Tensor]:
-    """`torch.where` of a 0-d condition for tensors of many shapes, in one launch and its copies."""
-    held = _flat(otherwise)
-    if isinstance(given, float):
-        chosen = torch.where(condition, given, held)
-    else:
-        chosen = torch.where(condition, _flat(given), held)
-    return _split(chosen, otherwise)
-
-
-def _split(flat: Tensor, like: Sequence[Tensor]) -> list[Tensor]:
-    """Pieces of a flat tensor in the shapes of `like`."""
-    parts = flat.split([tensor.numel() for tensor in like])
-    return [part.view_as(tensor) for part, tensor in zip(parts, like, strict=True)]
-
-
-def _flat(tensors: Sequence[Tensor]) -> Tensor:
-    return torch.cat([tensor.flatten() for tensor in tensors])
-
-
-def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """0-d bool: are all entries of all tensors finite? No host synchronisation."""
-    totals = torch._foreach_norm(list(tensors), float("inf"))
-    device = totals[0].device
-    return torch.stack([total.to(device) for total in totals]).isfinite().all()
