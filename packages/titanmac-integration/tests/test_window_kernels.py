@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 CHECK = """
 import sys, torch
-from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from titanmac_integration import _window, _window_kernels, _window_ops
+from titanmac_integration._rotary import rotary_table, rotate
 device = sys.argv[1]
 for tiles, M, N in (("FORWARD", 32, 16), ("GRAD_QUERY", 16, 32), ("GRAD_KEY", 32, 16)):
     getattr(_window_kernels, tiles).update(M=M, N=N)
@@ -30,6 +31,23 @@ for T, W, P in ((70, 20, 5), (70, 200, 0), (40, 1, 3), (65, 16, 20), (3, 8, 4)):
     assert all(torch.equal(a, b) for a, b in zip(same, got, strict=True))
     if T == 40:
         torch.library.opcheck(_window_ops.attend, (*parts, W, P))
+    # turned, attended to and turned back in the kernels
+    rotary = rotary_table(P + T, 16, 10.0, device=torch.device(device))
+    leaf, wide = (base.to(kind).requires_grad_() for kind in (torch.float16, torch.float32))
+    turned = torch.cat((rotate(wide[:, :, :2], *rotary), wide[:, :, 2:]), 2)
+    with sdpa_kernel(SDPBackend.MATH):  # the others cannot be differentiated twice
+        plain = _window._by_torch(*_window._by_head(turned), plan, 0.0)
+    fused = _window.turned_attention_(leaf.clone(), rotary, plan)
+    results = []
+    for out, heads, way in ((plain, wide, grad.float()), (fused, leaf, grad)):
+        (first,) = torch.autograd.grad(out, heads, way, create_graph=True)
+        (second,) = torch.autograd.grad(first.square().sum(), heads, retain_graph=True)
+        results.append([out, first, second])
+    results[1] += torch.autograd.grad(fused, leaf, grad)
+    results[0].append(results[0][1])
+    for want, kernel in zip(*results, strict=True):
+        error = (kernel.float() - want).norm() / want.norm()
+        assert error < 5e-3, float(error)
     t = P + T // 2
     late = [torch.cat((x[:, :, :t], x[:, :, t:] + 1), 2) for x in parts]
     changed = _window.window_attention(*late, plan, 0.0)

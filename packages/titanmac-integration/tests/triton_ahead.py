@@ -74,11 +74,13 @@ def cases():
         yield f"inverse {size}", _solve_kernels._invert_unit_lower, pointers, {"SIZE": size}, warps
     tensors = ("q", "k", "v", "out", "grad", "grad_q", "grad_k", "grad_v")
     window = {f"{name}_ptr": BF16 for name in tensors} | {"log_ptr": FP32, "delta_ptr": FP32}
+    window |= {"cos_ptr": FP32, "sin_ptr": FP32}
     for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):
         tiles = dict(getattr(_window_kernels, name))
         kernel = getattr(_window_kernels, f"_window_{name.lower()}")
         sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
-        yield name, kernel, window, sizes, tiles["num_warps"]
+        for turn in ({},) if name == "FORWARD" else ({"TURN": False}, {"TURN": True}):
+            yield f"{name} {turn}", kernel, window, sizes | turn, tiles["num_warps"]
 
 
 for name, kernel, pointers, constants, warps in cases():

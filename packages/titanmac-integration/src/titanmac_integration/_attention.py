@@ -12,10 +12,18 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
-from ._project import project, project_apart
+from ._project import has_hooks, project, project_apart
 from ._rotary import Rotary, turned_parts
 from ._state import Cache
-from ._window import SegmentPlan, WindowPlan, near_mask, segment_attention, window_attention
+from ._window import (
+    SegmentPlan,
+    WindowPlan,
+    near_mask,
+    segment_attention,
+    takes_heads,
+    turned_attention_,
+    window_attention,
+)
 
 
 class Pass(NamedTuple):
@@ -57,7 +65,13 @@ class CausalWindowAttention(nn.Module):
         With a cache, ``x`` are the T tokens after the cached ones (with retrieval: of one segment).
         ``retrieved`` [S, T, d_model] is what the memory says to each token (MAC).
         """
-        query, key, value = turned_parts(self._project(x), run.rotary)
+        heads = self._project(x)
+        dropout = self.dropout if self.training else 0.0
+        alone = retrieved is None and not run.keep_state and not has_hooks(self.qkv)
+        if alone and run.window is not None and takes_heads(heads, dropout):
+            mixed = turned_attention_(heads, run.rotary, run.window)
+            return *project_apart(self.out, mixed.transpose(1, 2).flatten(2)), None
+        query, key, value = turned_parts(heads, run.rotary)
         recalled = None
         if retrieved is not None:
             # retrieved tokens are tokens of the attention like any other, at their token's position
@@ -65,7 +79,6 @@ class CausalWindowAttention(nn.Module):
             rotary = (run.rotary[0][rows], run.rotary[1][rows])
             recalled_key, recalled_value = turned_parts(self._project(retrieved)[:, :, 1:], rotary)
             recalled = (recalled_key, recalled_value)
-        dropout = self.dropout if self.training else 0.0
         if cache is not None:
             mixed, cache = self._continue(query, (key, value), recalled, run, cache, dropout)
         elif recalled is not None:

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ._inputs import IGNORE_INDEX
+from ._project import WIDE_PRODUCTS, wide_product
 from ._triton import has_triton
 
 CHUNK_BYTES = 2**30
@@ -78,12 +79,8 @@ def _on_gpu(logits: Tensor) -> bool:
 def _added(total: Tensor | None, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     """``total + left @ right`` in ``dtype``, in the memory of ``total`` where there is one."""
     half = left.dtype in (torch.bfloat16, torch.float16) and dtype == torch.float32
-    if left.is_cuda and half and hasattr(torch.ops.aten.addmm, "dtype_out"):
-        # the product is added up in float32 anyway: as such it need not be written, read and cast
-        with torch.autocast("cuda", enabled=False):
-            if total is None:
-                return torch.mm(left, right, out_dtype=dtype)
-            return torch.addmm(total, left, right, out_dtype=dtype, out=total)
+    if left.is_cuda and half and WIDE_PRODUCTS:
+        return wide_product(left, right, total)
     product = left @ right
     return product.to(dtype) if total is None else total.add_(product)
 

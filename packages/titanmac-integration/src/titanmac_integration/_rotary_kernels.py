@@ -74,12 +74,19 @@ def _rotary_turn(
 
 
 def turn(
-    parts: Sequence[Tensor], cos: Tensor, sin: Tensor, into: Sequence[Tensor], *, sign: int
+    parts: Sequence[Tensor],
+    cos: Tensor,
+    sin: Tensor,
+    into: Sequence[Tensor],
+    *,
+    sign: int,
+    copy_last: bool = True,
 ) -> None:
-    """`_rotary.rotate` of two or three parts [S, L, H, D] but the last, which is copied.
+    """`_rotary.rotate` of two or three parts [S, L, H, D] but the last, which is copied, or not.
 
-    Written to ``into`` (same shapes, all with the same strides). ``sign`` -1 writes the inverse.
-    float32, bfloat16 or float16; computed in float32. ``cos`` and ``sin`` are a rotary table.
+    Written to ``into`` (same shapes, all with the same strides), which may be ``parts``. ``sign``
+    -1 writes the inverse. float32, bfloat16 or float16; computed in float32. ``cos`` and ``sin``
+    are a rotary table.
     """
     S, L, H, D = parts[0].shape
     if len({part.stride() for part in parts}) > 1 or parts[0].stride(3) != 1:
@@ -87,7 +94,7 @@ def turn(
         parts = [part.contiguous() for part in parts]
     last = len(parts) - 1
     half = D // 2
-    _rotary_turn[(triton.cdiv(S * L * H, ROWS), len(parts))](
+    _rotary_turn[(triton.cdiv(S * L * H, ROWS), len(parts) if copy_last else last)](
         parts[0],
         parts[last - 1],
         parts[last],

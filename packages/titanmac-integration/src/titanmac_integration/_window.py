@@ -14,6 +14,7 @@ from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _window_ops
+from ._rotary import Rotary, rotate
 
 DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
 """Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
@@ -148,6 +149,60 @@ class _Attend(torch.autograd.Function):
 
         sizes = (plan.window, plan.n_persistent)
         return *attend_backward(grad, query, key, value, out, log, *sizes), None
+
+
+def takes_heads(heads: Tensor, dropout: float) -> bool:
+    """Whether :func:`turned_attention_` takes these heads [S, L, 3, H, D]."""
+    return not torch.compiler.is_compiling() and _on_gpu(heads, dropout)
+
+
+def turned_attention_(heads: Tensor, rotary: Rotary, plan: WindowPlan) -> Tensor:
+    """Attention among the turned parts of ``heads`` [S, L, 3, H, D]: [S, H, L, D].
+
+    What `turned_parts` and `window_attention` do, with queries and keys turned in place, values
+    left where they are, and gradients turned back where they are computed. So ``heads`` must be
+    the caller's own, and nobody's afterwards.
+    """
+    out: Tensor = _TurnAndAttend.apply(heads, *rotary, plan)
+    return out
+
+
+class _TurnAndAttend(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, heads: Tensor, cos: Tensor, sin: Tensor, plan: WindowPlan) -> Tensor:
+        from ._rotary_kernels import turn
+        from ._window_kernels import attend
+
+        turn(heads.unbind(2), cos, sin, heads.unbind(2), sign=1, copy_last=False)
+        out, log = attend(*_by_head(heads), plan.window, plan.n_persistent)
+        ctx.save_for_backward(heads, out, log, cos, sin)
+        ctx.plan = plan
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        heads, out, log, cos, sin = ctx.saved_tensors
+        plan: WindowPlan = ctx.plan
+        if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
+            # what is in `heads` is turned by now, but was not where autograd knows it from: this
+            # is the turned ones with the derivative of the turning
+            change = heads - heads.detach()
+            change = torch.cat((rotate(change[:, :, :2], cos, sin), change[:, :, 2:]), 2)
+            with sdpa_kernel(SDPBackend.MATH):
+                again = _by_torch(*_by_head(heads.detach() + change), plan, 0.0)
+            return *torch.autograd.grad(again, heads, grad, create_graph=True), None, None, None
+        from ._window_kernels import attend_backward
+
+        grads = torch.empty_like(heads)
+        sizes, into = (plan.window, plan.n_persistent), _by_head(grads)
+        attend_backward(grad, *_by_head(heads), out, log, *sizes, (cos, sin), into)
+        return grads, None, None, None
+
+
+def _by_head(heads: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """[S, L, 3, H, D] -> three views [S, H, L, D]."""
+    query, key, value = heads.transpose(1, 3).unbind(2)
+    return query, key, value
 
 
 def _by_torch(

@@ -7,6 +7,8 @@ rows, D head width, P persistent tokens (rows 0 to P - 1), W window, M and N row
 queries and of keys.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -145,23 +147,43 @@ def _grad_query_step(
 
 
 @triton.jit
+def _store_turned_back(
+    acc, ptr, stride, row, L, cos_ptr, sin_ptr, D: tl.constexpr, TURN: tl.constexpr
+):  # fmt: skip
+    """Store rows [n, D]; with TURN as gradients of what was turned by a rotary table [L, D]."""
+    kind = ptr.dtype.element_ty
+    inside = (row < L)[:, None]
+    if TURN:
+        n: tl.constexpr = acc.shape[0]
+        half: tl.constexpr = D // 2
+        left, right = tl.split(tl.permute(tl.reshape(acc, (n, 2, half)), (0, 2, 1)))
+        lane = tl.arange(0, half)[None, :]
+        angle = row[:, None] * D + lane
+        cos = tl.load(cos_ptr + angle, inside, other=0.0)
+        sin = tl.load(sin_ptr + angle + half, inside, other=0.0)
+        at = ptr + row[:, None] * stride + lane
+        tl.store(at, (left * cos + right * sin).to(kind), inside)
+        tl.store(at + half, (right * cos - left * sin).to(kind), inside)
+    else:
+        at = ptr + row[:, None] * stride + tl.arange(0, D)[None, :]
+        tl.store(at, acc.to(kind), inside)
+
+
+@triton.jit
 def _window_grad_query(
-    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_ptr, delta_ptr, grad_q_ptr,
+    q_ptr, k_ptr, v_ptr, out_ptr, grad_ptr, log_ptr, delta_ptr, grad_q_ptr, cos_ptr, sin_ptr,
     scale, natural, H, L, P, W,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, o_batch, o_head, o_row,
     g_batch, g_head, g_row, d_batch, d_head, d_row,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     """Also leaves sum(out * grad) of each row in delta, for `_window_grad_key`."""
     start = tl.program_id(1) * M
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // H, pair % H
     row = start + tl.arange(0, M)
-    lane = tl.arange(0, D)
-    inside = (row < L)[:, None]
     k = k_ptr + batch * k_batch + head * k_head
     v = v_ptr + batch * v_batch + head * v_head
-    at = row[:, None]
     query = _load(q_ptr + batch * q_batch + head * q_head, row, q_row, L, D)
     out = _load(out_ptr + batch * o_batch + head * o_head, row, o_row, L, D)
     grad = _load(grad_ptr + batch * g_batch + head * g_head, row, g_row, L, D)
@@ -179,25 +201,22 @@ def _window_grad_query(
         acc = _grad_query_step(
             query, grad, delta, log, acc, start, first, k, v, k_row, v_row, scale, L, P, W, M, N, D
         )
-    into = grad_q_ptr + batch * d_batch + head * d_head + at * d_row + lane
-    tl.store(into, (acc * natural).to(grad_q_ptr.dtype.element_ty), inside)
+    into = grad_q_ptr + batch * d_batch + head * d_head
+    _store_turned_back(acc * natural, into, d_row, row, L, cos_ptr, sin_ptr, D, TURN)
 
 
 @triton.jit
 def _window_grad_key(
-    q_ptr, k_ptr, v_ptr, grad_ptr, log_ptr, delta_ptr, grad_k_ptr, grad_v_ptr,
+    q_ptr, k_ptr, v_ptr, grad_ptr, log_ptr, delta_ptr, grad_k_ptr, grad_v_ptr, cos_ptr, sin_ptr,
     scale, natural, H, L, P, W,
     q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, g_batch, g_head, g_row,
     d_batch, d_head, d_row,
-    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr,
+    M: tl.constexpr, N: tl.constexpr, D: tl.constexpr, TURN: tl.constexpr,
 ):  # fmt: skip
     start = tl.program_id(1) * N
     pair = tl.program_id(0).to(tl.int64)
     batch, head = pair // H, pair % H
     column = start + tl.arange(0, N)
-    lane = tl.arange(0, D)
-    inside = (column < L)[:, None]
-    at = column[:, None]
     keys = _load(k_ptr + batch * k_batch + head * k_head, column, k_row, L, D)
     values = _load(v_ptr + batch * v_batch + head * v_head, column, v_row, L, D)
     q = q_ptr + batch * q_batch + head * q_head
@@ -221,9 +240,14 @@ def _window_grad_key(
         grad_p = tl.dot(values, tl.trans(grad))
         grad_s = (p * (grad_p - delta[None, :])).to(query.dtype)
         grad_k = tl.dot(grad_s, query, grad_k)
-    offset = batch * d_batch + head * d_head + at * d_row + lane
-    tl.store(grad_k_ptr + offset, (grad_k * natural).to(grad_k_ptr.dtype.element_ty), inside)
-    tl.store(grad_v_ptr + offset, grad_v.to(grad_v_ptr.dtype.element_ty), inside)
+    offset = batch * d_batch + head * d_head
+    grad_k *= natural
+    _store_turned_back(
+        grad_k, grad_k_ptr + offset, d_row, column, L, cos_ptr, sin_ptr, D, TURN
+    )  # fmt: skip
+    _store_turned_back(
+        grad_v, grad_v_ptr + offset, d_row, column, L, cos_ptr, sin_ptr, D, False
+    )  # fmt: skip
 
 
 LOG2_E = 1.4426950408889634
@@ -263,11 +287,18 @@ def attend_backward(
     log: Tensor,
     window: int,
     persistent: int,
+    rotary: tuple[Tensor, Tensor] | None = None,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of queries, keys and values."""
+    """Gradients of queries, keys and values; written to ``into``, all with the same strides.
+
+    With a ``rotary`` table [L, ..., D] the gradients of queries and keys before they were turned.
+    """
     S, H, L, D = q.shape
     grad, q, k, v = (_ready(x) for x in (grad, q, k, v))
-    grads = [_rows_first(x) for x in (q, k, v)]
+    grads = [_rows_first(x) for x in (q, k, v)] if into is None else into
+    cos, sin = (log, log) if rotary is None else rotary
+    turn = rotary is not None
     delta = torch.empty_like(log)
     natural = D**-0.5
     scale = natural * LOG2_E
@@ -277,12 +308,12 @@ def attend_backward(
 
     grid = (S * H, triton.cdiv(L, GRAD_QUERY["M"]))
     _window_grad_query[grid](
-        q, k, v, out, grad, log, delta, grads[0], scale, natural, H, L, persistent, window,
-        *strides(q, k, v, out, grad, grads[0]), D=D, **GRAD_QUERY,
+        q, k, v, out, grad, log, delta, grads[0], cos, sin, scale, natural, H, L, persistent,
+        window, *strides(q, k, v, out, grad, grads[0]), D=D, TURN=turn, **GRAD_QUERY,
     )  # fmt: skip
     grid = (S * H, triton.cdiv(L, GRAD_KEY["N"]))
     _window_grad_key[grid](
-        q, k, v, grad, log, delta, grads[1], grads[2], scale, natural, H, L, persistent, window,
-        *strides(q, k, v, grad, grads[1]), D=D, **GRAD_KEY,
+        q, k, v, grad, log, delta, grads[1], grads[2], cos, sin, scale, natural, H, L, persistent,
+        window, *strides(q, k, v, grad, grads[1]), D=D, TURN=turn, **GRAD_KEY,
     )  # fmt: skip
     return tuple(grads)
