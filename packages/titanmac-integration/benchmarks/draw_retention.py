@@ -22,6 +22,7 @@ COLOURS = {
     "ours": "#d62728",
     "ours-grown": "#ff7f0e",
     "ours-rehearsing": "#e6009e",
+    "ours-recalling": "#7a0177",
     "ours-fixed-eps": "#c49c94",
     "dense-projection": "#8c564b",
     "kronecker-ewc": "#1f77b4",

@@ -28,6 +28,7 @@ pytestmark = [
         "ours",
         "ours-grown",
         "ours-rehearsing",
+        "ours-recalling",
     ],
 )
 def test_captured_steps_train_like_plain_ones(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -243,6 +243,26 @@ def test_the_guard_and_rehearsal_go_together(setting: Setting, model: TitanMAC) 
     assert "retention/budget" not in record["method_metrics"]
 
 
+def test_answers_are_recalled_instead_of_draws(setting: Setting, model: TitanMAC) -> None:
+    method = METHODS["ours-recalling"]()
+    task = additions(seq_len=40)
+    method.remember(model, task, sampling())
+    _, kept = method.kept
+    assert sorted(kept) == ["answer_classes", "answer_log_probs", "input_ids"]
+    beginnings = task.batch(64, 40, sampling().generator).input_ids[:, :4]
+    assert len(kept["input_ids"][:, :4].unique(dim=0)) <= len(beginnings.unique(dim=0))
+    assert float(Rehearsal(model, [kept]).loss().detach()) < 1e-4, "nothing to repair yet"
+    method._rehearsal = Rehearsal(model, [kept], weight=method.weight)
+    grads = penalty_gradients(model, method)
+    model.zero_grad()
+    Rehearsal(model, [kept], weight=3.0).loss().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(grads[name], parameter.grad, msg=name)
+    record = cell(setting, "ours-recalling", "spare")
+    assert record["method_metrics"]["retention/eps"] == record["dial"] == 0.1
+
+
 def test_frozen_blocks_stay_and_others_grow(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -22,6 +22,7 @@ from ._projection import (
     FixedEps,
     GrowingProjection,
     Projection,
+    RecallingProjection,
     RehearsingProjection,
 )
 from ._rehearsal import Joint, RealRehearsal, SelfRehearsal
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         Projection,
         GrowingProjection,
         RehearsingProjection,
+        RecallingProjection,
         FixedEps,
         OpenLoop,
         EveryStep,

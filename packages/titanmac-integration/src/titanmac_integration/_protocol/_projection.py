@@ -15,11 +15,12 @@ from cms_topology import (
     grow_for_task,
     make_probes,
     sparse_layers,
+    with_answers,
 )
 from titanmac_integration._training import PhaseReport, Trainer
 
 from ._graphed import GraphedTrainer
-from ._method import Method, Sampling, device_of, task_batches, written_by
+from ._method import BEGINNING, Method, Sampling, device_of, task_batches, written_by
 from ._plain import density_after
 from ._rehearsal import SelfRehearsal, captured_generator
 from ._score import RetentionTask
@@ -155,14 +156,17 @@ class RehearsingProjection(GrowingProjection):
     default_dial = 1e-2
     keeps = "covariance and generated"
     probes = 0
-    weight = 0.3
+    weight: ClassVar[float] = 0.3
     """Of the rehearsed loss, per old task."""
 
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         super().remember(model, task, sampling)
         batch = task_batches(task, sampling, 1, device_of(model))[0]
+        self.kept = [*self.kept, self._write(model, batch)]
+
+    def _write(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = written_by(model, batch, SelfRehearsal.rows)
-        self.kept = [*self.kept, {"input_ids": tokens, "labels": tokens}]
+        return {"input_ids": tokens, "labels": tokens}
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         super().on_fit_start(trainer, task, steps)
@@ -178,6 +182,23 @@ class RehearsingProjection(GrowingProjection):
 
     def _strength(self) -> dict[str, Any]:
         return {"drift": None, "eps": self.dial}
+
+
+class RecallingProjection(RehearsingProjection):
+    """The same, going over the distributions that the model had, not the draws that it wrote.
+
+    Where nothing has changed they have no gradient, so they may weigh more, and then the updates
+    need little damping. Made for many tasks: each sequence begins with a few symbols of the task.
+    """
+
+    name = "ours-recalling"
+    default_dial = 1e-1
+    keeps = "covariance and answers"
+    weight = 3.0
+
+    def _write(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        tokens = written_by(model, batch, SelfRehearsal.rows, BEGINNING)
+        return with_answers(model, {"input_ids": tokens})
 
 
 class FixedEps(Projection):
