@@ -15,6 +15,7 @@ from titanmac_integration import (
     _norm_kernels,
     _project_kernels,
     _rotary_kernels,
+    _tied_kernels,
     _window_kernels,
 )
 from titanmac_integration._memory import _solve_kernels
@@ -69,6 +70,15 @@ def cases():
     names = ("ROWS", "COLUMNS", "TILES")
     constants = {name: getattr(_project_kernels, name) for name in names}
     yield "bias", _project_kernels._bias_gradient, pointers, constants, 4
+    pointers = {"table_ptr": FP32, "rows_ptr": FP32, "sorted_ptr": INT64, "order_ptr": INT64}
+    names = ("ROWS", "COLUMNS")
+    yield (
+        "tied",
+        _tied_kernels._add_rows,
+        pointers,
+        {n: getattr(_tied_kernels, n) for n in names},
+        4,
+    )
     pointers = {"lower_ptr": FP32, "inverse_ptr": FP32}
     for size, warps in ((64, 4), (128, 8)):
         yield f"inverse {size}", _solve_kernels._invert_unit_lower, pointers, {"SIZE": size}, warps

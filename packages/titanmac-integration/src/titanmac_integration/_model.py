@@ -23,6 +23,7 @@ from ._losses import language_model_loss
 from ._project import has_hooks
 from ._rotary import rotary_table
 from ._state import ModelState
+from ._tied import look_up, takes_table
 from ._window import plan_segments, plan_window
 
 EMBEDDING_STD = 0.02
@@ -107,14 +108,21 @@ class TitanMAC(nn.Module):
                 "compute; pass labels for a loss without logits."
             )
         keep_state = return_state or state is not None
-        hidden, memory_loss, new_state = self.hidden(input_ids, state, keep_state=keep_state)
+        embedded, table = None, None
+        weight = self.embedding.weight
+        alone = not return_logits and state is None and self.head is None
+        if alone and takes_table(weight) and not has_hooks(self.embedding):
+            embedded, table = look_up(input_ids, weight)
+        hidden, memory_loss, new_state = self.hidden(
+            input_ids, state, keep_state=keep_state, embedded=embedded
+        )
         output: dict[str, Any] = {"logits": self.logits(hidden)} if return_logits else {}
         if labels is not None:
-            weight = self.config.z_loss_weight
             if return_logits:
-                parts = language_model_loss(output["logits"], labels, weight)
+                z_weight = self.config.z_loss_weight
+                parts = language_model_loss(output["logits"], labels, z_weight)
             else:
-                parts = self.loss(hidden, labels)
+                parts = self.loss(hidden, labels, table)
             # not `update`: torch's compiler, which does not see where `parts` come from, warns
             output = {**output, **parts}
             if memory_loss is not None:
@@ -163,22 +171,36 @@ class TitanMAC(nn.Module):
             return output
         return functional.linear(hidden, self.embedding.weight)
 
-    def loss(self, hidden: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """``loss`` and its parts of [S, T, d_model] and labels [S, T], a chunk of logits a time."""
+    def loss(
+        self, hidden: Tensor, labels: Tensor, table: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """``loss`` and its parts of [S, T, d_model] and labels [S, T], a chunk of logits a time.
+
+        ``table`` stands for the embedding matrix where the head is that.
+        """
         weight = self.config.z_loss_weight
         if self.head is None:
-            return linear_loss(hidden, self.embedding.weight, labels, weight)
+            table = self.embedding.weight if table is None else table
+            return linear_loss(hidden, table, labels, weight)
         if type(self.head) is nn.Linear and not has_hooks(self.head):
             return linear_loss(hidden, self.head.weight, labels, weight)
         return language_model_loss(self.head(hidden), labels, weight)
 
     def hidden(
-        self, input_ids: Tensor, state: ModelState | None = None, *, keep_state: bool = False
+        self,
+        input_ids: Tensor,
+        state: ModelState | None = None,
+        *,
+        keep_state: bool = False,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, ModelState | None]:
-        """What the head reads [S, T, d_model], the mean inner loss of the memories, the state."""
+        """What the head reads [S, T, d_model], the mean inner loss of the memories, the state.
+
+        ``embedded`` [S, T, d_model] without a state: what the embedding says to ``input_ids``.
+        """
         config = self.config
         if state is None or config.titans_variant != "MAC" or not config.use_neural_memory:
-            return self._piece(input_ids, state, keep_state)
+            return self._piece(input_ids, state, keep_state, embedded)
         # after a state, MAC's layers take tokens of one segment at a time
         position, total = state.position, input_ids.shape[1]
         sizes = [min(total, config.segment_size - position % config.segment_size)]
@@ -193,10 +215,14 @@ class TitanMAC(nn.Module):
         return torch.cat(hidden, dim=1), torch.stack(known).sum() if known else None, state
 
     def _piece(
-        self, input_ids: Tensor, state: ModelState | None, keep_state: bool
+        self,
+        input_ids: Tensor,
+        state: ModelState | None,
+        keep_state: bool,
+        embedded: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, ModelState | None]:
         config = self.config
-        x = self.embedding(input_ids)
+        x = self.embedding(input_ids) if embedded is None else embedded
         if state is None and config.n_persistent:
             persistent = self.persistent.to(x.dtype).expand(input_ids.shape[0], -1, -1)
             x = torch.cat((persistent, x), dim=1)
