@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +81,20 @@ def test_rehearsal_takes_the_answers_where_there_are_any_and_brings_them_back() 
         rehearsal.loss().backward()
         optimizer.step()
     assert float((model.table.detach().softmax(-1) - then).abs().max()) < 0.02
+
+
+def test_a_rehearsal_of_answers_goes_on_to_the_bit_from_its_state() -> None:
+    torch.manual_seed(0)
+    model = Table().eval()
+    kept = [with_answers(model, {"x": torch.randint(12, (n, 6))}) for n in (40, 30)]
+    with torch.no_grad():
+        model.table.add_(torch.randn(12, 12, dtype=torch.float64))
+    first = Rehearsal(model, kept)
+    first.loss()
+    state = safetensors.torch.load(safetensors.torch.save(first.state_dict()))
+    second = Rehearsal(model, [{"something": torch.ones(1)}])
+    second.load_state_dict(state)
+    assert all(torch.equal(first.loss(), second.loss()) for _ in range(3))
 
 
 @pytest.mark.parametrize("name", ["classes", "chunk"])
