@@ -70,6 +70,9 @@ def cases():
     names = ("ROWS", "COLUMNS", "TILES")
     constants = {name: getattr(_project_kernels, name) for name in names}
     yield "bias", _project_kernels._bias_gradient, pointers, constants, 4
+    pointers = {"parts_ptr": FP32, "total_ptr": FP32}
+    constants = {"ROWS": _project_kernels.PART_ROWS, "COLUMNS": _project_kernels.PART_COLUMNS}
+    yield "parts", _project_kernels._sum_parts, pointers, constants, 8
     pointers = {"table_ptr": FP32, "rows_ptr": FP32, "sorted_ptr": INT64, "order_ptr": INT64}
     names = ("ROWS", "COLUMNS")
     yield (

@@ -6,6 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ._project_kernels import sum_parts
+
 PROGRAMS, WARPS = 640, 8
 """At most, of the backward pass: what the registers of an H200 hold at once. Each gathers a share
 of the gradients of weight and bias."""
@@ -165,6 +167,6 @@ def normalise_backward(
         BLOCK=triton.next_power_of_2(width),
         num_warps=WARPS,
     )
-    gathered = parts.sum(0)
+    gathered = sum_parts(parts)
     grad_weight = gathered[:width].to(weight.dtype)
     return grad_x, grad_added, grad_weight, gathered[width:] if need_sum else None
