@@ -8,6 +8,7 @@ from blockell_kernels._functional import (
     explain,
 )
 from blockell_kernels._mlp import block_ell_mlp
+from blockell_kernels._mlp_explain import MLPExplanation, explain_mlp
 from blockell_kernels._stats import probe_size
 from blockell_kernels._validation import check_topology
 
@@ -15,11 +16,13 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Explanation",
+    "MLPExplanation",
     "block_ell_linear",
     "block_ell_mlp",
     "block_fisher",
     "block_grad_norms",
     "check_topology",
     "explain",
+    "explain_mlp",
     "probe_size",
 ]

@@ -12,7 +12,7 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from blockell_format import create_random_topology, to_dense, transposed_index
-from blockell_kernels import _mlp_core, _plan, block_ell_mlp, probe_size
+from blockell_kernels import _mlp_core, _plan, block_ell_mlp, explain_mlp, probe_size
 from blockell_kernels._activation import activate
 
 # torch's, when the first product of a process is one of the backward pass
@@ -57,10 +57,10 @@ class MLP(torch.nn.Module):
             transposed_index(cols, C) for cols, (_, C, _) in zip(self.cols, self.sizes, strict=True)
         ]
 
-    def forward(self, x, activation="gelu", **kwargs):
+    def forward(self, x, activation="gelu", function=block_ell_mlp, **kwargs):
         values1, bias1, values2, bias2 = self.parameters_
         options = {"index1": self.index[0], "index2": self.index[1], "backend": self.backend}
-        return block_ell_mlp(
+        return function(
             x, values1, self.cols[0], bias1, values2, self.cols[1], bias2, activation,
             row_group1=self.groups[0], row_group2=self.groups[1], num_live1=self.live[0],
             num_live2=self.live[1], **(options | kwargs),
@@ -225,3 +225,31 @@ def test_a_captured_step_computes_gradients_side_by_side(monkeypatch, layout, re
         torch.cuda.synchronize()
         for ours, expected in zip(captured, step(), strict=True):
             assert torch.equal(ours, expected)
+
+
+def recorded(function, results):
+    def recording(*args, **kwargs):
+        results.append(function(*args, **kwargs))
+        return results[-1]
+
+    return recording
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_explains_where_the_activation_is_computed(monkeypatch, layout):
+    """What `explain_mlp` names is what a step takes."""
+    kernels = pytest.importorskip("blockell_kernels._triton._mlp")
+    mlp = MLP(*layout)
+    for N in (100, 700, 4000):
+        x, dy = mlp.random(N)
+        taken = []
+        for name in ("forward_way", "middle_way"):
+            monkeypatch.setattr(kernels, name, recorded(getattr(kernels, name), taken))
+        gradients(mlp, x, dy, mlp)
+        monkeypatch.undo()
+        said = mlp(x, function=explain_mlp)
+        assert said.slope == taken[-1].why
+        if said.first.forward.backend == "triton":
+            assert said.activation == taken[0].why
+        else:
+            assert said.activation.startswith("a pass of its own")

@@ -31,9 +31,9 @@ def carried(monkeypatch):
 
         monkeypatch.setattr(_mlp, name, wrapper)
 
-    monkeypatch.setattr(_mlp, "FEW_TOKENS", 0)
+    monkeypatch.setattr(_mlp.rule, "FEW_TOKENS", 0)
     tiling = Tiling(path="descriptors", BM=16, BN=64, BK=32, store_parts=2)
-    monkeypatch.setattr(_mlp, "middle_tiling_for", lambda case, keep_a: tiling)
+    monkeypatch.setattr(_mlp.rule, "middle_tiling_for", lambda case, keep_a: tiling)
     counted("_forward_activated")
     counted("grad_input_activated")
     return calls
@@ -71,15 +71,20 @@ def test_by_name(make_problem, error, carried, activation, recompute, bias):
             assert error(got.grad, expected.grad) < 4e-6, name
 
 
-def test_h_gives_its_memory_away_only_when_it_is_needed_no_more(make_problem, carried):
+@pytest.mark.parametrize(
+    ("activation", "recompute"), [("gelu", "activation"), ("gelu", "none"), ("none", "none")]
+)
+def test_h_gives_its_memory_away_only_when_it_is_needed_no_more(
+    make_problem, carried, activation, recompute
+):
     first = make_problem(B=64, R=3, C=2, K=1, N=17)
     second = make_problem(B=64, R=2, C=3, K=2, N=17, seed=1)
     inputs = [t.clone().requires_grad_() for t in (first.x, first.values, second.values)]
     x, values1, values2 = inputs
     cols1, cols2 = first.pattern.col_indices, second.pattern.col_indices
     y = block_ell_mlp(
-        x, values1, cols1, first.bias, values2, cols2, None,
-        recompute="activation", backend="triton",
+        x, values1, cols1, first.bias, values2, cols2, None, activation,
+        recompute=recompute, backend="triton",
     )  # fmt: skip
     grads = [torch.autograd.grad(y, inputs, second.dy, retain_graph=True) for _ in range(2)]
     grads.append(torch.autograd.grad(y, inputs, second.dy))

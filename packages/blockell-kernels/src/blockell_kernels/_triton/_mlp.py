@@ -14,9 +14,9 @@ from blockell_kernels._backends import Case, Direction, Pattern
 from blockell_kernels._dense import to_dense
 from blockell_kernels._gluon import _halves
 from blockell_kernels._gluon import _mlp as _by_turns
+from blockell_kernels._triton import _mlp_rule as rule
 from blockell_kernels._triton._activate import arithmetic
 from blockell_kernels._triton._device import (
-    capability,
     describable,
     dot_precision,
     num_sms,
@@ -27,26 +27,8 @@ from blockell_kernels._triton._forward import forward_activated as _forward_acti
 from blockell_kernels._triton._grad_input import _sorted_columns
 from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._mlp_kernels import grad_input_activated as kernel
+from blockell_kernels._triton._mlp_rule import Way
 from blockell_kernels._triton._tiling import Tiling, ceil_div
-from blockell_kernels._triton._tilings import tiling_for as forward_tiling_for
-
-FEW_TOKENS = 512
-"""Below this many tokens the passes over memory cost nothing next to the launches."""
-PATHS = ("pointers", "descriptors", "packed")
-"""Ways of the forward product that take an activation."""
-DEEP, DEEP_ALONE = 1024, 256
-"""Products summed per element of da from which f' rides on them, where a is computed again with it
-and where not. On shorter sums the epilogue takes longer than the products and nothing runs beside
-it; a pass of its own through L2 is faster then. Measured at 8192 tokens, 640 -> 2560, half dense
-(320 products): 74 us with it and 100 with a, too; without 36 and 34 to 46 for the pass."""
-
-
-SHALLOW = 1024
-"""Products summed per element up to which the Gluon kernels "by turns" win, from `TURNS_TOKENS` on:
-their tiles are 128 x 128, which longer sums pay for in bytes from L2. Measured with 2048 to 65536
-tokens in tile 128: up to 1536 -> 6144 they gained 7 to 15% of a whole step, of 4096 -> 14336 they
-lost 4 to 6%."""
-TURNS_TOKENS = 2048
 
 
 class Middle(NamedTuple):
@@ -69,20 +51,20 @@ def forward_activated(
     keep_pre: bool,
 ) -> tuple[Tensor, Tensor | None] | None:
     """(f(h), h or None) for h = x W^T + bias [N, R*B]; None where two passes are better."""
-    if x.shape[0] < FEW_TOKENS:
-        return None
-    case = _case("forward", x, pattern)
-    if (halves := _halves.chosen(case, x, values)) is not None:
-        return _forward_activated(x, values, bias, pattern, halves, activation, keep_pre)
-    turns = case.N >= TURNS_TOKENS and case.K * case.B <= SHALLOW and activation != "none"
-    if turns and _by_turns.forward_takes(x, values, pattern):
+    way = forward_way(x, values, pattern, activation)
+    if way.kernel == "turns":
         return _by_turns.forward(x, values, bias, pattern, activation, keep_pre)
-    tiling = forward_tiling_for(case)
-    # A pass over h costs more than the Gluon kernels, which take no activation, save.
-    tiling = tiling.otherwise or tiling
-    if tiling.path not in PATHS:
+    if way.tiling is None:
         return None
-    return _forward_activated(x, values, bias, pattern, tiling, activation, keep_pre)
+    return _forward_activated(x, values, bias, pattern, way.tiling, activation, keep_pre)
+
+
+def forward_way(x: Tensor, values: Tensor, pattern: Pattern, activation: str) -> Way:
+    """How `forward_activated` computes."""
+    case = _case("forward", x, pattern)
+    halves = _halves.chosen(case, x, values)
+    by_turns = _by_turns.forward_takes(x, values, pattern)
+    return rule.forward_way(case, activation, halves, by_turns)
 
 
 def middle(
@@ -108,43 +90,45 @@ def middle(
         sparse: whether the input gradient alone is chosen to be sparse.
         dense: whether it may be computed by a dense weight.
     """
-    case = _case("grad_input", dy, pattern)
-    if case.N < FEW_TOKENS or _halves.chosen(case, dy, values) is not None:
-        return None
+    way = middle_way(dy, values, pattern, pre, sparse=sparse, dense=dense, keep_a=keep_a)
     wants = {"keep_a": keep_a, "need_bias": need_bias, "overwrite": overwrite}
-    turns, depth = case.N >= TURNS_TOKENS, case.R * case.B
-    shallow = turns and case.density * depth < SHALLOW
-    if sparse and shallow and _by_turns.middle_takes(dy, values, pattern, pre):
+    if way.kernel == "turns":
         return Middle(*_by_turns.middle(dy, values, pattern, pre, activation, **wants))
-    wide_blocks = sparse and case.B == 128  # which another kernel takes without a copy
-    dense = dense and turns and depth <= SHALLOW and not wide_blocks
-    if dense and _by_turns.dense_middle_takes(dy, pre):
+    if way.kernel == "dense turns":
         weight = to_dense(values, pattern) if weight is None else weight
         return Middle(*_by_turns.middle(dy, weight, None, pre, activation, **wants))
-    tiling = middle_tiling_for(case, keep_a) if sparse else None
-    if tiling is None:
+    if way.tiling is None:
         return None
-    return grad_input_activated(dy, values, pattern, pre, activation, tiling=tiling, **wants)
+    return grad_input_activated(dy, values, pattern, pre, activation, tiling=way.tiling, **wants)
+
+
+def middle_way(
+    dy: Tensor,
+    values: Tensor,
+    pattern: Pattern,
+    pre: Tensor,
+    *,
+    sparse: bool,
+    dense: bool,
+    keep_a: bool,
+) -> Way:
+    """How `middle` computes."""
+    case = _case("grad_input", dy, pattern)
+    return rule.middle_way(
+        case,
+        sparse=sparse,
+        dense=dense,
+        keep_a=keep_a,
+        halves=_halves.chosen(case, dy, values) is not None,
+        by_turns=_by_turns.middle_takes(dy, values, pattern, pre),
+        dense_by_turns=_by_turns.dense_middle_takes(dy, pre),
+    )
 
 
 def _case(direction: Direction, operand: Tensor, pattern: Pattern) -> Case:
     p = pattern
     sizes = (operand.shape[0], p.R, p.C, p.num_live, p.B, p.row_group)
     return Case(direction, operand.device, operand.dtype, *sizes)
-
-
-def middle_tiling_for(case: Case, keep_a: bool) -> Tiling | None:
-    """The tiling of fc2's grad_input with this epilogue; None: two passes are better."""
-    B, N = case.B, case.N
-    if capability(case.device)[0] != 9 or B < 64 or N < FEW_TOKENS or case.dtype == torch.float32:
-        return None
-    if case.R * B * case.density < (DEEP if keep_a else DEEP_ALONE):
-        return None
-    if B == 64:
-        return Tiling(path="descriptors", BM=128, BN=64, BK=64, warps=4, stages=4)
-    return Tiling(
-        path="descriptors", BM=128, BN=128, BK=64, warps=4, stages=3, store_parts=2, persistent=2
-    )
 
 
 @on_its_device
