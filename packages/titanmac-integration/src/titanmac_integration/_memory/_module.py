@@ -14,13 +14,16 @@ from torch.nn import functional
 
 from .._config import TitanMACConfig
 from .._linear import init_linear
+from .._project import has_hooks, project
+from ._answers import gated, normalised
+from ._chunked import kernels_take, read, recall_segments
 from ._gates import MAX_ALPHA, MAX_STEP, START_ALPHA, START_ETA, START_STEP, Gates
+from ._kernels import on_gpu
 from ._linear import linear_memory
-from ._mlp import mlp_memory, recall
+from ._mlp import mlp_memory
 from ._state import MemoryState, Weights
+from ._tokens import TAPS, at_least_single, tokens_and_gates
 
-TAPS = 4
-"""Tokens that the short convolution sees: a token and the three before it."""
 HIDDEN_FACTOR = 2
 
 
@@ -87,12 +90,15 @@ class NeuralMemory(nn.Module):
 
     def initial_state(self, batch: int) -> MemoryState:
         """The state before the first token of ``batch`` sequences."""
-        weights = tuple(
-            _at_least_single(matrix).expand(batch, *matrix.shape) for matrix in self.initial
-        )
+        weights, nothing = self._initial(batch)
         past = self.taps.new_zeros(batch, TAPS - 1, 3 * self.heads * self.width)
-        nothing = tuple(torch.zeros_like(matrix) for matrix in weights)
         return MemoryState(weights, nothing, weights, weights, past)
+
+    def _initial(self, batch: int) -> tuple[Weights, Weights]:
+        weights = tuple(
+            at_least_single(matrix).expand(batch, *matrix.shape) for matrix in self.initial
+        )
+        return weights, tuple(torch.zeros_like(matrix) for matrix in weights)
 
     def forward(
         self, x: Tensor, state: MemoryState | None = None, position: int = 0
@@ -107,41 +113,87 @@ class NeuralMemory(nn.Module):
         Returns:
             :class:`MemoryOutput`; the memory computes in float32 at least, whatever autocast says.
         """
-        if state is None:
-            state = self.initial_state(x.shape[0])
-        query, key, value, past = self._project(x, state.convolution)
-        logits = self.gates(x).unflatten(-1, (3, self.heads)).permute(2, 0, 3, 1)
-        with torch.autocast(x.device.type, enabled=False):
-            gates = Gates.from_logits(_at_least_single(logits), self.max_step)
-            answers, errors, starts, state = self._learn(
-                query, key, value, gates, state._replace(convolution=past), position
+        device = x.device.type
+        if on_gpu(x) and torch.is_autocast_enabled(device):
+            x = x.to(torch.get_autocast_dtype(device))  # once, not in every projection
+        flat, bias = self._project(x)
+        past = None if state is None else state.convolution
+        with torch.autocast(device, enabled=False):
+            tokens, gates = tokens_and_gates(
+                flat, past, self.taps, bias, self.heads, self.width, self.max_step
             )
-            retrieved = None
-            if self.segment is not None:
-                retrieved, state = self._before_segment(query, starts, state, position)
-            loss = errors.detach().square().sum(-1).mean()
-        gate = torch.sigmoid(self.out_gate(x))
-        read = gate * self._merge(answers)
-        return MemoryOutput(
-            read, None if retrieved is None else self._merge(retrieved), loss, state
-        )
+            latest = self._past(flat, past)
+            if state is None:
+                weights, momentum = self._initial(x.shape[0])
+                state = MemoryState(weights, momentum, weights, weights, latest)
+            else:
+                state = MemoryState(*state[:4], latest)
+            answers, retrieved, loss, state = self._learn(
+                tokens, gates, state, position, flat.dtype
+            )
+        read = gated(self._merge(answers), project(self.out_gate, x))
+        if retrieved is not None:
+            retrieved = self._merge(retrieved)
+        return MemoryOutput(read, retrieved, loss, state)
 
-    def _project(self, x: Tensor, past: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Queries, keys, values [S, H, T, D] and what the convolution remembers."""
-        flat = torch.cat((self.query(x), self.key(x), self.value(x)), dim=-1)
-        flat = torch.cat((past.to(flat.dtype), flat), dim=1)
-        # written out: a library's convolution may mix positions in rounding, and so the future in
-        taps = self.taps.to(flat.dtype)
-        tokens = x.shape[1]
-        mixed = flat[:, TAPS - 1 :] * taps[:, -1]
-        for i in range(TAPS - 1):
-            mixed = torch.addcmul(mixed, flat[:, i : i + tokens], taps[:, i])
-        heads = _at_least_single(functional.silu(mixed)).unflatten(-1, (3, self.heads, self.width))
-        both, value = heads.permute(2, 0, 3, 1, 4).split((2, 1))
-        query, key = functional.normalize(both, dim=-1).unbind(0)
-        return query, key, value[0], flat[:, -(TAPS - 1) :]
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """[S, T, 3 H D + 3 H or more]: query, key, value, logits of gates; a bias of these."""
+        layers = (self.query, self.key, self.value, self.gates)
+        apart = any(type(layer) is not nn.Linear or has_hooks(layer) for layer in layers)
+        if apart or not on_gpu(x):
+            return torch.cat([layer(x) for layer in layers], dim=-1), None
+        weights = [layer.weight for layer in layers]
+        rest = -sum(len(weight) for weight in weights) % 8  # products of odd widths are slow
+        weights.append(weights[0].new_zeros(rest, x.shape[-1]))
+        return functional.linear(x, torch.cat(weights)), self.gates.bias
+
+    def _past(self, flat: Tensor, past: Tensor | None) -> Tensor:
+        """What the convolution remembers after these tokens [S, TAPS - 1, 3 H D]."""
+        latest = flat[:, -(TAPS - 1) :, : len(self.taps)]
+        missing = TAPS - 1 - latest.shape[1]
+        if not missing:
+            return latest
+        if past is None:
+            return functional.pad(latest, (0, 0, missing, 0))
+        return torch.cat((past[:, -missing:].to(latest.dtype), latest), dim=1)
 
     def _learn(
+        self, tokens: Tensor, gates: Tensor, state: MemoryState, position: int, source: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor, MemoryState]:
+        """Answers and retrieved answers [S, T, H, D], the loss, the state after the tokens."""
+        if self.depth == 1 and kernels_take(tokens, self.chunk):
+            return self._learn_by_kernels(tokens, gates, state, position, source)
+        query, key, value = tokens.permute(2, 0, 3, 1, 4).unbind(0)
+        answers, errors, starts, state = self._learn_plainly(
+            query, key, value, Gates(*gates.unbind(0)), state, position
+        )
+        retrieved = None
+        if self.segment is not None:
+            retrieved, state = self._before_segment(query, starts, state, position)
+            retrieved = retrieved.transpose(1, 2)
+        loss = errors.detach().square().sum(-1).mean()
+        return answers.transpose(1, 2), retrieved, loss, state
+
+    def _learn_by_kernels(
+        self, tokens: Tensor, gates: Tensor, state: MemoryState, position: int, source: torch.dtype
+    ) -> tuple[Tensor, Tensor | None, Tensor, MemoryState]:
+        segment = self.segment if self.segment and position % self.segment == 0 else 0
+        before = state.weights[0], state.momentum[0]
+        said = read(tokens, gates, *before, self.chunk, segment, source)
+        retrieved = said.retrieved
+        if said.segment is not None:
+            state = MemoryState(*state[:3], (said.segment,), state.convolution)
+        elif self.segment is not None:
+            asked, state = self._before_segment(
+                tokens[:, :, 0].transpose(1, 2), (), state, position
+            )
+            retrieved = asked.transpose(1, 2)
+        loss = said.squares * (3 * self.width / tokens.numel())
+        weights = (said.weights,)
+        after = MemoryState(weights, (said.momentum,), weights, *state[3:])
+        return said.answers, retrieved, loss, after
+
+    def _learn_plainly(
         self,
         query: Tensor,
         key: Tensor,
@@ -150,7 +202,6 @@ class NeuralMemory(nn.Module):
         state: MemoryState,
         position: int,
     ) -> tuple[Tensor, Tensor, Weights, MemoryState]:
-        anchor = state.anchor
         if self.depth == 1:
             answers, errors, starts, weights, momentum = linear_memory(
                 query, key, value, gates, state.weights, state.momentum, self.chunk
@@ -164,16 +215,12 @@ class NeuralMemory(nn.Module):
                 gates,
                 state.weights,
                 state.momentum,
-                anchor,
+                state.anchor,
                 self.chunk,
                 position % self.chunk,
             )
-        return (
-            answers,
-            errors,
-            starts,
-            state._replace(weights=weights, momentum=momentum, anchor=anchor),
-        )
+        after = MemoryState(weights, momentum, anchor, *state[3:])
+        return answers, errors, starts, after
 
     def _before_segment(
         self, query: Tensor, starts: Weights, state: MemoryState, position: int
@@ -186,18 +233,12 @@ class NeuralMemory(nn.Module):
             segments = tuple(matrix[:, :, None] for matrix in state.segment)
         else:
             segments = tuple(matrix[:, :, :: self.segment // self.chunk] for matrix in starts)
-        size = min(self.segment, tokens)
-        blocks = functional.pad(query, (0, 0, 0, -tokens % size)).unflatten(2, (-1, size))
-        retrieved = recall(blocks, segments).flatten(2, 3)[:, :, :tokens]
-        return retrieved, state._replace(segment=tuple(matrix[:, :, -1] for matrix in segments))
+        retrieved = recall_segments(query, segments, self.segment)
+        latest = tuple(matrix[:, :, -1] for matrix in segments)
+        # not _replace, which torch.compile of torch 2.11 cannot trace
+        return retrieved, MemoryState(*state[:3], latest, state.convolution)
 
-    def _merge(self, heads: Tensor) -> Tensor:
-        """[S, H, T, D] -> [S, T, d_model]."""
-        normed = self.norm(heads.to(self.norm.weight.dtype))
-        output: Tensor = self.out(normed.transpose(1, 2).flatten(2))
+    def _merge(self, answers: Tensor) -> Tensor:
+        """[S, T, H, D] -> [S, T, d_model]."""
+        output: Tensor = self.out(normalised(self.norm, answers).flatten(2))
         return output
-
-
-def _at_least_single(x: Tensor) -> Tensor:
-    """Half precision is not enough to add up thousands of small steps."""
-    return x if x.dtype == torch.float64 else x.float()

@@ -1,0 +1,207 @@
+# mypy: ignore-errors
+"""Launches of the kernels of a matrix memory. Legend as in `_chunk_kernels`."""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from . import _chunk_backward_kernels as backward
+from . import _chunk_kernels as forward
+
+
+class Launch(NamedTuple):
+    """How the kernels run for one precision and one width; chosen by measurement."""
+
+    chunk: int
+    """Tokens of a chunk at most: more make fewer states, and larger products within a chunk."""
+    scan_columns: int
+    """Columns of a state that a program carries: fewer make more programs, each as long."""
+    columns: int
+    """Columns of a state that the other kernels take at a time."""
+    scan: dict
+    scan_backward: dict
+    chunks: dict
+    """For the kernels that run for all chunks at once, forward."""
+    chunks_backward: dict
+
+
+def launch(precision: str, width: int) -> Launch:
+    """For H200; ``width`` D."""
+    wide = width > 64
+    few = {"num_warps": 8 if wide else 4, "num_stages": 1}
+    staged = few if wide else {"num_warps": 4, "num_stages": 3}
+    return Launch(64, 16, 32 if wide else 64, staged, staged, few, few)
+
+
+class Kept(NamedTuple):
+    """What the backward pass needs of the forward pass."""
+
+    factors: Tensor
+    """[N, n, FACTORS, b]"""
+    inverse: Tensor
+    """[N, n, b, b]"""
+    errors: Tensor
+    """[N, T, D]"""
+    states: Tensor
+    """[N, n, 2, D, D]: M and S before each chunk"""
+
+
+def _sizes(tokens: Tensor, chunk: int) -> tuple[int, int, int, int, int, int]:
+    S, T, _, H, D = tokens.shape
+    b = min(chunk, T)
+    return S * H, T, b, -(-T // b), H, D
+
+
+def _constants(H: int, D: int, b: int, precision: str) -> dict:
+    B, DP = (max(16, triton.next_power_of_2(x)) for x in (b, D))
+    return {"H": H, "D": D, "B": B, "DP": DP, "PRECISION": precision}
+
+
+def read_chunks(
+    tokens: Tensor,
+    gates: Tensor,
+    memory: Tensor,
+    momentum: Tensor,
+    chunk: int,
+    per_segment: int,
+    precision: str,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Kept]:
+    """Answers [S, T, H, D], what segments retrieve (or None), M and S after the last token
+    [2, N, D, D], sums of squared errors, `Kept`.
+
+    ``per_segment`` chunks of a segment, 0 for none; ``tokens`` and ``gates`` contiguous,
+    ``memory`` and ``momentum`` [S, H, D, D] contiguous but for their first dimension.
+    """
+    N, T, b, n, H, D = _sizes(tokens, chunk)
+    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
+    new = tokens.new_empty
+    inverse, factors = new(N, n, b, b), new(N, n, forward.FACTORS, b)
+    forward._memory_prepare[(N, n)](
+        tokens, gates, inverse, factors, N, T, b, **constants, **tuned.chunks
+    )
+    columns = min(tuned.scan_columns, constants["DP"])
+    slabs = constants["DP"] // columns
+    errors, states = new(N, T, D), new(N, n, 2, D, D)
+    final, squares = new(2, N, D, D), new(N, slabs)
+    forward._memory_scan[(N, slabs)](
+        tokens,
+        factors,
+        inverse,
+        memory,
+        momentum,
+        errors,
+        states,
+        final,
+        squares,
+        T,
+        b,
+        n,
+        memory.stride(0),
+        momentum.stride(0),
+        BV=columns,
+        **constants,
+        **tuned.scan,
+    )
+    answers = new(tokens.shape[0], T, H, D)
+    retrieved = torch.empty_like(answers) if per_segment else None
+    forward._memory_answer[(N, n)](
+        tokens,
+        gates,
+        errors,
+        states,
+        answers,
+        retrieved,
+        N,
+        T,
+        b,
+        per_segment or 1,
+        D,
+        BV=min(tuned.columns, constants["DP"]),
+        **constants,
+        **tuned.chunks,
+    )
+    return answers, retrieved, final, squares, Kept(factors, inverse, errors, states)
+
+
+def read_chunks_backward(
+    tokens: Tensor,
+    gates: Tensor,
+    kept: Kept,
+    d_answers: Tensor,
+    d_retrieved: Tensor | None,
+    d_errors: Tensor | None,
+    d_segment: Tensor | None,
+    d_memory: Tensor | None,
+    d_momentum: Tensor | None,
+    chunk: int,
+    per_segment: int,
+    precision: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of tokens, of gates, and of X before the first token [N, 2, D, D].
+
+    All contiguous; ``d_segment`` is of M before the last segment.
+    """
+    N, T, b, n, H, D = _sizes(tokens, chunk)
+    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
+    wide = min(tuned.columns, constants["DP"])
+    columns = min(tuned.scan_columns, constants["DP"])
+    d_tokens, d_gates = torch.empty_like(tokens), torch.empty_like(gates)
+    d_states = tokens.new_empty(N, n + 1, 2, D, D)
+    backward._memory_answer_backward[(N, n)](
+        tokens,
+        gates,
+        kept.errors,
+        kept.states,
+        d_answers,
+        d_retrieved,
+        d_errors,
+        d_tokens,
+        d_gates,
+        N,
+        T,
+        b,
+        per_segment or 1,
+        D,
+        BV=wide,
+        **constants,
+        **tuned.chunks_backward,
+    )
+    backward._memory_scan_backward[(N, constants["DP"] // columns)](
+        tokens,
+        kept.factors,
+        kept.inverse,
+        d_answers,
+        d_retrieved,
+        d_segment,
+        d_memory,
+        d_momentum,
+        d_tokens,
+        d_states,
+        T,
+        b,
+        n,
+        per_segment or 1,
+        BV=columns,
+        **constants,
+        **tuned.scan_backward,
+    )
+    backward._memory_error_backward[(N, n)](
+        tokens,
+        gates,
+        kept.factors,
+        kept.errors,
+        kept.states,
+        d_states,
+        d_tokens,
+        d_gates,
+        N,
+        T,
+        b,
+        D,
+        BV=wide,
+        **constants,
+        **tuned.chunks_backward,
+    )
+    return d_tokens, d_gates, d_states[:, 0]
