@@ -24,7 +24,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cms_topology import CMSBlockLinear, Consolidation, RetentionGuard, consolidate, make_probes
+from cms_topology import (
+    CMSBlockLinear,
+    Consolidation,
+    DriftController,
+    RetentionGuard,
+    consolidate,
+    make_probes,
+)
+
+BUDGETS = {"auto": (1e3, 1e-3), "small": (1e-9, 1e-5)}
+"""Target in nats and first budget of a controller: a budget that stays large, as it is after some
+hundred steps, and one that stays small, whose products are taken in full precision."""
+
+
+def in_bf16(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Answers to the probes by the same arithmetic as the training's."""
+    with torch.autocast(inputs.device.type, torch.bfloat16):
+        answers: Tensor = model(inputs)
+    return answers
+
 
 CONTROLS: dict[str, dict[str, Any]] = {
     "drift, every step": {"drift": 1e-3, "eps": math.inf, "every": 1},
@@ -32,6 +51,8 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "drift + eps, every step": {"drift": 1e-3, "eps": 0.1, "every": 1},
     "drift + eps, every 10": {"drift": 1e-3, "eps": 0.1, "every": 10},
     "probes + eps, every 10": {"drift": "auto", "eps": 0.1, "every": 10},
+    "the same, small budget": {"drift": "small", "eps": 0.1, "every": 10},
+    "the same, asked in bf16": {"drift": "auto", "eps": 0.1, "every": 10, "logits_fn": in_bf16},
 }
 
 
@@ -108,8 +129,12 @@ class Training:
         self.optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=fused)
         self.guard, self.built_s = None, 0.0
         if control is not None:
+            settings = dict(control)
+            if settings["drift"] in BUDGETS:
+                target, start = BUDGETS[settings["drift"]]
+                settings["drift"] = DriftController(target, start=start, device=args.device)
             started = time.perf_counter()
-            self.guard = RetentionGuard(model, self.optimizer, memory, **control)
+            self.guard = RetentionGuard(model, self.optimizer, memory, **settings)
             if args.device == "cuda":
                 torch.cuda.synchronize()
             self.built_s = time.perf_counter() - started
