@@ -21,10 +21,18 @@ from torch import nn
 from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
 
 
-def median_ms(run: Callable[[], object], args: argparse.Namespace) -> float:
+def median_ms(
+    run: Callable[[], object],
+    args: argparse.Namespace,
+    before: Callable[[], object] = lambda: None,
+) -> float:
+    """Median time of `run`; `before` runs ahead of each, and is not counted."""
     clock = time.process_time if args.cpu_time else time.perf_counter
     times = []
     for i in range(args.repeats + 2):
+        before()
+        if args.device == "cuda":
+            torch.cuda.synchronize()
         started = clock()
         run()
         if args.device == "cuda":
@@ -77,20 +85,25 @@ def measure(candidate_score: str, args: argparse.Namespace) -> dict[str, float]:
         manager._step = 0  # step 1: only level 0 is due
         manager.step()
 
-    every = time_of(level_0)
+    for layer in sparse:  # as old as the optimizer, whose steps above no manager has seen
+        layer.scorer.block_age.fill_(int(optimizer.state[layer.values]["step"]))
+    every = median_ms(level_0, args, optimizer.step)
     for layer in sparse:
         layer.collect_candidates = True
     backward(True)()
     manager.step()
     fold = time_of(lambda: [layer.score_step() for layer in sparse])
     decide = time_of(manager._decide)
+    # many blocks are young now, and the steps of all of them are corrected
+    every_young = median_ms(level_0, args, optimizer.step)
     samples = 1 if candidate_score == "gradient" else 10
     step = plain + optimizer_step
-    per_100 = 100 * every + 10 * fold + decide + samples * max(0.0, sampled - plain)
+    per_100 = 100 * every_young + 10 * fold + decide + samples * max(0.0, sampled - plain)
     return {
         "forward + backward, ms": plain,
         "optimizer step, ms": optimizer_step,
         "level 0 (every step), ms": every,
+        "the same, after decisions, ms": every_young,
         "level 1 (every 10), ms": fold,
         "level 2 (every 100), ms": decide,
         "one sampled backward pass, extra ms": sampled - plain,
