@@ -102,10 +102,11 @@ def select_in_layers(
 
     columns = col_indices.view(L, groups, G, K)[:, :, 0].long()
     additive = config.candidate_score == "loss"
-    blocked = ~_group_scores(present, G, additive).isfinite()
+    scores = _group_scores(present, G, additive)
+    blocked = ~scores.isfinite()
     if protected is not None:
         blocked |= protected.view(L, groups, G, K).any(2)
-    weak, weak_slot = _weakest(_group_scores(present, G, additive), blocked, proposals)
+    weak, weak_slot = _weakest(scores, blocked, proposals)
     grouped = _group_scores(candidates, G, additive)
     strong, strong_column = _strongest(grouped, columns, proposals)
 
