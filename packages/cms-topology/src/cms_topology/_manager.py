@@ -27,6 +27,7 @@ from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._topology import RetentionRule
 from cms_topology._sampled import fold_sampled_steps
 from cms_topology._scorer import compute_column_entropy
+from cms_topology._scores import swap_rates
 from cms_topology._seeding import decision_generator
 
 
@@ -189,7 +190,8 @@ class TopologyManager:
     def swap_rate(self) -> float | None:
         """Mean share of blocks swapped per decision over the last ten; None before the first."""
         total = sum(layer.R * layer.num_live for layer in self.layers.values())
-        rates = {name: layer.swap_rates()[-10:] for name, layer in self.layers.items()}
+        found = swap_rates([layer.scorer for layer in self.layers.values()])
+        rates = {name: r[-10:] for name, r in zip(self.layers, found, strict=True)}
         counts = [sum(r) / len(r) * self._blocks(name) for name, r in rates.items() if r]
         return sum(counts) / total if counts else None
 

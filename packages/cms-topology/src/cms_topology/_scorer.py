@@ -22,7 +22,13 @@ from cms_topology._blocks import all_finite, block_norms
 from cms_topology._config import ScoringConfig
 from cms_topology._loss_score import LossStatistics
 from cms_topology._sampled import add_sampled_step, fold_sampled_steps
-from cms_topology._scores import HISTORY_DECISIONS, calibrated, record_swaps, select_swaps
+from cms_topology._scores import (
+    HISTORY_DECISIONS,
+    calibrated,
+    record_swaps,
+    select_swaps,
+    swap_rates,
+)
 from cms_topology._selection import Selection
 
 
@@ -244,12 +250,7 @@ class TopologyScorer(nn.Module):
 
     def swap_rates(self) -> list[float]:
         """Swap rates of the last decisions (at most 64), oldest first. Copies to the host."""
-        n = int(self.num_decisions)
-        rates = [float(rate) for rate in self.swap_history.tolist()]
-        if n <= HISTORY_DECISIONS:
-            return rates[:n]
-        start = n % HISTORY_DECISIONS
-        return rates[start:] + rates[:start]
+        return swap_rates([self])[0]
 
     # -- torch's protocols --------------------------------------------------------------------
 

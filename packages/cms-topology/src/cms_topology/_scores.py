@@ -105,6 +105,21 @@ def record_swaps(
     torch._foreach_add_([scorer.num_decisions for scorer in scorers], 1)
 
 
+def swap_rates(scorers: Sequence[TopologyScorer]) -> list[list[float]]:
+    """Swap rates of the last decisions (at most 64) of any layers, oldest first.
+
+    Waits for the device twice, however many layers there are.
+    """
+    device = scorers[0].num_decisions.device
+    counts = torch.stack([scorer.num_decisions.to(device) for scorer in scorers]).tolist()
+    rings = torch.stack([scorer.swap_history.to(device) for scorer in scorers]).tolist()
+    rates = []
+    for n, ring in zip(counts, rings, strict=True):
+        start = n % HISTORY_DECISIONS if n > HISTORY_DECISIONS else 0
+        rates.append([*ring[start:], *ring[:start]] if n > HISTORY_DECISIONS else ring[:n])
+    return rates
+
+
 def _present(scorers: Sequence[TopologyScorer], values: Sequence[Tensor]) -> Tensor:
     """Keep scores of all slots, float32 [L, R, K]; see `TopologyScorer.present_scores`."""
     if scorers[0].config.keep_score == "magnitude":

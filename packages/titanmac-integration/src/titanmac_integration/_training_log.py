@@ -52,8 +52,9 @@ def log_progress(trainer: "Trainer", phase: Phase, bar: Any) -> None:
     """Loss, speed, learning rate, share of topology work, memory."""
     loss, speed = fmean(phase.recent), phase.tokens_per_second()
     shown = {"loss": f"{loss:.3f}", "tok/s": f"{speed:,.0f}"}
-    if trainer.manager is not None and trainer.manager.swap_rate is not None:
-        shown["swap"] = f"{trainer.manager.swap_rate:.1%}"
+    rate = trainer.manager.swap_rate if trainer.manager is not None else None
+    if rate is not None:
+        shown["swap"] = f"{rate:.1%}"
     bar.set_postfix(shown, refresh=False)
     metrics = {
         "train/loss": loss,
