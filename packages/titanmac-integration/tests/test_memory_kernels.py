@@ -162,6 +162,35 @@ print("agrees")
 """
 
 
+CHECK_GATE = """
+import sys, torch
+from titanmac_integration._memory import _answers
+device = sys.argv[1]
+
+def run(kernel, beside, dtype):
+    _answers.on_gpu = lambda x: kernel
+    generator = torch.Generator().manual_seed(0)
+    def draw(tokens):
+        return torch.randn(2, tokens, 5, generator=generator).to(device, dtype)
+    x, logits, more, grad = draw(7), draw(7), draw(10), draw(10)
+    leaves = [x, logits, more] if beside else [x, logits]
+    for leaf in leaves:
+        leaf.requires_grad_()
+    y = _answers.gated(x, logits, 3, more if beside else None)
+    once = torch.autograd.grad(y, leaves, grad, retain_graph=True)
+    again = torch.autograd.grad(y, leaves, grad, create_graph=True)
+    return [y, *once, *torch.autograd.grad(sum(g.float().sin().sum() for g in again), leaves[:2])]
+
+for beside in (False, True):
+    for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 1e-2)):
+        for plain, got in zip(*(run(kernel, beside, dtype) for kernel in (False, True))):
+            assert got.dtype == plain.dtype
+            error = (got.float() - plain.float()).norm() / plain.float().norm()
+            assert error < tolerance, (beside, dtype, float(error))
+print("agrees")
+"""
+
+
 def test_chunks_agree_with_the_plain_form(assert_agrees: Callable[[str], None]) -> None:
     """Outputs and gradients, no unwritten output, and causality to the bit."""
     assert_agrees(CHECK_CHUNKS)
@@ -175,3 +204,8 @@ def test_the_module_agrees_with_itself(
     """Whole and in pieces, gradients and second derivatives; depth 2 by the kernels around it."""
     check = CHECK_MODULE.replace("VARIANT", variant).replace("DEPTH", str(depth))
     assert_agrees(check)
+
+
+def test_the_gate_agrees_with_torch(assert_agrees: Callable[[str], None]) -> None:
+    """Alone and behind other rows, beside a sum; first and second derivatives."""
+    assert_agrees(CHECK_GATE)

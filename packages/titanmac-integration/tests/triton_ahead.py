@@ -18,9 +18,16 @@ from titanmac_integration import (
     _tied_kernels,
     _window_kernels,
 )
-from titanmac_integration._memory import _solve_kernels
+from titanmac_integration._memory import (
+    _answer_kernels,
+    _chunk_backward_kernels,
+    _chunk_kernels,
+    _chunk_launch,
+    _solve_kernels,
+    _token_kernels,
+)
 
-FLOATS = dict.fromkeys(("eps", "z_weight", "scale", "natural"), "fp32")
+FLOATS = dict.fromkeys(("eps", "z_weight", "scale", "natural", "max_step"), "fp32")
 ALIGNED = {"stride", "V", *(f"{x}_{of}" for x in "xyqkvogd" for of in ("batch", "row", "head"))}
 BF16, FP32, INT64 = "*bf16", "*fp32", "*i64"
 
@@ -94,6 +101,40 @@ def cases():
         sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
         for turn in ({},) if name == "FORWARD" else ({"TURN": False}, {"TURN": True}):
             yield f"{name} {turn}", kernel, window, sizes | turn, tiles["num_warps"]
+    yield from memory_cases()
+
+
+def memory_cases():
+    """Four memories of width 64 that read 768 channels."""
+    tuned = _chunk_launch.launch("tf32", 64)
+    sizes = {"H": 4, "D": 64, "B": tuned.chunk, "DP": 64, "PRECISION": "tf32"}
+    for module in (_chunk_kernels, _chunk_backward_kernels):
+        for name in vars(module):
+            if not name.startswith("_memory_"):
+                continue
+            kernel = getattr(module, name)
+            columns = tuned.scan_columns if "scan" in name else tuned.columns
+            constants = sizes | ({"BV": columns} if "BV" in kernel.arg_names else {})
+            pointers = {x: FP32 for x in kernel.arg_names if x.endswith("_ptr")}
+            yield name, kernel, pointers, constants, tuned.chunks["num_warps"]
+    channels = {"H": 4, "D": 64, "DP": 64, "TAPS": 4, "ROWS": _token_kernels.ROWS}
+    gates = {"H": 4, "HP": 4, "C": 768, "ROWS": _token_kernels.ROWS, "PAD": 4}
+    gates |= {name: getattr(_token_kernels, name) for name in ("MAX_ALPHA", "MIN_LOG_ETA")}
+    rows = {"D": 64, "DP": 64, "ROWS": _answer_kernels.ROWS, "BLOCK": _answer_kernels.BLOCK}
+    shortest = {"SHORTEST": _token_kernels.SHORTEST}
+    half = ("flat_ptr", "past_ptr", "d_flat_ptr", "d_past_ptr", "y_ptr", "grad_ptr", "beside_ptr")
+    for module, named in (
+        (_token_kernels, channels | shortest | gates),
+        (_answer_kernels, rows),
+    ):
+        for name in vars(module):
+            if name.startswith("_memory_"):
+                kernel = getattr(module, name)
+                constants = {x: value for x, value in named.items() if x in kernel.arg_names}
+                pointers = {
+                    x: BF16 if x in half else FP32 for x in kernel.arg_names if x.endswith("_ptr")
+                }
+                yield name, kernel, pointers, constants, 4
 
 
 for name, kernel, pointers, constants, warps in cases():

@@ -4,7 +4,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from ._attention import CausalWindowAttention, Pass
 from ._config import TitanMACConfig
@@ -46,10 +45,7 @@ class TitanBlock(nn.Module):
         super().__init__()
         self.n_persistent = config.n_persistent
         self.variant = config.titans_variant if config.has_memory(layer) else None
-        # a memory beside attention reads the normalised tokens too, in full precision
-        alone = self.variant not in ("MAC", "MAG")
-        first = NormBeforeLinear if alone else nn.RMSNorm
-        self.norm_attention = first(config.d_model, eps=config.norm_eps)
+        self.norm_attention = NormBeforeLinear(config.d_model, eps=config.norm_eps)
         self.attention = CausalWindowAttention(config, layer, generator=generator)
         self.norm_mlp = NormBeforeLinear(config.d_model, eps=config.norm_eps)
         self.mlp = TitanMLP(config, layer, generator=generator)
@@ -57,7 +53,7 @@ class TitanBlock(nn.Module):
         if self.variant is not None:
             self.memory = NeuralMemory(config, generator=generator)
         if self.variant in ("MAC", "MAL"):
-            self.norm_memory = nn.RMSNorm(config.d_model, eps=config.norm_eps)
+            self.norm_memory = NormBeforeLinear(config.d_model, eps=config.norm_eps)
             """MAC: of retrieved tokens. MAL: of what the memory reads."""
 
     def forward(
@@ -87,16 +83,12 @@ class TitanBlock(nn.Module):
         past = None if state is None else state.memory
         retrieved, memory, loss = None, None, None
 
-        if self.variant is not None and added is not None:
-            x, added = added.plus(x), None
         if self.variant == "MAL":
-            said = self.memory(self.norm_memory(x[:, skipped:]), past, run.position)
+            x, normed = self.norm_memory.after_adding(x, *(added or (None,)))
+            said = self.memory(normed[:, skipped:], past, run.position)
             memory, loss = said.state, said.loss
-            added = Addend(self.dropout(_behind(said.read, skipped)))
-        if isinstance(self.norm_attention, NormBeforeLinear):
-            x, normed = self.norm_attention.after_adding(x, *(added or (None,)))
-        else:
-            normed = self.norm_attention(x)
+            added = Addend(self.dropout(said.behind(skipped)))
+        x, normed = self.norm_attention.after_adding(x, *(added or (None,)))
         if self.variant in ("MAC", "MAG"):
             said = self.memory(normed[:, skipped:], past, run.position)
             memory, loss = said.state, said.loss
@@ -104,7 +96,7 @@ class TitanBlock(nn.Module):
                 retrieved = self.norm_memory(said.retrieved.to(x.dtype))
         attended, bias, cache = self.attention(normed, run, retrieved, cache)
         if self.variant in ("MAC", "MAG"):
-            attended = attended + _behind(said.read, skipped)
+            attended = said.behind(skipped, attended)
         x, normed = self.norm_mlp.after_adding(x, *self._dropped(attended, bias))
         added = self._dropped(*self.mlp.apart(normed))
         if not run.keep_state:
@@ -116,8 +108,3 @@ class TitanBlock(nn.Module):
         if bias is None or not self.training or self.dropout.p == 0:
             return Addend(self.dropout(value), bias)
         return Addend(self.dropout(value + bias))
-
-
-def _behind(tokens: Tensor, n_persistent: int) -> Tensor:
-    """[S, T, d_model] with rows of zeros for the persistent tokens in front."""
-    return functional.pad(tokens, (0, 0, n_persistent, 0)) if n_persistent else tokens

@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._project_kernels import sum_parts
+
 ROWS = 32
 PROGRAMS = 528
 """At most, of the norm's backward pass; each gathers a share of the weight's gradient."""
@@ -68,24 +70,50 @@ def _memory_norm_backward(
 
 
 @triton.jit
-def _memory_gate(x_ptr, logits_ptr, y_ptr, N, BLOCK: tl.constexpr):
-    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    x = tl.load(x_ptr + lane, lane < N, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(logits_ptr + lane, lane < N, other=0.0).to(tl.float32))
-    tl.store(y_ptr + lane, (gate * x).to(y_ptr.dtype.element_ty), lane < N)
+def _memory_gate(
+    x_ptr,  # [S, T, C]
+    logits_ptr,  # [S, T, C]
+    beside_ptr,  # [S, P + T, C], or None
+    y_ptr,  # [S, P + T, C]
+    skipped,  # P C
+    N,  # T C
+    BLOCK: tl.constexpr,
+):
+    sequence = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    there, inside = lane < skipped + N, (lane >= skipped) & (lane < skipped + N)
+    place = sequence * N + (lane - skipped)
+    x = tl.load(x_ptr + place, inside, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32))
+    y = gate * x
+    place = sequence * (skipped + N) + lane
+    if beside_ptr is not None:
+        y += tl.load(beside_ptr + place, there, other=0.0).to(tl.float32)
+    tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), there)
 
 
 @triton.jit
 def _memory_gate_backward(
-    grad_ptr, x_ptr, logits_ptr, grad_x_ptr, grad_logits_ptr, N, BLOCK: tl.constexpr
+    grad_ptr,  # [S, P + T, C]
+    x_ptr,  # [S, T, C]
+    logits_ptr,  # [S, T, C]
+    grad_x_ptr,  # [S, T, C]
+    grad_logits_ptr,  # [S, T, C]
+    skipped,  # P C
+    N,  # T C
+    BLOCK: tl.constexpr,
 ):
-    lane = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    grad = tl.load(grad_ptr + lane, lane < N, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + lane, lane < N, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(logits_ptr + lane, lane < N, other=0.0).to(tl.float32))
-    tl.store(grad_x_ptr + lane, (grad * gate).to(grad_x_ptr.dtype.element_ty), lane < N)
+    sequence = tl.program_id(1).to(tl.int64)
+    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = lane < N
+    grad = tl.load(grad_ptr + sequence * (skipped + N) + (skipped + lane), inside, other=0.0)
+    grad = grad.to(tl.float32)
+    place = sequence * N + lane
+    x = tl.load(x_ptr + place, inside, other=0.0).to(tl.float32)
+    gate = tl.sigmoid(tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32))
+    tl.store(grad_x_ptr + place, (grad * gate).to(grad_x_ptr.dtype.element_ty), inside)
     grad_logits = grad * x * gate * (1.0 - gate)
-    tl.store(grad_logits_ptr + lane, grad_logits.to(grad_logits_ptr.dtype.element_ty), lane < N)
+    tl.store(grad_logits_ptr + place, grad_logits.to(grad_logits_ptr.dtype.element_ty), inside)
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -109,22 +137,27 @@ def normalise_backward(
     parts = torch.empty(programs, width, dtype=torch.float32, device=x.device)
     constants = {"D": width, "DP": triton.next_power_of_2(width), "ROWS": ROWS}
     _memory_norm_backward[(programs,)](grad, x, weight, grad_x, parts, N, eps, **constants)
-    return grad_x, parts.sum(0).to(weight.dtype)
+    return grad_x, sum_parts(parts).to(weight.dtype)
 
 
-def gate(x: Tensor, logits: Tensor) -> Tensor:
-    """sigmoid(logits) x, contiguous and of one shape."""
-    y = torch.empty_like(x)
-    N = x.numel()
-    _memory_gate[(triton.cdiv(N, BLOCK),)](x, logits, y, N, BLOCK=BLOCK)
+def gate(x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
+    """``beside`` (or zeros) [S, P + T, C] plus, behind P ``skipped`` rows, sigmoid(logits) x.
+
+    ``x`` and ``logits`` [S, T, C]; all contiguous.
+    """
+    S, T, C = x.shape
+    y = x.new_empty(S, skipped + T, C)
+    grid = (triton.cdiv((skipped + T) * C, BLOCK), S)
+    _memory_gate[grid](x, logits, beside, y, skipped * C, T * C, BLOCK=BLOCK)
     return y
 
 
 def gate_backward(grad: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of ``x`` and ``logits``; contiguous."""
+    S, T, C = x.shape
     grad_x, grad_logits = torch.empty_like(x), torch.empty_like(logits)
-    N = x.numel()
-    _memory_gate_backward[(triton.cdiv(N, BLOCK),)](
-        grad, x, logits, grad_x, grad_logits, N, BLOCK=BLOCK
+    skipped = (grad.shape[1] - T) * C
+    _memory_gate_backward[(triton.cdiv(T * C, BLOCK), S)](
+        grad, x, logits, grad_x, grad_logits, skipped, T * C, BLOCK=BLOCK
     )
     return grad_x, grad_logits

@@ -24,12 +24,20 @@ def normalised(norm: nn.RMSNorm, answers: Tensor) -> Tensor:
     return normed
 
 
-def gated(x: Tensor, logits: Tensor) -> Tensor:
-    """sigmoid(logits) x, both [S, T, d_model]."""
-    if not on_gpu(x) or x.dtype != logits.dtype:
-        return torch.sigmoid(logits) * x
-    result: Tensor = _Gated.apply(x, logits)
+def gated(x: Tensor, logits: Tensor, skipped: int = 0, beside: Tensor | None = None) -> Tensor:
+    """sigmoid(logits) x [S, T, d_model] behind ``skipped`` rows of zeros, added to ``beside``."""
+    dtypes = {x.dtype, logits.dtype, x.dtype if beside is None else beside.dtype}
+    if not on_gpu(x) or len(dtypes) > 1:
+        return _gated(x, logits, skipped, beside)
+    result: Tensor = _Gated.apply(x, logits, skipped, beside)
     return result
+
+
+def _gated(x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
+    read = torch.sigmoid(logits) * x
+    if skipped:
+        read = functional.pad(read, (0, 0, skipped, 0))
+    return read if beside is None else beside + read
 
 
 class _Norm(torch.autograd.Function):
@@ -57,21 +65,25 @@ class _Norm(torch.autograd.Function):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
         from ._answer_kernels import gate
 
         ctx.save_for_backward(x, logits)
-        return gate(x.contiguous(), logits.contiguous())
+        ctx.skipped = skipped
+        beside = None if beside is None else beside.contiguous()
+        return gate(x.contiguous(), logits.contiguous(), skipped, beside)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        saved = ctx.saved_tensors
+        x, logits = ctx.saved_tensors
+        beside = grad if ctx.needs_input_grad[3] else None
         if torch.is_grad_enabled():
 
             def plain(x: Tensor, logits: Tensor) -> tuple[Tensor]:
-                return (torch.sigmoid(logits) * x,)
+                return (_gated(x, logits, ctx.skipped, None),)
 
-            return gradients_again(plain, saved, (grad,))
+            return *gradients_again(plain, (x, logits), (grad,)), None, beside
         from ._answer_kernels import gate_backward
 
-        return gate_backward(*(x.contiguous() for x in (grad, *saved)))
+        found = gate_backward(grad.contiguous(), x.contiguous(), logits.contiguous())
+        return *found, None, beside

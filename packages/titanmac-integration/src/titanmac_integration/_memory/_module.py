@@ -30,14 +30,25 @@ HIDDEN_FACTOR = 2
 class MemoryOutput(NamedTuple):
     """What a memory says about some tokens."""
 
-    read: Tensor
-    """[S, T, d_model]: M_t(q_t), gated; token t itself is part of M_t."""
+    answers: Tensor
+    """[S, T, d_model]: M_t(q_t), not gated; token t itself is part of M_t."""
+    gate: Tensor
+    """[S, T, d_model]: logits of the gate that answers go through."""
     retrieved: Tensor | None
     """[S, T, d_model]: M(q_t) as M was before the segment of t; for MAC only."""
     loss: Tensor
     """Mean of ||M(k) - v||^2 over tokens and heads, cut off from the graph."""
     state: MemoryState
     """After the last token."""
+
+    @property
+    def read(self) -> Tensor:
+        """[S, T, d_model]: the answers, gated."""
+        return gated(self.answers, self.gate)
+
+    def behind(self, skipped: int, beside: Tensor | None = None) -> Tensor:
+        """`read` behind ``skipped`` rows of zeros, added to ``beside`` [S, L, d_model]."""
+        return gated(self.answers, self.gate, skipped, beside)
 
 
 class NeuralMemory(nn.Module):
@@ -114,8 +125,9 @@ class NeuralMemory(nn.Module):
             :class:`MemoryOutput`; the memory computes in float32 at least, whatever autocast says.
         """
         device = x.device.type
-        if on_gpu(x) and torch.is_autocast_enabled(device):
-            x = x.to(torch.get_autocast_dtype(device))  # once, not in every projection
+        if on_gpu(x):  # once, not in every projection
+            half = torch.is_autocast_enabled(device)
+            x = x.to(torch.get_autocast_dtype(device) if half else x.dtype).contiguous()
         flat, bias = self._project(x)
         past = None if state is None else state.convolution
         with torch.autocast(device, enabled=False):
@@ -131,10 +143,10 @@ class NeuralMemory(nn.Module):
             answers, retrieved, loss, state = self._learn(
                 tokens, gates, state, position, flat.dtype
             )
-        read = gated(self._merge(answers), project(self.out_gate, x))
         if retrieved is not None:
             retrieved = self._merge(retrieved)
-        return MemoryOutput(read, retrieved, loss, state)
+        gate = project(self.out_gate, x)
+        return MemoryOutput(self._merge(answers), gate, retrieved, loss, state)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, T, 3 H D + 3 H or more]: query, key, value, logits of gates; a bias of these."""

@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._project_kernels import sum_parts
 from ._gates import MAX_ALPHA, MIN_LOG_ETA
 
 ROWS = 64
@@ -297,7 +298,7 @@ def tokens_and_gates_backward(
     _memory_mixed_backward[(blocks, 3 * heads, S)](
         flat, past, taps, d_tokens, d_mixed, parts, T, W, **of_tokens
     )
-    d_taps = parts.sum(0).to(taps.dtype)
+    d_taps = sum_parts(parts.flatten(1)).view_as(taps).to(taps.dtype)
     first = 0 if past is None else 1 - taps.shape[1]
     d_flat = torch.empty_like(flat)
     d_past = None if past is None else torch.empty_like(past)
@@ -319,4 +320,4 @@ def tokens_and_gates_backward(
         PAD=triton.next_power_of_2(rest),
         **of_gates,
     )
-    return d_flat, d_past, d_taps, None if parts is None else parts.sum(0).to(bias.dtype)
+    return d_flat, d_past, d_taps, None if parts is None else sum_parts(parts).to(bias.dtype)
