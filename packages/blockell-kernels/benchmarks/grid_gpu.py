@@ -4,7 +4,7 @@
 
 A gate comes first: every product is compared with the dense one before it is timed. Times are
 those of CUDA graph replays with a cold L2, random data, medians with the 20th and 80th percentile,
-dense in the same run. `auto_us` is what the dispatcher takes: the sparse kernel, or the dense
+ours and dense in turns. `auto_us` is what the dispatcher takes: the sparse kernel, or the dense
 product with the weight scattered at every call ("fallback"). "layer" is the three products of a
 training step as the operator runs them: where forward and input gradient are both dense, they share
 one copy of the weight. `--shard I/N` measures every N-th problem, for several GPUs.
@@ -31,7 +31,11 @@ from blockell_kernels._plan import plan_for
 FEW = [(n, i, o) for n in (1, 32, 64, 128, 256, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
 MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
 MEDIUM += [(4096, 1024, 1024), (16384, 1536, 6144)]
-DENSE_TIMES: dict[tuple[object, ...], dict[str, list[float]]] = {}
+SIZES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2048, 2048)]
+SIZES += [(2048, 8192), (8192, 2048), (1536, 6144), (4096, 4096), (14336, 4096), (5120, 5120)]
+BETWEEN = [(n, i, o) for n in (32, 128, 384, 768, 1536, 3072, 6144) for i, o in SIZES]
+"""For the dispatcher alone: layers between those with goals."""
+DENSE_TIMES: dict[tuple[object, ...], list[float]] = {}
 CLEAR = None  # more bytes than the L2 cache holds; made where there is a GPU
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
@@ -41,8 +45,8 @@ DENSE = ["dense_us", "dense_p20_us", "dense_p80_us"]
 FIELDS = [*FACTS, *TIMES, *DENSE, "speedup", "sparse_tflops", "error"]
 
 
-def microseconds(function, budget_ms: int) -> list[float]:
-    """[median, 20th, 80th percentile] of a graph replay, the L2 cache cold: 5 to 25 replays."""
+def captured(function) -> torch.cuda.CUDAGraph:
+    """A function's launches as a graph."""
     function()  # compiles, outside of the capture
     torch.cuda.synchronize()
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
@@ -51,22 +55,42 @@ def microseconds(function, budget_ms: int) -> list[float]:
         function()
         graph.capture_end()
     torch.cuda.synchronize()
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(25)]
-    times = []
-    for start, end in events:
-        CLEAR.zero_()
-        start.record()
-        graph.replay()
-        end.record()
-        times.append((start, end))
-        if len(times) % 5 == 0:
-            end.synchronize()
-            if sum(s.elapsed_time(e) for s, e in times) > budget_ms:
-                break
-    torch.cuda.synchronize()
-    graph.reset()
-    taken = sorted(start.elapsed_time(end) * 1e3 for start, end in times[1:])
-    return [taken[int(share * (len(taken) - 1))] for share in (0.5, 0.2, 0.8)]
+    return graph
+
+
+def in_turns(functions: dict[str, object], budget_ms: float) -> dict[str, list[float]]:
+    """[median, 20th, 80th percentile] of each one's graph replays, the L2 cache cold.
+
+    They take turns, 3 to 25 times, so that all meet the same clocks: large products heat the GPU
+    up. What takes over four times as long as the fastest stays out after three turns.
+    """
+    graphs = {name: captured(function) for name, function in functions.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    for turn in range(26):
+        fastest = min(min(taken, default=0.0) for taken in times.values())
+        events = {}
+        for name, graph in graphs.items():
+            if turn > 3 and min(times[name]) > 4 * fastest:
+                continue
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            CLEAR.zero_()
+            start.record()
+            graph.replay()
+            end.record()
+            events[name] = start, end
+        torch.cuda.synchronize()
+        for name, (start, end) in events.items():
+            if turn > 0:
+                times[name].append(start.elapsed_time(end) * 1e3)
+        if turn > 2 and sum(map(sum, times.values())) > 1e3 * budget_ms * len(graphs):
+            break
+    for graph in graphs.values():
+        graph.reset()
+    shares = (0.5, 0.2, 0.8)
+    return {
+        name: [sorted(taken)[int(share * (len(taken) - 1))] for share in shares]
+        for name, taken in times.items()
+    }
 
 
 def products(problem: Problem, backend_of: dict[str, str]):
@@ -114,66 +138,66 @@ def layer_choices(problem: Problem) -> str:
     return "/".join(names.values())
 
 
-def dense_times(problem: Problem, dense, rep_ms: int) -> dict[str, list[float]]:
-    """Of the dense products and the layer: float32's, which are slow, once per shape of a run."""
-    shape = (problem.facts["dtype"], *problem.x.shape, problem.dy.shape[1])
-    if shape in DENSE_TIMES:
-        return DENSE_TIMES[shape]
-    times = {d: microseconds(product, 2 * rep_ms) for d, product in dense.items()}
-    times["layer"] = microseconds(all_of(dense), rep_ms)
-    if problem.x.dtype == torch.float32:
-        DENSE_TIMES[shape] = times
-    return times
+def product_times(problem: Problem, direction: str, by_sparse: bool, rep_ms: int):
+    """Times of one product: "dense" alone, "sparse", and "fallback", the weight scattered first.
+
+    float32's dense products are slow: they are timed once per shape of a run, and where the sparse
+    kernel beats the dense product alone, the fallback is left out.
+    """
+    ways = {"dense": problem.dense_product(direction)}
+    ways |= {
+        name: products(problem, dict.fromkeys(DIRECTIONS, backend))[direction]
+        for name, backend in (("sparse", "triton"), ("fallback", "dense"))
+    }
+    if problem.x.dtype != torch.float32:
+        return in_turns(ways, rep_ms)
+    shape = (direction, *problem.x.shape, problem.dy.shape[1])
+    if shape not in DENSE_TIMES:
+        DENSE_TIMES[shape] = in_turns({"dense": ways["dense"]}, 2 * rep_ms)["dense"]
+    found = in_turns({"sparse": ways["sparse"]}, rep_ms) | {"dense": DENSE_TIMES[shape]}
+    if by_sparse and found["sparse"][0] < found["dense"][0]:
+        return found | {"fallback": [None]}
+    return found | in_turns({"fallback": ways["fallback"]}, rep_ms)
 
 
-def measure(problem: Problem, rep_ms: int, bsr: bool, layers_only: bool):
-    """Rows of one problem: the three products and the layer."""
+def measure(problem: Problem, rep_ms: int, bsr: bool, parts: str):
+    """Rows of one problem: of its products, of the layer, or of both; `parts` says which."""
     chosen = choices(problem)
-    if layers_only:
-        dense = all_of({d: problem.dense_product(d) for d in DIRECTIONS})
-        auto, whole = microseconds(layer(problem), rep_ms), microseconds(dense, rep_ms)
-        yield row(problem, "layer", layer_choices(problem), auto, [None], [None], whole)
-        return
-    sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))
-    fallback = products(problem, dict.fromkeys(DIRECTIONS, "dense"))
-    dense = {d: problem.dense_product(d) for d in DIRECTIONS}
     p, x = problem.pattern, problem.x
-    whole = dense_times(problem, dense, rep_ms)
     flops = 2 * x.shape[0] * p.R * p.num_live * p.B**2
-    totals: dict[str, float] = {}
-    for direction in DIRECTIONS:
-        error = relative_error(sparse[direction](), problem.reference(direction))
+    sparse_us = 0.0
+    for direction in DIRECTIONS if parts != "layers" else ():
+        sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))[direction]
+        error = relative_error(sparse(), problem.reference(direction))
         tf32 = torch.backends.cuda.matmul.allow_tf32
         limit = TOLERANCE["tf32" if tf32 else problem.facts["dtype"]]
         assert error < limit, f"gate: {problem.facts} {direction}: error {error}"
-        dense_us = whole[direction]
-        sparse_us = microseconds(sparse[direction], rep_ms)
         by_sparse = chosen[direction] == "triton"
-        # The dense product alone is slower already: float32's takes long enough to leave it out.
-        known = x.dtype == torch.float32 and by_sparse and sparse_us[0] < dense_us[0]
-        fallback_us = [None] if known else microseconds(fallback[direction], rep_ms)
-        auto_us = sparse_us if by_sparse else fallback_us
+        times = product_times(problem, direction, by_sparse, rep_ms)
+        times["auto"] = times["sparse" if by_sparse else "fallback"]
+        sparse_us += times["sparse"][0]
         ask_bsr = bsr and direction == "forward" and 0.2 <= p.num_live / p.C <= 0.5
         bsr_us = bsr_forward(problem, rep_ms) if ask_bsr and x.shape[0] >= 8192 else None
-        for key, value in (("auto", auto_us), ("dense", dense_us), ("sparse", sparse_us)):
-            totals[key] = totals.get(key, 0.0) + value[0]
-        yield row(
-            problem, direction, chosen[direction], auto_us, sparse_us, fallback_us, dense_us
-        ) | {"sparse_tflops": flops / sparse_us[0] / 1e6, "bsr_us": bsr_us, "error": error}
-    auto = microseconds(layer(problem), rep_ms)
-    sums = [totals["sparse"]], [None], whole["layer"]
-    yield row(problem, "layer", layer_choices(problem), auto, *sums)
+        more = {"bsr_us": bsr_us, "error": error}
+        more["sparse_tflops"] = flops / times["sparse"][0] / 1e6
+        yield row(problem, direction, chosen[direction], times) | more
+    if parts != "products":
+        dense = all_of({d: problem.dense_product(d) for d in DIRECTIONS})
+        times = in_turns({"auto": layer(problem), "dense": dense}, 2 * rep_ms)
+        times |= {"sparse": [sparse_us or None], "fallback": [None]}
+        yield row(problem, "layer", layer_choices(problem), times)
 
 
-def row(problem, direction, chosen, auto, sparse, fallback, dense) -> dict[str, object]:
+def row(problem, direction, chosen, times) -> dict[str, object]:
     facts = problem.facts | {"row_group": problem.facts["G"], "K": problem.pattern.num_live}
     if torch.backends.cuda.matmul.allow_tf32:
         facts["dtype"] = "tf32"
     facts["density"] = problem.pattern.num_live / problem.pattern.C
-    facts |= {"direction": direction, "chosen": chosen, "sparse_us": sparse[0]}
+    auto, dense = times["auto"], times["dense"]
+    facts |= {"direction": direction, "chosen": chosen, "sparse_us": times["sparse"][0]}
     facts |= {"auto_us": auto[0], "auto_p20_us": auto[1], "auto_p80_us": auto[2]}
     facts |= {"dense_us": dense[0], "dense_p20_us": dense[1], "dense_p80_us": dense[2]}
-    return facts | {"fallback_us": fallback[0], "speedup": dense[0] / auto[0]}
+    return facts | {"fallback_us": times["fallback"][0], "speedup": dense[0] / auto[0]}
 
 
 def bsr_forward(problem: Problem, rep_ms: int) -> float | None:
@@ -205,16 +229,17 @@ def problems(part: str, dtype: torch.dtype, tokens: range, structures: list[tupl
     first, rest = [], []
     for make, density in all_problems(dtype, tokens, structures):
         (first if density in (0.25, 0.5) else rest).append(make)
-    return {"all": first + rest, "first": first, "rest": rest}[part]
+    between = [make for make, _ in all_problems(dtype, tokens, structures, True)]
+    return {"all": first + rest, "first": first, "rest": rest, "between": between}[part]
 
 
-def all_problems(dtype: torch.dtype, tokens: range, structures: list[tuple[int, int]]):
+def all_problems(
+    dtype: torch.dtype, tokens: range, structures: list[tuple[int, int]], between: bool = False
+):
     """Pairs of such a function and its density."""
-    for shapes, densities in [
-        (SHAPES, [0.05, 0.1, 0.25, 0.5, 0.75, 1.0]),
-        (MEDIUM, [0.1, 0.25, 0.5, 0.75, 1.0]),
-        (FEW, [0.1, 0.25, 0.5, 0.75, 1.0]),
-    ]:
+    some = [0.1, 0.25, 0.5, 0.75, 1.0]
+    grid = [(SHAPES, [0.05, *some]), (MEDIUM, some), (FEW, some)]
+    for shapes, densities in [(BETWEEN, some)] if between else grid:
         for shape in shapes:
             for B, G in structures:
                 if shape[2] // B % G or shape[0] not in tokens:
@@ -237,14 +262,15 @@ def main() -> None:
     parser.add_argument("--rep-ms", type=int, default=6)
     parser.add_argument("--compile-s", type=float, default=600, help="compile no longer ahead")
     parser.add_argument("--jobs", type=int, default=14)
-    parser.add_argument("--part", default="all", choices=["all", "first", "rest"],
-                        help="first: densities 0.25 and 0.5; rest: the others")  # fmt: skip
+    parser.add_argument("--part", default="all", choices=["all", "first", "rest", "between"],
+                        help="first: densities 0.25 and 0.5; rest: the others; between: other "
+                        "layers, for the dispatcher's table")  # fmt: skip
     parser.add_argument("--structures", nargs="+", metavar="TILExROWGROUP",
                         default=[f"{B}x{G}" for B, G in STRUCTURES])  # fmt: skip
     parser.add_argument("--commit", default="unknown", help="for the header of the file")
     parser.add_argument("--tf32", action="store_true", help="allow TF32 for float32 products")
     parser.add_argument("--bsr", action="store_true", help="time torch's BSR product (untuned)")
-    parser.add_argument("--layers-only", action="store_true", help="by a table made since")
+    parser.add_argument("--measure", default="both", choices=["both", "products", "layers"])
     parser.add_argument("--minutes", type=float, default=60, help="stop after this long")
     parser.add_argument("--shard", default="0/1", help="I/N: every N-th problem, from the I-th")
     parser.add_argument("--max-tokens", type=int, default=2**20, help="leave larger ones out")
@@ -284,9 +310,7 @@ def main() -> None:
         for make in makers:
             problem = make()
             try:
-                lines = list(
-                    measure(problem, arguments.rep_ms, arguments.bsr, arguments.layers_only)
-                )
+                lines = list(measure(problem, arguments.rep_ms, arguments.bsr, arguments.measure))
             except Exception as error:  # one cell's failure is reported, the others measured
                 print(f"FAILED {problem.facts}: {error!r}"[:400], flush=True)
                 continue

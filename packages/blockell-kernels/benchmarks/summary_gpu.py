@@ -80,6 +80,26 @@ def goals_table(rows: list[dict[str, str]], shapes: list[tuple[str, ...]]) -> tu
     return "\n".join(lines), total, reached
 
 
+def families(rows: list[dict[str, str]]) -> str:
+    """How many cells of each structure and product reach their goals, at 25% and 50%."""
+    counts: dict[tuple[int, int], dict[str, list[bool]]] = defaultdict(lambda: defaultdict(list))
+    for key, found in by_cell(rows).items():
+        for shape, by_direction in found.items():
+            if key[2] not in (0.25, 0.5) or tuple(map(int, shape)) not in NAMED | LARGEST:
+                continue
+            for column, direction in enumerate((*DIRECTIONS, "layer")):
+                if direction in by_direction:
+                    speedup = float(by_direction[direction]["speedup"])
+                    good = speedup >= goal(key, shape, column) - 0.005
+                    counts[key[:2]][direction].append(good)
+    lines = ["| tile x row_group | " + " | ".join((*DIRECTIONS, "layer")) + " |", "|---" * 5 + "|"]
+    for B, G in sorted(counts, reverse=True):
+        found = counts[B, G]
+        cells = [f"{sum(found[d])} of {len(found[d])}" for d in (*DIRECTIONS, "layer")]
+        lines.append(f"| {B}x{G} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def by_cell(rows: list[dict[str, str]]) -> dict[tuple, dict]:
     """Rows by (tile, row_group, density), then shape, then direction."""
     cells: dict[tuple, dict] = defaultdict(dict)
@@ -141,6 +161,22 @@ def worst(rows: list[dict[str, str]], directions: tuple[str, ...] = DIRECTIONS) 
     return "\n".join(lines)
 
 
+def by_density(rows: list[dict[str, str]], tokens: range) -> str:
+    """Layers of so many tokens, by density: how many are within 5% and 10% of dense."""
+    lines = ["| density | layers | within 5% | within 10% | slowest |", "|---" * 5 + "|"]
+    groups = defaultdict(list)
+    for row in rows:
+        if row["direction"] == "layer" and int(row["N"]) in tokens:
+            groups[asked(row)].append(float(row["speedup"]))
+    for density, found in sorted(groups.items()):
+        shares = [sum(s >= limit for s in found) / len(found) for limit in (0.95, 0.9)]
+        lines.append(
+            f"| {density:.0%} | {len(found)} | {shares[0]:.0%} | {shares[1]:.0%} | "
+            f"{min(found):.2f} |"
+        )
+    return "\n".join(lines)
+
+
 def redispatch(rows: list[dict[str, str]]) -> None:
     """Let today's table decide about the products of a run; layers stay as they were measured."""
     import torch
@@ -184,8 +220,9 @@ def main() -> None:
         return
     named = [s for s in shapes if tuple(map(int, s)) in NAMED | LARGEST]
     text, total, reached = goals_table(shown, named)
-    print(f"{text}\n\n{reached} of {total} cells reach their goal.\n")
-    print(f"By product:\n\n{worst(rows)}\n\nBy layer:\n\n{worst(rows, ('layer',))}")
+    print(f"{families(shown)}\n\n{text}\n\n{reached} of {total} cells reach their goal.\n")
+    print(f"By product:\n\n{worst(rows)}\n\nBy layer:\n\n{worst(rows, ('layer',))}\n")
+    print(f"Layers of 32 to 2048 tokens:\n\n{by_density(rows, range(32, 2049))}")
 
 
 if __name__ == "__main__":

@@ -34,6 +34,8 @@ def box(dtype, shape, swizzle_bytes):
 
 
 def compile_one(kernel, constants, types, options):
+    if "OVERLAPS" in kernel.arg_names:
+        constants, options = constants | {"OVERLAPS": True}, options | {"launch_pdl": True}
     signature = {
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names

@@ -51,6 +51,17 @@ def kernel(monkeypatch):
     return Kernel()
 
 
+@pytest.mark.parametrize("able", [True, False])
+def test_a_kernel_that_waits_is_launched_while_the_one_before_it_ends(kernel, monkeypatch, able):
+    monkeypatch.setattr(_launch, "overlaps", lambda device: able)
+    kernel.params.append(Parameter(name="OVERLAPS", is_constexpr=True, default=False))
+    for _ in range(2):
+        _launch.launch(kernel, (3,), torch.zeros(64), 32, BLOCK=16)
+    asked = {"OVERLAPS": True, "launch_pdl": True} if able else {}
+    assert [call[2] for call in kernel.slow] == [{"BLOCK": 16} | asked]
+    assert kernel.fast[0][-2:] == (16, able)
+
+
 def test_the_second_launch_runs_the_compiled_kernel(kernel):
     t = torch.zeros(64)
     _launch.launch(kernel, (3,), t, 32, BLOCK=16, num_warps=4)

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "triton_ahead.py"
+ALONE = ("index_column", "token_square_sums")
+"""Kernels that are launched when the one before them has ended."""
 SHARED_MEMORY_BYTES = {70: 96 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -28,5 +30,6 @@ def test_kernels_compile(arch, tmp_path):
         assert kernel["shared"] <= SHARED_MEMORY_BYTES[arch], kernel
         by_descriptors = "descriptors" in kernel["name"] or "packed" in kernel["name"]
         assert bool(kernel["tma"]) == by_descriptors, kernel
+        assert kernel["waits"] == (arch == 90 and not kernel["name"].startswith(ALONE)), kernel
         if arch == 90 and "tile 128" in kernel["name"] and "bf16" in kernel["name"]:
             assert kernel["wgmma"], kernel

@@ -48,6 +48,8 @@ WITH_ACTIVATION = {"ACTIVATION": "gelu", "KEEP_PRE": True, "ARITHMETIC": "ptx"}
 def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, stages=3):
     """Compile one kernel. Aligned pointers and strides are declared so, as a launch would."""
     pointers, boxes = pointers or {}, boxes or {}
+    if "OVERLAPS" in kernel.arg_names:
+        constants = constants | {"OVERLAPS": arch >= 90}
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -155,8 +157,8 @@ def block_cases(arch, dtype, B):
     tensors = {"values_ptr": dtype, "dense_ptr": dtype, "cols_ptr": "i32", "out_ptr": dtype}
     tensors |= {"dy_ptr": dtype, "x_ptr": dtype, "t_ptr": dtype, "parts_ptr": "fp32"}
     yield blocks.scatter_blocks, {"B": B, "LINES": 4, "KB": 1024 // B, "ZEROS": 4096}, tensors
-    expanding = {"B": B, "LINES": min(B, 8), "CB": max(1, 512 // B), "KB": 32}
-    yield blocks.expand_blocks, expanding, tensors
+    expanding = {"B": B, "LINES": min(B, 8), "CB": max(1, 512 // B), "KB": 256}
+    yield blocks.expand_blocks, expanding, tensors | {"map_ptr": "i32"}
     indices = dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr"), "i32")
     yield blocks.index_column, {"BLOCK": 1024}, indices
     yield blocks.gather_blocks, {"B": B, "KB": max(1, 4096 // B**2)}, tensors
@@ -269,11 +271,21 @@ def all_cases(arch):
                     yield f"forward packed {dtype} tile {B}", packed_case, arguments, big
 
 
+def waits_first(ptx):
+    """Whether a kernel touches memory only when the one before it has ended."""
+    wait = ptx.find("griddepcontrol.wait")
+    touches = [
+        ptx.find(word) for word in ("ld.global", "st.global", "atom", "cp.async", "prefetch")
+    ]
+    return 0 <= wait < min((at for at in touches if at >= 0), default=len(ptx))
+
+
 def report(name, compiled):
     ptx = compiled.asm["ptx"]
     facts = {"name": name, "shared": compiled.metadata.shared}
     facts |= {"wgmma": ptx.count("wgmma.mma_async"), "mma": ptx.count("mma.sync")}
     facts |= {"tma": ptx.count("cp.async.bulk.tensor"), "cp_async": ptx.count("cp.async.cg")}
+    facts |= {"waits": waits_first(ptx)}
     sys.stdout.write(json.dumps(facts) + "\n")
 
 

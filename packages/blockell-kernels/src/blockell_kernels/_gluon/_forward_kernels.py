@@ -19,8 +19,10 @@ from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -168,6 +170,7 @@ def forward_by_pieces(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     HAS_BIAS: gl.constexpr,
+    OVERLAPS: gl.constexpr = False,
 ):
     PIECES: gl.constexpr = PIECES0 + PIECES1
     dtype: gl.constexpr = x_desc.dtype
@@ -183,6 +186,9 @@ def forward_by_pieces(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [

@@ -22,8 +22,10 @@ from triton.experimental.gluon import language as gl
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -220,6 +222,7 @@ def grad_input_by_units(
     STAGES: gl.constexpr,
     BLOCKS: gl.constexpr,
     GROUP_M: gl.constexpr,
+    OVERLAPS: gl.constexpr = False,
 ):
     DEPTH: gl.constexpr = ROWS * B
     dtype: gl.constexpr = dy_desc.dtype
@@ -239,6 +242,9 @@ def grad_input_by_units(
         mbarrier.init(full.index(i), count=6)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [

@@ -16,12 +16,15 @@ import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -195,6 +198,7 @@ def grad_values_by_items(
     BT: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
+    OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = x_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -206,6 +210,9 @@ def grad_values_by_items(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [
@@ -240,8 +247,12 @@ def add_parts(
     WIDTH: tl.constexpr,  # columns of a tile
     COLUMNS: tl.constexpr,  # WIDTH rounded up to a power of two
     LINES: tl.constexpr,  # outputs of a program
+    OVERLAPS: tl.constexpr = False,
 ):
     """Add the parts of the tiles that were split, in their order."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     m = tl.program_id(1) * LINES + tl.arange(0, LINES)
     n = tl.arange(0, COLUMNS)
     inside = (m >= 0)[:, None] & (n < WIDTH)[None, :]

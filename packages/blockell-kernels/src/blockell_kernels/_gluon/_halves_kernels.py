@@ -23,8 +23,10 @@ from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -273,6 +275,7 @@ def product_of_halves(
     HAS_BIAS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     KEEP_PRE: gl.constexpr,  # store the pre-activation, too
+    OVERLAPS: gl.constexpr = False,
 ):
     """y = f(x W^T + bias), or dx = dy W; see `_halves`."""
     bars: gl.constexpr = mbarrier.MBarrierLayout()
@@ -288,6 +291,9 @@ def product_of_halves(
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=GROUPS)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [

@@ -18,8 +18,10 @@ from blockell_kernels._gluon._halves_kernels import halves, scales
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -219,6 +221,7 @@ def grad_values_of_halves(
     BT: gl.constexpr,
     STAGES: gl.constexpr,
     DENSE: gl.constexpr,
+    OVERLAPS: gl.constexpr = False,
 ):
     """The present blocks of dy^T x, or all of it; parts of the tokens apart."""
     PANELS: gl.constexpr = WIDTH // PANEL
@@ -244,6 +247,9 @@ def grad_values_of_halves(
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=2)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [

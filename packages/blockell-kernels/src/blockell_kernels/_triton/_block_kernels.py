@@ -6,6 +6,7 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -20,11 +21,15 @@ def scatter_blocks(
     LINES: tl.constexpr,  # lines of a block row per program; divides B
     KB: tl.constexpr,  # blocks at a time
     ZEROS: tl.constexpr,  # elements zeroed at a time
+    OVERLAPS: tl.constexpr = False,
 ):
     """The dense matrix: a program zeroes its lines, then lays the blocks over them.
 
     The lines are still in L2 when they are written again, so memory sees them once.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     first = tl.program_id(1) * LINES
     width = C * B
@@ -58,31 +63,40 @@ def expand_blocks(
     values_ptr,  # [R, slots, B, B]
     cols_ptr,  # [R, slots]
     dense_ptr,  # [R*B, C*B]
+    map_ptr,  # int32 [R, chunks, CB]
     slots,
     num_live,
     C,
+    chunks,
     B: tl.constexpr,
-    LINES: tl.constexpr,  # lines of a block row per program; divides B
+    LINES: tl.constexpr,  # lines of a block row at a time; divides B
     CB: tl.constexpr,  # block columns per program
     KB: tl.constexpr,  # slots looked through at a time
+    OVERLAPS: tl.constexpr = False,
 ):
-    """The dense matrix, every element written once: a program looks up who fills its columns."""
-    r = tl.program_id(0).to(tl.int64)
-    c = tl.program_id(1) * CB + tl.arange(0, CB)
-    slot = tl.full((CB,), -1, tl.int32)
+    """The dense matrix, every element written once: a program notes who fills its columns."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    chunk, r = tl.program_id(0) % chunks, (tl.program_id(0) // chunks).to(tl.int64)
+    place = map_ptr + (r * chunks + chunk) * CB
+    n = tl.arange(0, CB)
+    tl.store(place + n, tl.full((CB,), -1, tl.int32))
+    tl.debug_barrier()
     for k0 in range(0, num_live, KB):
         k = k0 + tl.arange(0, KB)
-        held = tl.load(cols_ptr + r * slots + k, k < num_live, other=-1)
-        found = tl.where(held[:, None] == c[None, :], k[:, None], -1)
-        slot = tl.maximum(slot, tl.max(found, axis=0))
-    i = tl.program_id(2) * LINES + tl.arange(0, LINES)[:, None, None]
+        c = tl.load(cols_ptr + r * slots + k, k < num_live, other=-1) - chunk * CB
+        tl.store(place + c, k, (c >= 0) & (c < CB) & (k < num_live))
+    tl.debug_barrier()
+    slot = tl.load(place + n)[None, :, None]
+    c = (chunk * CB + n)[None, :, None]
     j = tl.arange(0, B)[None, None, :]
-    slot, c = slot[None, :, None], c[None, :, None]
-    source = values_ptr + (r * slots + slot) * (B * B) + i * B + j
-    present = (slot >= 0) & (i >= 0) & (j >= 0)
-    blocks = tl.load(source, present, other=0.0)
-    target = dense_ptr + (r * B + i) * C * B + c * B + j
-    tl.store(target, blocks, (c < C) & (i >= 0) & (j >= 0))
+    for i0 in range(0, B, LINES):
+        i = i0 + tl.arange(0, LINES)[:, None, None]
+        source = values_ptr + (r * slots + slot) * (B * B) + i * B + j
+        blocks = tl.load(source, (slot >= 0) & (i >= 0) & (j >= 0), other=0.0)
+        target = dense_ptr + (r * B + i) * C * B + c * B + j
+        tl.store(target, blocks, (c < C) & (i >= 0) & (j >= 0))
 
 
 @triton.jit
@@ -93,15 +107,23 @@ def gather_blocks(
     slots,
     num_live,
     C,
+    chunks,
     B: tl.constexpr,
     KB: tl.constexpr,  # slots per program
+    OVERLAPS: tl.constexpr = False,
 ):
-    """The present blocks of a dense matrix; zeros in the spare slots."""
-    r = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * KB + tl.arange(0, KB)
-    c = tl.load(cols_ptr + r * slots + k, k < num_live, other=0)[:, None, None]
-    k = k[:, None, None]
-    i = tl.arange(0, B)[None, :, None]
+    """The present blocks of a dense matrix; zeros in the spare slots.
+
+    Lines outside of slots: what a warp loads together then lies in few lines of the matrix.
+    """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
+    r = (tl.program_id(0) // chunks).to(tl.int64)
+    k = tl.program_id(0) % chunks * KB + tl.arange(0, KB)
+    c = tl.load(cols_ptr + r * slots + k, k < num_live, other=0)[None, :, None]
+    k = k[None, :, None]
+    i = tl.arange(0, B)[:, None, None]
     j = tl.arange(0, B)[None, None, :]
     source = dense_ptr + (r * B + i) * C * B + c * B + j
     blocks = tl.load(source, (k < num_live) & (i >= 0) & (j >= 0), other=0.0)
@@ -118,8 +140,12 @@ def pack_rows(
     width,  # at least num_live*B
     B: tl.constexpr,
     KB: tl.constexpr,  # slots per program
+    OVERLAPS: tl.constexpr = False,
 ):
     """The live blocks of every row side by side; zeros up to the width."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     k = (tl.program_id(1) * KB + tl.arange(0, KB))[None, :, None]
     i = tl.arange(0, B)[:, None, None]
@@ -149,8 +175,12 @@ def block_norms(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Squared Frobenius norms of RB x CB blocks of dy^T x, which stays in registers."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     pr, pc = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles
     # Blocks past the end repeat the last one, whole, so that loads stay contiguous and aligned.
     m, n = tl.arange(0, RB * B), tl.arange(0, CB * B)
@@ -190,8 +220,12 @@ def square_sums(
     B: tl.constexpr,
     MB: tl.constexpr,  # blocks per program
     BT: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Sums of squares per block over a part of the tokens."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     blocks = tl.program_id(0) * MB + tl.arange(0, MB)
     part = tl.program_id(1)
     cols = tl.program_id(0) * MB * B + tl.arange(0, MB * B)

@@ -25,16 +25,10 @@ from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
 # Elements of a program's output in the kernels that only move data.
 _ELEMENTS = 4096
 # From this size on a dense weight is written once, by programs that look up who fills their
-# columns, and not zeroed first: 51 to 59 us instead of 70 to 83 for 4096 x 14336 half full.
+# columns, and not zeroed first: 51 to 60 us instead of 70 to 83 for 4096 x 14336 half full.
 _LARGE_WEIGHT = 2**22
-_EXPANDED = {
-    8: (8, 64, 2),
-    16: (8, 64, 2),
-    32: (32, 8, 4),
-    64: (32, 4, 4),
-    128: (16, 4, 4),
-}
-"""Lines, block columns and warps of a program, by tile. Tile 8 takes 80 instead of 111 us."""
+_EXPANDED = {8: (8, 128, 4), 16: (8, 64, 4), 32: (16, 16, 4), 64: (8, 8, 4), 128: (8, 4, 4)}
+"""Lines at a time, block columns and warps of a program, by tile."""
 
 
 @on_its_device
@@ -44,19 +38,23 @@ def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     dense = values.new_empty(R * B, C * B)
     if dense.numel() >= _LARGE_WEIGHT:
         LINES, columns, warps = _EXPANDED[B]
+        chunks = ceil_div(C, columns)
+        place = torch.empty(R * chunks * columns, dtype=torch.int32, device=values.device)
         launch(
             expand_blocks,
-            (R, ceil_div(C, columns), B // LINES),
+            (R * chunks,),
             values,
             pattern.col_indices,
             dense,
+            place,
             pattern.slots,
             pattern.num_live,
             C,
+            chunks,
             B=B,
             LINES=LINES,
             CB=columns,
-            KB=32,
+            KB=256,
             num_warps=warps,
         )
         return dense
@@ -101,15 +99,17 @@ def from_dense(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Te
     if out is None:
         out = dense.new_empty(R, slots, B, B)
     KB = max(1, min(round_up_to_power_of_two(slots), _ELEMENTS // (B * B)))
+    chunks = ceil_div(slots, KB)
     launch(
         gather_blocks,
-        (R, ceil_div(slots, KB)),
+        (R * chunks,),
         dense,
         pattern.col_indices,
         out,
         slots,
         pattern.num_live,
         pattern.C,
+        chunks,
         B=B,
         KB=KB,
         num_warps=4 if B < 128 else 8,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 from functools import cache, wraps
 from typing import Concatenate, ParamSpec, TypeVar
@@ -38,6 +39,23 @@ def on_its_device(
 def capability(device: torch.device) -> tuple[int, int]:
     """Compute capability of a CUDA device; that of Hopper in the interpreter."""
     return (9, 0) if device.type != "cuda" else torch.cuda.get_device_capability(device)
+
+
+_OVERLAPS_IN_GRAPHS = 12030
+"""The CUDA driver from which a captured graph keeps such launches, as CUDA writes 12.3."""
+
+
+@cache
+def overlaps(device: int) -> bool:
+    """Whether a CUDA device starts a kernel while the one before it ends, if asked to."""
+    if torch.version.hip is not None or torch.cuda.get_device_capability(device)[0] < 9:
+        return False
+    version = ctypes.c_int(0)
+    try:
+        failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(version))
+    except OSError:  # the driver has another name here
+        return False
+    return failed == 0 and version.value >= _OVERLAPS_IN_GRAPHS
 
 
 @cache

@@ -11,6 +11,7 @@ The column (slot) of the next step is loaded one step ahead and carried, as in t
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -36,7 +37,11 @@ def few_forward(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     RUN: tl.constexpr = B if B < BK else BK
     token_tiles = tl.cdiv(N, BM)
     pn, part = tl.program_id(0) // token_tiles, tl.program_id(1)
@@ -95,7 +100,11 @@ def few_grad_input(
     BK: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     RUN: tl.constexpr = B if B < BK else BK
     token_tiles = tl.cdiv(N, BM)
     pn, part = tl.program_id(0) // token_tiles, tl.program_id(1)
@@ -150,8 +159,12 @@ def few_grad_values(
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """Writes every slot once; zeros in the spare ones."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     pr, chunk = tl.program_id(0), tl.program_id(1)
     m, i, q = tl.arange(0, BM), tl.arange(0, BR), tl.arange(0, KB * B)
     row = pr * BR_LIVE + i % BR_LIVE
@@ -188,7 +201,11 @@ def add_parts(
     PARTS: tl.constexpr,  # parts rounded up to a power of two
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)
     source = parts_ptr + part.to(tl.int64)[:, None] * size + i[None, :]

@@ -16,6 +16,7 @@ read again: recomputed from a stored pre-activation it comes out the same.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockell_kernels._triton._activation_kernels import activated
 
@@ -113,7 +114,11 @@ def forward_pointers(
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     CONTIGUOUS: tl.constexpr = B if B < BK else BK
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(N, BM), out_features // BN_LIVE, GROUP_M)
     tokens = pm * BM + tl.arange(0, BM)
@@ -196,8 +201,12 @@ def forward_packed(
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """For small tiles: their rows are too short to be loaded well one block at a time."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(N, BM), out_features // BN, GROUP_M)
     tokens = pm * BM + tl.arange(0, BM)
     x_rows = x_ptr + tl.minimum(tokens, N - 1).to(tl.int64)[:, None] * stride_xn
@@ -250,7 +259,11 @@ def forward_descriptors(
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     STEPS: tl.constexpr = B // BK
     token_tiles, column_tiles = tl.cdiv(N, BM), out_features // BN
     first = tl.program_id(0)

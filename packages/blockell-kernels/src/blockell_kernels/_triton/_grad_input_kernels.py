@@ -8,6 +8,7 @@ index). No atomics: deterministic. A column that no row holds gives zeros.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockell_kernels._triton._forward_kernels import store_in_parts, tile_of
 
@@ -54,7 +55,11 @@ def grad_input_pointers(
     GROUP_M: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     CONTIGUOUS: tl.constexpr = B if B < BK else BK
     pm, pn = tile_of(tl.program_id(0), tl.cdiv(N, BM), in_features // BN_LIVE, GROUP_M)
     tokens = pm * BM + tl.arange(0, BM)
@@ -128,7 +133,11 @@ def grad_input_descriptors(
     PROGRAMS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     token_tiles, column_tiles = tl.cdiv(N, BM), in_features // BN
     first = tl.program_id(0)
     tiles = first + 1

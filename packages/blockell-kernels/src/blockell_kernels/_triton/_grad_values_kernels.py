@@ -9,6 +9,7 @@ BR rows of one row group and NB of its blocks, [BR, NB*B] of the gradient, and a
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit(do_not_specialize=["N", "tokens_per_part"])
@@ -35,7 +36,11 @@ def grad_values_pointers(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     pr, chunk, part = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles, tl.program_id(1)
     m = tl.arange(0, BR)
     rows = pr * BR_LIVE + m % BR_LIVE
@@ -85,7 +90,11 @@ def grad_values_descriptors(
     BT: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     pr, chunk, part = tl.program_id(0) % row_tiles, tl.program_id(0) // row_tiles, tl.program_id(1)
     row_cols = cols_ptr + ((pr * BR) // B).to(tl.int64) * slots
     k = chunk * NB
@@ -128,8 +137,12 @@ def reduce_parts(
     BB: tl.constexpr,  # B*B
     PARTS: tl.constexpr,  # parts rounded up to a power of two
     BLOCK: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """out = sum over parts, all loaded at once; zeros in the spare slots."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)

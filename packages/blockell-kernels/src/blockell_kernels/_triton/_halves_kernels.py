@@ -21,6 +21,7 @@ while surpassing the FP32 theoretical peak performance", 2022, but scaled by row
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 MUCH = tl.constexpr(12)
 
@@ -81,8 +82,12 @@ def row_peaks(
     B: tl.constexpr,
     LINES: tl.constexpr,  # rows per program; divides B
     KB: tl.constexpr,  # blocks per step
+    OVERLAPS: tl.constexpr = False,
 ):
     """The largest size in every row, relative to those of the columns if these are given."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * LINES + tl.arange(0, LINES)
     n = tl.arange(0, KB * B)
@@ -109,11 +114,15 @@ def column_peaks(
     B: tl.constexpr,
     LINES: tl.constexpr,  # rows per program; divides B
     KB: tl.constexpr,  # blocks per program
+    OVERLAPS: tl.constexpr = False,
 ):
     """The largest size in every column, relative to those of the rows if these are given.
 
     Maxima are the same in any order.
     """
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * LINES + tl.arange(0, LINES)
     n = tl.program_id(2) * (KB * B) + tl.arange(0, KB * B)
@@ -147,8 +156,12 @@ def split_blocks(
     KB: tl.constexpr,  # blocks per program
     BY_ROW: tl.constexpr,
     SCATTERED: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """The live blocks of every row side by side, zeros up to the width; or in their places."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * LINES + tl.arange(0, LINES)
     n = tl.program_id(2) * (KB * B) + tl.arange(0, KB * B)

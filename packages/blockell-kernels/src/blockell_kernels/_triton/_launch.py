@@ -4,6 +4,11 @@
 string, some 20 us a launch. Here a call's own key finds the compiled kernel, which is then run
 directly. The key is never coarser than what Triton specialises a kernel on: type, and for integers
 being 1, a multiple of 16 or beyond 32 bits, for pointers dtype and alignment.
+
+A kernel with a constant `OVERLAPS` waits, before it touches memory, until the one before it has
+ended (`gdc_wait`). On GPUs that can, it is therefore launched while that one ends, by programmatic
+dependent launch: its own start then costs next to nothing. Such kernels let the next one start as
+soon as all of their own programs have (`gdc_launch_dependents`).
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ from triton import knobs
 from triton.runtime import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from blockell_kernels._triton._device import INTERPRETED
+from blockell_kernels._triton._device import INTERPRETED, overlaps
 
 _ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _LARGE = 2**31
@@ -30,11 +35,14 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         args: tensors, descriptors, integers, floats: the leading parameters, in order.
         constants: compile-time parameters and launch options (num_warps, ...), all hashable.
     """
-    if INTERPRETED or _watched():
+    if INTERPRETED:
         kernel[grid](*args, **constants)
         return
     active = driver.active
     device = active.get_current_device()
+    if _watched():
+        kernel[grid](*args, **constants, **_overlap(kernel, device))
+        return
     key: list[Any] = [id(kernel), device, *constants, *constants.values()]
     for arg in args:
         kind = type(arg)
@@ -49,6 +57,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append(_key_of(arg))
     found = _ready.get(tuple(key))
     if found is None:
+        constants |= _overlap(kernel, device)
         compiled = kernel[grid](*args, **constants)
         _ready[tuple(key)] = compiled, _trailing(kernel, len(args), constants)
         return
@@ -60,6 +69,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         x, y, z, stream, compiled.function, compiled.packed_metadata, None, None, None,
         *args, *trailing,
     )  # fmt: skip
+
+
+def _overlap(kernel: Any, device: int) -> dict[str, bool]:
+    """Constants that launch a kernel while the one before it ends, if it is written to wait."""
+    waits = any(parameter.name == "OVERLAPS" for parameter in kernel.params)
+    return {"OVERLAPS": True, "launch_pdl": True} if waits and overlaps(device) else {}
 
 
 def _watched() -> bool:

@@ -1,12 +1,11 @@
-"""When the sparse kernels beat the dense product on a GPU: a measured table, looked up.
+"""When the sparse kernels beat the dense product on a GPU: measured times, looked up.
 
 Legend: B tile side, N tokens; width: outputs that share a column list (row_group*B).
 
-For every direction, arithmetic, tile and width, `break_even.json` holds the densities up to which
-the sparse kernel was faster than scattering the weight and multiplying densely, and than
-multiplying alone, at each measured (N, in, out); and where a kernel for more blocks took over and
-was faster again. A case takes the numbers of the nearest of them, in octaves.
-`benchmarks/grid_gpu.py` measures, `benchmarks/break_even.py` writes the file.
+For every direction, arithmetic, tile and width, `measured.json` holds shapes (N, in, out), and at
+some densities of each how long the sparse kernel took, relative to scattering the weight and
+multiplying densely, and to multiplying alone. A case takes a mean of the nearest shapes' ratios at
+its own density. `benchmarks/grid_gpu.py` measures, `benchmarks/table_gpu.py` writes the file.
 """
 
 from __future__ import annotations
@@ -27,32 +26,41 @@ from blockell_kernels._triton._walk import least_density
 UNMEASURED_FACTOR = 0.5
 """Of the break-even density, on GPUs of another generation than the measured one; of no more than
 the density up to which the measured one took kernels that they run, too."""
+NEIGHBOURS = 5
+SAME, CLOSE = 0.05, 0.2
+"""Octaves: a shape no farther away is the case's own and answers alone; a distance that counts half
+as much as none."""
+FEATURES = 0.5
+"""What an octave of in or out counts, of an octave of N. Chosen as it decides best about measured
+shapes that are left out of the table."""
+STEP = 0.05
 
 
-class Measured(NamedTuple):
-    """The break-even densities at one shape: rising, at each of them the faster one changes.
-
-    Up to the first the sparse kernel is: [0.0] never, [1.0] always.
-    """
+class Shape(NamedTuple):
+    """What was measured at one shape: log2 of the sparse kernel's share of the other's time."""
 
     N: int
     in_features: int
     out_features: int
-    copied: list[float]
-    """Against a dense product whose weight is copied first."""
-    alone: list[float]
-    """Against one whose weight need not be copied."""
+    points: list[list[float]]
+    """[density, against the dense product whose weight is copied first, against it alone], by
+    rising density."""
 
 
-def passed(density: float, limits: list[float]) -> int:
-    """How many of the break-evens lie below a density; after an even number sparse is faster."""
-    return sum(density > limit for limit in limits)
+class Found(NamedTuple):
+    """What the table says of a case."""
+
+    octaves: float
+    """The log2 of the expected share: below zero the sparse kernel wins."""
+    shapes: list[Shape]
+    """By whose measurements, the nearest first."""
+    width: int
 
 
 @cache
 def table() -> dict[str, Any]:
-    """The shipped measurements: {"device", "rows": {"direction arithmetic BxWidth": [...]}}."""
-    text = files("blockell_kernels._triton").joinpath("break_even.json").read_text("utf-8")
+    """The shipped measurements: {"device", "sources", "rows": {"direction arithmetic BxWidth"}}."""
+    text = files("blockell_kernels._triton").joinpath("measured.json").read_text("utf-8")
     return json.loads(text)
 
 
@@ -65,20 +73,52 @@ def arithmetic(case: Case) -> str:
     return "float32" if _halves.available(case.device) else "3xtf32"
 
 
-def nearest(case: Case, kind: str) -> tuple[Measured, int] | None:
-    """The nearest measured shape and its width, among the widest not above the case's."""
+def distance(case: Case, shape: Shape) -> float:
+    """In octaves."""
+    N = abs(math.log2(max(case.N, 1) / shape.N))
+    inputs = abs(math.log2(case.C * case.B / shape.in_features))
+    return N + FEATURES * (inputs + abs(math.log2(case.R * case.B / shape.out_features)))
+
+
+def interpolated(shape: Shape, density: float, column: int) -> float:
+    """A shape's measurement at a density: on the line through two, beyond all as the last two."""
+    points = shape.points
+    if len(points) == 1:
+        return points[0][column]
+    at = next((i for i, point in enumerate(points) if density <= point[0]), len(points) - 1)
+    low, high = points[max(at, 1) - 1], points[max(at, 1)]
+    slope = (high[column] - low[column]) / (high[0] - low[0])
+    return min(1.0, max(-1.0, low[column] + slope * (density - low[0])))
+
+
+def nearest(case: Case, kind: str) -> tuple[list[tuple[float, Shape]], int] | None:
+    """(weight, shape) of the nearest shapes, and their width: the widest not above the case's."""
     prefix, width = f"{case.direction} {kind} {case.B}x", case.row_group * case.B
     widths = [int(key[len(prefix) :]) for key in table()["rows"] if key.startswith(prefix)]
     fitting = [w for w in widths if w <= width]
     if not fitting:
         return None
-    shape = (case.N, case.C * case.B, case.R * case.B)
+    shapes = [Shape(*row) for row in table()["rows"][f"{prefix}{max(fitting)}"]]
+    near = sorted((distance(case, shape), shape) for shape in shapes)[:NEIGHBOURS]
+    if near[0][0] <= SAME:
+        near = near[:1]
+    return [((octaves + CLOSE) ** -2, shape) for octaves, shape in near], max(fitting)
 
-    def octaves(row: list[float]) -> float:
-        return sum(abs(math.log2(max(a, 1) / b)) for a, b in zip(shape, row[:3], strict=True))
 
-    row = min(table()["rows"][f"{prefix}{max(fitting)}"], key=octaves)
-    return Measured(*row), max(fitting)
+def expected(
+    case: Case, kind: str, copied: bool = True, density: float | None = None
+) -> Found | None:
+    """The sparse kernel's time beside a dense product, its weight `copied` first or not.
+
+    At another density than the case's, if one is given.
+    """
+    found = nearest(case, kind)
+    if found is None:
+        return None
+    near, width = found
+    column, density = 1 if copied else 2, case.density if density is None else density
+    total = sum(weight * interpolated(shape, density, column) for weight, shape in near)
+    return Found(total / sum(weight for weight, _ in near), [shape for _, shape in near], width)
 
 
 def verdict(case: Case) -> Verdict:
@@ -93,29 +133,44 @@ def beats_copied(case: Case) -> bool:
     """
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         return True
-    found = nearest(case, arithmetic(case))
-    return found is None or passed(case.density, found[0].alone) % 2 == 0
+    found = expected(case, arithmetic(case), copied=False)
+    return found is None or found.octaves <= 0
+
+
+def break_even(case: Case, kind: str) -> float:
+    """The density up to which the sparse kernel is expected to win, in steps."""
+    density = 0.0
+    while density < 1:
+        denser = round(density + STEP, 2)
+        found = expected(case, kind, density=denser)
+        if found is None or found.octaves > 0:
+            break
+        density = denser
+    return density
 
 
 @lru_cache(maxsize=4096)
 def _verdict(case: Case, kind: str) -> Verdict:
-    found = nearest(case, kind)
+    found = expected(case, kind)
     if found is None:
         return Verdict(False, f"tile {case.B} was not measured for {case.direction} in {kind}")
-    row, width = found
-    limits, factor = row.copied, ""
+    shape = found.shapes[0]
+    where = f"measured on {table()['device']} at N={shape.N}, {shape.in_features} -> "
+    where += f"{shape.out_features}"
+    if len(found.shapes) > 1:
+        where += f" and {len(found.shapes) - 1} shapes near it"
+    where += f", tile {case.B}, {found.width} outputs sharing columns, {kind}"
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         # Above that density a kernel was measured that other GPUs do not run.
-        limits = [min(limits[0], least_density(case)) * UNMEASURED_FACTOR]
-        factor = f" times {UNMEASURED_FACTOR} on a GPU not measured"
-    below = passed(case.density, limits)
-    wins = below % 2 == 0
-    # An always faster one is named by the limit above it, 1; a slower one by the one it has passed.
-    limit = limits[below] if wins and below < len(limits) else limits[below - 1]
-    sign = "<=" if case.density <= limit else ">"
+        limit = min(break_even(case, kind), least_density(case)) * UNMEASURED_FACTOR
+        wins = case.density <= limit
+        return Verdict(
+            wins,
+            f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, {UNMEASURED_FACTOR} "
+            f"times the break-even of {case.direction} on a GPU not measured; {where}",
+        )
     return Verdict(
-        wins,
-        f"density {case.density:.2f} {sign} {limit:.2f}, the break-even of "
-        f"{case.direction} measured on {table()['device']} at N={row.N}, {row.in_features} -> "
-        f"{row.out_features}, tile {case.B}, {width} outputs sharing columns, {kind}{factor}",
+        found.octaves <= 0,
+        f"{case.direction} at density {case.density:.2f} takes {2**found.octaves:.2f} of the time "
+        f"of the dense product with its copy, {where}",
     )

@@ -14,6 +14,7 @@ No atomics and no order that depends on timing: deterministic.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from blockell_kernels._triton._forward_kernels import tile_of
 
@@ -53,8 +54,12 @@ def walk_forward(
     BOXES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """y = x W^T + bias, or the part of the sum that program_id(1) owns."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     ROWS: tl.constexpr = BN // B
     token_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(out_features, BN)
     pm, pn = tile_of(tl.program_id(0), token_tiles, column_tiles, GROUP_M)
@@ -129,8 +134,12 @@ def walk_grad_input(
     BOXES: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """dx = dy W, or the part of the sum that program_id(1) owns."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     COLUMNS: tl.constexpr = BN // B
     token_tiles, column_tiles = tl.cdiv(N, BM), tl.cdiv(in_features, BN)
     pm, pn = tile_of(tl.program_id(0), token_tiles, column_tiles, GROUP_M)
@@ -203,8 +212,12 @@ def walk_grad_values(
     GROUP: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
     """The present blocks of dy^T x, tile by tile."""
+    if OVERLAPS:
+        gdc_launch_dependents()
+        gdc_wait()
     ROWS: tl.constexpr = BM // B
     COLUMNS: tl.constexpr = BN // B
     pid = tl.program_id(0)
