@@ -14,6 +14,7 @@ from torch import Tensor
 from ._inputs import IGNORE_INDEX
 
 BLOCK = 8192
+LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
@@ -31,27 +32,32 @@ def _softmax_gradient(
     row = tl.program_id(0)
     start = logits_ptr + row.to(tl.int64) * stride
     lane = tl.arange(0, BLOCK)
-    largest = tl.full((), float("-inf"), tl.float32)
+    largest = tl.full((), float("-inf"), tl.float32)  # in units of log 2, which is what exp2 wants
     total = tl.full((), 0.0, tl.float32)
     for first in range(0, V, BLOCK):
         column = first + lane
-        x = tl.load(start + column, column < V, other=float("-inf")).to(tl.float32)
+        x = tl.load(start + column, column < V, float("-inf"), eviction_policy="evict_last")
+        x = x.to(tl.float32) * LOG2_E
         before = largest
         largest = tl.maximum(largest, tl.max(x, 0))
-        total = total * tl.exp(before - largest) + tl.sum(tl.exp(x - largest), 0)
-    log_sum = largest + tl.log(total)
-    tl.store(log_sums_ptr + row, log_sum)
+        total = total * tl.exp2(before - largest) + tl.sum(tl.exp2(x - largest), 0)
+    log_sum = largest + tl.log2(total)
+    natural = log_sum / LOG2_E
+    tl.store(log_sums_ptr + row, natural)
     if GRADIENT:
         target = tl.load(targets_ptr + row)
         counts = target != IGNORED
-        scale = 1.0 + 2.0 * z_weight * log_sum
-        for first in range(0, V, BLOCK):
-            column = first + lane
+        scale = 1.0 + 2.0 * z_weight * natural
+        # backwards: what was read last is still in the cache
+        blocks = tl.cdiv(V, BLOCK)
+        for done in range(blocks):
+            column = (blocks - 1 - done) * BLOCK + lane
             inside = column < V
-            x = tl.load(start + column, inside, other=float("-inf")).to(tl.float32)
-            gradient = tl.exp(x - log_sum) * scale - tl.where(column == target, 1.0, 0.0)
-            gradient = tl.where(counts, gradient, 0.0)
-            tl.store(start + column, gradient.to(logits_ptr.dtype.element_ty), inside)
+            x = tl.load(start + column, inside, float("-inf"), eviction_policy="evict_first")
+            x = x.to(tl.float32) * LOG2_E
+            gradient = tl.exp2(x - log_sum) * scale - tl.where(column == target, 1.0, 0.0)
+            gradient = tl.where(counts, gradient, 0.0).to(logits_ptr.dtype.element_ty)
+            tl.store(start + column, gradient, inside, eviction_policy="evict_first")
 
 
 def softmax_gradient_(logits: Tensor, targets: Tensor, z_weight: float, gradient: bool) -> Tensor:
