@@ -37,11 +37,11 @@ def taken(monkeypatch):
         )
         return None if found is None else found[0]
 
-    def fc2(N, hidden, width, B, G=1, density=0.5, sparse=True, dense=True):
+    def fc2(N, hidden, width, B, G=1, density=0.5, sparse=True, dense=True, keep_a=False):
         dy = torch.empty(N, width, dtype=torch.bfloat16, device="meta")
         found = _mlp.middle(
             dy, blocks, None, pattern(hidden, width, B, G, density), dy, "gelu",
-            sparse=sparse, dense=dense, keep_a=True, need_bias=True,
+            sparse=sparse, dense=dense, keep_a=keep_a, need_bias=True,
         )  # fmt: skip
         return None if found is None else found[0]
 
@@ -59,12 +59,14 @@ def test_short_sums_of_many_tokens_go_by_turns(taken):
         assert fc1(8192, 640, 2560, B, G) == "by turns"
         assert fc1(8192, 4096, 14336, B, G) == "Triton"
     assert fc1(8192, 640, 2560, 128, activation="none") == "Triton"
-    assert fc1(1024, 640, 2560, 128) == "Triton"
+    assert fc1(8192, 640, 2560, 64) == "by turns"
+    assert fc1(1000, 640, 2560, 128) is None
     assert fc1(100, 640, 2560, 128) is None
     assert fc2(8192, 2560, 640, 128) == "blocks"
     assert fc2(16384, 6144, 1536, 128) == "blocks"
     assert fc2(8192, 14336, 4096, 128) == "Triton"
-    assert fc2(1024, 2560, 640, 128) is None
+    assert fc2(1000, 2560, 640, 128) == "Triton"
+    assert fc2(1000, 2560, 640, 128, keep_a=True) is None
     assert fc2(100, 2560, 640, 128) is None
 
 
@@ -76,3 +78,18 @@ def test_small_tiles_go_by_a_dense_weight_unless_sums_are_long_or_it_is_not_want
         assert fc2(8192, 2560, 640, 16, 8, sparse=sparse, dense=False) is None
     assert fc2(8192, 2560, 640, 128, sparse=False) == "dense weight"
     assert fc2(8192, 2560, 640, 128, sparse=False, dense=False) is None
+
+
+def test_tiles_32_and_64_go_by_the_faster_of_blocks_and_dense_weight(taken):
+    _, fc2 = taken
+    assert fc2(8192, 2560, 640, 64) == "dense weight"
+    assert fc2(2048, 2560, 640, 64) == "Triton"
+    assert fc2(8192, 4096, 1024, 64) == "Triton"
+    assert fc2(8192, 2560, 640, 64, density=0.25) == "Triton"
+    assert fc2(8192, 2560, 640, 64, density=0.25, keep_a=True) == "dense weight"
+    assert fc2(8192, 8192, 2048, 64) == "Triton"
+    assert fc2(8192, 14336, 4096, 64) is None
+    assert fc2(8192, 14336, 4096, 64, density=0.25) == "Triton"
+    assert fc2(8192, 4096, 1024, 32, 4) == "dense weight"
+    assert fc2(8192, 4096, 1024, 32, 4, density=0.25) is None
+    assert fc2(8192, 2560, 640, 32, 4, density=0.25) == "dense weight"

@@ -111,14 +111,12 @@ def backward(
     only2 = (False, needs.values2, False)
     again = need_a and a is None
     dvalues2 = dprobe2 = None
-    dbias1 = dbias2 = None
     with _beside(forked, dy):
+        dbias2 = sum_over_tokens(dy) if needs.bias2 else None
         if forked and not again:
             _, dvalues2, _, dprobe2 = second.plan.backward(
                 dy, a, None, second.pattern, only2, samples[1]
             )
-        if forked and needs.bias2:
-            dbias2 = sum_over_tokens(dy)
     dh = sums = None
     if need_dh:
         assert h is not None
@@ -131,17 +129,17 @@ def backward(
         assert h is not None
         a = activate(h, activation)
     h = None
+    # Not beside the rest: then the input gradient would start before the weight gradients do, and
+    # a step take 2 to 3% longer.
+    dbias1 = None if sums is None else sum_over_tokens(sums, dy.dtype)
+    sums = None
     with _beside(forked, dy):
-        if sums is not None:
-            dbias1 = sum_over_tokens(sums, dy.dtype)
         if again or not forked:
             _, dvalues2, _, dprobe2 = second.plan.backward(
                 dy, a, None, second.pattern, only2, samples[1]
             )
-        if not forked and needs.bias2:  # after the products, which brought dy into the cache
-            dbias2 = sum_over_tokens(dy)
     if not forked:
-        a = sums = None
+        a = None
     dx = dvalues1 = dprobe1 = None
     if need_first:
         assert dh is not None
@@ -149,7 +147,7 @@ def backward(
         dx, dvalues1, _, dprobe1 = first.plan.backward(
             dh, x, first.values, first.pattern, only1, samples[0], weight1
         )
-    if forked:  # only now may the memory of a, dy and the sums be used again
+    if forked:  # only now may the memory of a and dy be used again
         join(dy.device)
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
 

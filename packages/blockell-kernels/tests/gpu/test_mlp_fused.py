@@ -32,6 +32,7 @@ def carried(monkeypatch):
         monkeypatch.setattr(_mlp, name, wrapper)
 
     monkeypatch.setattr(_mlp.rule, "FEW_TOKENS", 0)
+    monkeypatch.setattr(_mlp.rule, "FORWARD_TOKENS", 0)
     tiling = Tiling(path="descriptors", BM=16, BN=64, BK=32, store_parts=2)
     monkeypatch.setattr(_mlp.rule, "middle_tiling_for", lambda case, keep_a: tiling)
     counted("_forward_activated")

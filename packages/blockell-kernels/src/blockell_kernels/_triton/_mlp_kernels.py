@@ -11,6 +11,7 @@ dh is summed over the program's tokens, for the bias of fc1.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_wait
 
 from blockell_kernels._triton._activation_kernels import activated_and_slope
 from blockell_kernels._triton._forward_kernels import tile_of
@@ -67,7 +68,10 @@ def grad_input_activated(
     ARITHMETIC: tl.constexpr,  # of the activation
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    OVERLAPS: tl.constexpr = False,
 ):
+    if OVERLAPS:
+        gdc_wait()
     token_tiles, column_tiles = tl.cdiv(N, BM), in_features // BN
     first = tl.program_id(0)
     tiles = first + 1

@@ -22,17 +22,26 @@ FEW_TOKENS = 512
 """Below this many tokens the passes over memory cost nothing next to the launches."""
 PATHS = ("pointers", "descriptors", "packed")
 """Ways of the forward product that take an activation."""
-DEEP, DEEP_ALONE = 1024, 256
-"""Products summed per element of da from which f' rides on them, where a is computed again with it
-and where not. On shorter sums the epilogue takes longer than the products and nothing runs beside
-it; a pass of its own through L2 is faster then. Measured at 8192 tokens, 640 -> 2560, half dense
-(320 products): 74 us with it and 100 with a, too; without 36 and 34 to 46 for the pass."""
+DEEP, DEEP_ALONE = 1024, 128
+"""Products summed per element of da from which f' rides on Triton's kernel, where a is computed
+again with it and where not. On shorter sums the epilogue takes longer than the products and nothing
+runs beside it; a pass of its own through L2 is faster then."""
+LONG_64 = 1536
+"""Products summed up to which it rides there in tile 64: 1024 took 382 us (385 by two passes), 2048
+1200 (1087)."""
+FORWARD_TOKENS = 1024
+"""Below this many tokens f has a pass of its own: 1024 tokens of 640 -> 2560 took 15 us by two
+passes and 18 by Triton's fused product."""
 SHALLOW = 1024
 """Products summed per element up to which the Gluon kernels "by turns" win, from `TURNS_TOKENS` on:
 their tiles are 128 x 128, which longer sums pay for in bytes from L2. Measured with 2048 to 65536
 tokens in tile 128: up to 1536 -> 6144 they gained 7 to 15% of a whole step, of 4096 -> 14336 they
-lost 4 to 6%."""
-TURNS_TOKENS = 2048
+lost 4 to 6%. At 1024 tokens of 640 -> 2560 fc1 took 14 us by them and 15 by two passes."""
+TURNS_TOKENS = 1024
+FEW_BLOCKS, NARROW, DENSE_64_TOKENS = 1 / 3, 768, 4096
+"""Where fc2 could be computed by a dense weight "by turns", its blocks are faster in tile 64 below
+`DENSE_64_TOKENS`, beyond `NARROW` outputs, or up to the density `FEW_BLOCKS`, and in tile 32 where
+both of the latter hold. Measured with 1024 to 65536 tokens of 640 -> 2560 to 2048 -> 8192."""
 
 
 class Way(NamedTuple):
@@ -70,6 +79,8 @@ def forward_way(case: Case, activation: str, halves: Tiling | None, by_turns: bo
         return TOO_FEW
     if halves is not None:
         return _riding(halves)
+    if case.N < FORWARD_TOKENS:
+        return Way("passes", f"a pass of its own: faster below {FORWARD_TOKENS} tokens")
     shallow = case.N >= TURNS_TOKENS and case.K * case.B <= SHALLOW
     if shallow and by_turns and activation != "none":
         return TURNS
@@ -109,8 +120,8 @@ def middle_way(
     turns, depth = case.N >= TURNS_TOKENS, case.R * case.B
     if sparse and turns and case.density * depth < SHALLOW and by_turns:
         return TURNS
-    wide_blocks = sparse and case.B == 128  # which another kernel takes without a copy
-    if dense and turns and depth <= SHALLOW and not wide_blocks and dense_by_turns:
+    by_blocks = sparse and _blocks_win(case, keep_a)
+    if dense and turns and depth <= SHALLOW and not by_blocks and dense_by_turns:
         return DENSE_TURNS
     tiling = middle_tiling_for(case, keep_a) if sparse else None
     if tiling is None:
@@ -118,12 +129,21 @@ def middle_way(
     return _riding(tiling)
 
 
+def _blocks_win(case: Case, keep_a: bool) -> bool:
+    """Whether fc2's blocks are faster than a dense weight "by turns"."""
+    narrow, few = case.R * case.B <= NARROW, case.density <= FEW_BLOCKS
+    if case.B == 64:
+        return case.N < DENSE_64_TOKENS or not narrow or (few and not keep_a)
+    return case.B == 128 or (case.B == 32 and not narrow and few)
+
+
 def middle_tiling_for(case: Case, keep_a: bool) -> Tiling | None:
     """The tiling of Triton's input gradient with this epilogue; None: two passes are better."""
     B, N = case.B, case.N
     if capability(case.device)[0] != 9 or B < 64 or N < FEW_TOKENS or case.dtype == torch.float32:
         return None
-    if case.R * B * case.density < (DEEP if keep_a else DEEP_ALONE):
+    products = case.R * B * case.density
+    if products < (DEEP if keep_a else DEEP_ALONE) or (B == 64 and products > LONG_64):
         return None
     if B == 64:
         return Tiling(path="descriptors", BM=128, BN=64, BK=64, warps=4, stages=4)
