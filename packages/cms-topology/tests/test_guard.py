@@ -190,3 +190,39 @@ def test_layers_projected_together_may_differ_in_rank(eps: float) -> None:
         drift = float(change / (x @ before[name].mT).square().sum())
         assert drift < 1.02e-3, name
         assert guard.drift()[name] == pytest.approx(drift, rel=0.3), name
+
+
+@pytest.mark.parametrize("eps", [0.01, 0.3])
+def test_gradients_are_damped_before_the_optimizer_sees_them(eps: float) -> None:
+    model, memory = make(row_group=4)
+    seen: dict[str, Tensor] = {}
+
+    class Watching(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            seen.update({n: p.grad.clone() for n, p in model.named_parameters()})
+
+    optimizer = Watching(model.parameters(), lr=1.0)
+    guard = RetentionGuard(model, optimizer, memory, eps=eps, drift=None, gradients=True)
+    model(**batches(B, 1)[0])["loss"].backward()
+    plain = {n: p.grad.clone() for n, p in model.named_parameters()}
+    weights = {weight.name: weight for batch in guard._batches for weight in batch.weights}
+    expected = {}
+    for name, weight in weights.items():
+        K = weight.memory.covariance.restricted(weight.columns())
+        factor = eps * torch.linalg.inv(K + eps * torch.eye(K.shape[1]))
+        gradient = weight.gradient()
+        assert gradient is not None
+        expected[name] = gradient.read() @ factor.float()
+    optimizer.step()
+    assert "fc1.values" in weights
+    for name, parameter in model.named_parameters():
+        if name not in weights:
+            assert torch.equal(seen[name], plain[name]), name
+            continue
+        parameter.grad = seen[name]
+        gradient = weights[name].gradient()
+        assert gradient is not None
+        # directions of which less than 5% would be taken away are left alone
+        error = (gradient.read() - expected[name]).norm() / expected[name].norm()
+        assert error < 0.05, name
+        assert seen[name].norm() < 0.9 * plain[name].norm(), name

@@ -27,6 +27,7 @@ pytestmark = [
         "joint",
         "ours",
         "ours-grown",
+        "ours-damped",
         "ours-rehearsing",
         "ours-recalling",
     ],

@@ -45,7 +45,8 @@ class RetentionGuard:
 
     Args:
         model: wrapped by DDP or torch.compile or not. Its present weights are the anchor W_A.
-        optimizer: hooked; None if you call `guard.step()` yourself after every step.
+        optimizer: hooked; None if you call `guard.step()` yourself after every step
+            (and `guard.before_step()` before it, for `gradients`).
         memory: what is kept, from `consolidate`.
         drift: budget of relative drift D per weight matrix. "auto" finds it: if probes were kept at
             consolidation, by watching how far the answers to them have moved (see
@@ -56,6 +57,9 @@ class RetentionGuard:
             only what changes no output on the consolidated inputs, infinity everything and costs
             nothing. None: 0.1 beside a drift budget (it damps the start of a new task, whose
             gradients are coherent), 0.01 without.
+        gradients: damp the gradients by `eps`, too, before the optimizer sees them. An optimizer
+            that divides by the size of past gradients, as Adam does, otherwise divides by much
+            that the guard takes away again, and learns more slowly.
         ramp: optimizer steps over which a fixed budget widens from nothing, as the square. The
             first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
@@ -79,6 +83,7 @@ class RetentionGuard:
         *,
         drift: str | float | DriftController | None = "auto",
         eps: float | None = None,
+        gradients: bool = False,
         ramp: int = 0,
         every: int = 1,
         tolerance: float | None = None,
@@ -87,7 +92,7 @@ class RetentionGuard:
     ) -> None:
         self.model = unwrap(model)
         self.memory = memory
-        self.every = every
+        self.every, self.gradients = every, gradients
         self._budget = make_budget(
             drift,
             memory,
@@ -118,13 +123,23 @@ class RetentionGuard:
             self._budget.begin(self.model)
         self._allowed = torch.zeros((), dtype=torch.float64, device=device)
         self._arrange(states)
-        self._hook = None
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._warned = False
         if optimizer is not None:
             check_optimizer(self.model, optimizer)
-            self._hook = optimizer.register_step_post_hook(lambda *_: self.step())
+            if gradients:
+                self._hooks = [optimizer.register_step_pre_hook(lambda *_: self.before_step())]
+            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
 
     # -- the work -----------------------------------------------------------------------------
+
+    def before_step(self) -> None:
+        """Damp the gradients if that was asked for; a hook calls it."""
+        if self.gradients and self.eps is not None:
+            self._notice_changes()
+            with products(full=False):
+                for batch in self._batches:
+                    batch.damp_gradients(self.eps)
 
     def step(self) -> None:
         """Do what is due after one optimizer step; the hook calls it."""
@@ -207,9 +222,9 @@ class RetentionGuard:
     def remove(self) -> None:
         """Project what is pending and let the optimizer go."""
         self.flush()
-        if self._hook is not None:
-            self._hook.remove()
-            self._hook = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     # -- figures ------------------------------------------------------------------------------
 

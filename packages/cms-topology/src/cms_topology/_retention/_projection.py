@@ -7,6 +7,7 @@ Legend: L layers, G units of a layer, m rows of a unit, n inputs of a unit, r le
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
+
+NEGLIGIBLE = 0.05
+"""Directions of which a smaller share would be taken away of gradients are left alone."""
 
 
 class ProjectionBatch:
@@ -59,6 +63,7 @@ class ProjectionBatch:
         self.last_drift = torch.zeros_like(self.scale)
         self._complete = min(self._ranks) >= self.vectors.shape[2]
         """No direction is outside of U."""
+        self._removed: _Removed | None = None
         self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
         """Weights are written as they were computed, not rounded."""
 
@@ -151,6 +156,32 @@ class ProjectionBatch:
             self.reference.copy_(result if self._exact else self.read())
 
     @torch.no_grad()
+    def damp_gradients(self, eps: float) -> None:
+        """Multiply the gradients by eps (K + eps I)^-1, but for directions it would hardly touch.
+
+        Args:
+            eps: the same from call to call.
+        """
+        if self._removed is None:
+            self._removed = _Removed.of(self.spectrum, self.vectors, eps)
+        found = [weight.gradient() for weight in self.weights]
+        layers = [i for i, gradient in enumerate(found) if gradient is not None]
+        gradients = [gradient for gradient in found if gradient is not None]
+        if not gradients:
+            return
+        vectors, along, outside = self._removed
+        if len(layers) < len(found):
+            vectors, along, outside = vectors[layers], along[layers], outside[layers]
+        units = self.anchor.new_empty(len(layers), *self.anchor.shape[1:])
+        for gradient, into in zip(gradients, units, strict=True):
+            gradient.read_into(into)
+        C = torch.matmul(units, vectors) * along
+        flat = (t.flatten(0, 1) for t in (units * outside, C, vectors.mT))
+        damped = torch.baddbmm(*flat, alpha=-1).view(units.shape)
+        for gradient, values in zip(gradients, damped, strict=True):
+            gradient.write(values)
+
+    @torch.no_grad()
     def measure(self) -> Tensor:
         """Relative drift of the weights as they are, float64 [L]."""
         moved = self.read() - self.anchor
@@ -189,6 +220,26 @@ class ProjectionBatch:
         inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
         outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
         return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
+
+
+class _Removed(NamedTuple):
+    """What is taken away of gradients."""
+
+    vectors: Tensor
+    """[L, G, n, r'], the first r' directions."""
+    along: Tensor
+    """[L, G, 1, r'], the share that is taken away along each, beyond that of all others."""
+    kept: Tensor
+    """[L, G, 1, 1], the share that is kept of all others."""
+
+    @classmethod
+    def of(cls, spectrum: Tensor, vectors: Tensor, eps: float) -> _Removed:
+        share = spectrum / (spectrum + eps).clamp(min=1e-300)
+        along, outside = share[:, :, :-1], share[:, :, -1:]
+        along = along - outside
+        count = int((along > NEGLIGIBLE).any(0).any(0).sum())
+        like = vectors[..., :count].contiguous()
+        return cls(like, _per_row(along[:, :, :count], like), _per_row(1 - outside, like))
 
 
 def _per_row(factor: Tensor, like: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ row group, of m = row_group * B rows that read n = K * B inputs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,6 +27,11 @@ class ProtectedWeight:
     """The block-sparse layer the parameter is the `values` of; None for a dense matrix."""
     rows: Tensor | None = None
     """int64 indices of rows that must stay: embedding rows in use of a tied matrix."""
+
+    def gradient(self) -> ProtectedWeight | None:
+        """The parameter's gradient, cut into the same units; None if there is none now."""
+        grad = self.parameter.grad
+        return None if grad is None else replace(self, parameter=grad)
 
     @property
     def shape(self) -> tuple[int, int, int]:

@@ -18,6 +18,7 @@ from ._kronecker import KroneckerEWC
 from ._method import Method
 from ._plain import FineTuning, LowRate
 from ._projection import (
+    DampedProjection,
     DenseProjection,
     FixedEps,
     GrowingProjection,
@@ -44,6 +45,7 @@ METHODS: dict[str, type[Method]] = {
         Joint,
         Projection,
         GrowingProjection,
+        DampedProjection,
         RehearsingProjection,
         RecallingProjection,
         FixedEps,

@@ -85,6 +85,10 @@ class Projection(Method):
             **self.options,
         )
 
+    def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        if self._guard is not None and self._by_hand:
+            self._guard.before_step()
+
     def on_step(self, trainer: Trainer, step: int) -> None:
         if self._guard is not None and self._by_hand:
             self._guard.step()
@@ -142,6 +146,16 @@ class GrowingProjection(Projection):
         )
 
 
+class DampedProjection(GrowingProjection):
+    """The growing form, with gradients damped, too, before the optimizer sees them.
+
+    Then the weights move less between two projections, and learning rates may be higher.
+    """
+
+    name = "ours-damped"
+    options: ClassVar[dict[str, Any]] = {"every": 10, "gradients": True}
+
+
 class RehearsingProjection(GrowingProjection):
     """The growing form, which also rehearses what the model wrote after every old task.
 
@@ -179,6 +193,7 @@ class RehearsingProjection(GrowingProjection):
 
     def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
         self._rehearsal.loss().backward()
+        super().on_backward(trainer, loss)
 
     def _strength(self) -> dict[str, Any]:
         return {"drift": None, "eps": self.dial}
