@@ -36,6 +36,7 @@ SIZES += [(2048, 8192), (8192, 2048), (1536, 6144), (4096, 4096), (14336, 4096),
 BETWEEN = [(n, i, o) for n in (32, 128, 384, 768, 1536, 3072, 6144) for i, o in SIZES]
 """For the dispatcher alone: layers between those with goals."""
 DENSE_TIMES: dict[tuple[object, ...], list[float]] = {}
+MOST_TURNS = 25
 CLEAR = None  # more bytes than the L2 cache holds; made where there is a GPU
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
@@ -61,12 +62,12 @@ def captured(function) -> torch.cuda.CUDAGraph:
 def in_turns(functions: dict[str, object], budget_ms: float) -> dict[str, list[float]]:
     """[median, 20th, 80th percentile] of each one's graph replays, the L2 cache cold.
 
-    They take turns, 3 to 25 times, so that all meet the same clocks: large products heat the GPU
-    up. What takes over four times as long as the fastest stays out after three turns.
+    They take turns, 3 to `MOST_TURNS` times, so that all meet the same clocks: large products heat
+    the GPU up. What takes over four times as long as the fastest stays out after three turns.
     """
     graphs = {name: captured(function) for name, function in functions.items()}
     times: dict[str, list[float]] = {name: [] for name in graphs}
-    for turn in range(26):
+    for turn in range(MOST_TURNS + 1):
         fastest = min(min(taken, default=0.0) for taken in times.values())
         events = {}
         for name, graph in graphs.items():

@@ -18,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 ARITHMETIC = {"bfloat16": "half", "float32": "float32", "3xtf32": "3xtf32", "tf32": "tf32"}
-LIMIT = 1.0
+LIMIT = 3.0
 """Octaves beyond which it does not matter by how much one wins."""
 
 
