@@ -70,6 +70,53 @@ def test_the_kernels_agree_with_torch(run_alone: RunAlone) -> None:
     run_alone(CHECK, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
 
 
+SHORT_WAY = """
+import copy, sys, torch
+from cms_topology import CMSBlockLinear, _accumulate, _block_kernels, _blocks, _step_kernels
+from cms_topology import accumulate_scores
+device = sys.argv[1]
+torch.manual_seed(0)
+if device == "cpu":  # in the interpreter
+    _step_kernels._one_launch = lambda layers: True
+    _step_kernels.kernels = lambda: _block_kernels
+    _accumulate.finite_block_norms = _block_kernels.norms
+layers = [CMSBlockLinear(24, 40, tile_size=8, device=device), CMSBlockLinear(40, 24, tile_size=8,
+          density=0.4, max_density=0.6, device=device)]
+others = copy.deepcopy(layers)
+short = _step_kernels.StepKernels(layers)
+for step in range(4):
+    for one, other in zip(layers, others):
+        one.values.grad = torch.randn_like(one.values)
+        if step == 2:
+            one.values.grad[0, 0, 0, 0] = float("inf")
+        other.values.grad = one.values.grad.clone()
+    assert short.holds()
+    finite = short.accumulate()
+    assert finite == accumulate_scores(others) == (step != 2)
+    for one, other in zip(layers, others):
+        for key, value in one.scorer.state_dict().items():
+            same = {"rtol": 0 if device == "cuda" else 1e-6, "atol": 0}  # torch's lerp on a CPU
+            torch.testing.assert_close(value, other.scorer.state_dict()[key], **same)
+assert layers[0].scorer.block_age.max() == 3
+layers[0]._probe.grad = torch.zeros_like(layers[0]._probe)
+assert short.accumulate() is None, "statistics of absent blocks"
+layers[0]._probe.grad = layers[1].values.grad = None
+assert short.accumulate() is None, "a layer without a gradient"
+layers[1].scorer.score_ema = layers[1].scorer.score_ema.clone()
+assert not short.holds()
+if device == "cuda":
+    assert not _step_kernels.StepKernels([*layers, CMSBlockLinear(32, 32, device=device)])._fits
+print("agrees")
+"""
+
+
+def test_the_short_way_is_the_long_way(run_alone: RunAlone) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(SHORT_WAY, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
+
+
 AHEAD = """
 import triton
 import triton.language as tl

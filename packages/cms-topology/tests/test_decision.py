@@ -77,7 +77,7 @@ def test_together_is_one_by_one(case: str, row_group: int, device: str) -> None:
     ]
     periods = (1, 2, 4)
     manager = TopologyManager(
-        together, optimizers[0], periods=periods, sample_steps=4, correct_newborn_steps=False
+        together, optimizers[0], periods=periods, sample_steps=2, correct_newborn_steps=False
     )
     assert len(alike(manager.layers.values())) == (6 if case == "nats" else 2)
     swaps = 0

@@ -102,27 +102,33 @@ def _clear_blocks(
 
 def norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """See `finite_block_norms`; contiguous tensors of one dtype and tile side on one GPU."""
-    B = tensors[0].shape[-1]
-    piece = min(B * B, ELEMENTS)
-    slots = ELEMENTS // piece
     counts = [tensor.shape[0] * tensor.shape[1] for tensor in tensors]
     flat = torch.empty(sum(counts), device=tensors[0].device)
     finite = torch.ones((), dtype=torch.int8, device=flat.device)
-    starts = [0, *itertools.accumulate(counts)]
-    rows = tuple(
-        (t.data_ptr(), n, start) for t, n, start in zip(tensors, counts, starts, strict=False)
-    )
-    _block_norms[(triton.cdiv(max(counts), slots), len(tensors))](
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    starts = list(itertools.accumulate(counts, initial=0))[:-1]
+    rows = tuple(zip(addresses, counts, starts, strict=True))
+    launch_norms(rows, flat, finite, tensors[0].dtype, tensors[0].shape[-1])
+    parts = zip(flat.split(counts), tensors, strict=True)
+    return [part.view(t.shape[:2]) for part, t in parts], finite.view(torch.bool)
+
+
+def launch_norms(
+    rows: tuple[tuple[int, ...], ...], flat: Tensor, finite: Tensor, dtype: torch.dtype, B: int
+) -> None:
+    """Address, number of blocks and first place in `flat` of tensors of `dtype`; see `norms`."""
+    piece = min(B * B, ELEMENTS)
+    slots = ELEMENTS // piece
+    most = max(row[1] for row in rows)
+    _block_norms[(triton.cdiv(most, slots), len(rows))](
         address_table(rows, flat.device),
         flat,
         finite,
         E=B * B,
         SLOTS=slots,
         PIECE=piece,
-        KIND=KINDS[tensors[0].dtype],
+        KIND=KINDS[dtype],
     )
-    parts = zip(flat.split(counts), tensors, strict=True)
-    return [part.view(t.shape[:2]) for part, t in parts], finite.view(torch.bool)
 
 
 def advance(

@@ -29,6 +29,7 @@ from cms_topology._sampled import fold_sampled_steps
 from cms_topology._scorer import compute_column_entropy
 from cms_topology._scores import swap_rates
 from cms_topology._seeding import decision_generator
+from cms_topology._step_kernels import StepKernels
 
 
 class Logger(Protocol):
@@ -141,11 +142,13 @@ class TopologyManager:
         self.overhead_seconds = 0.0
         """Host seconds spent in `step` so far."""
         self._sample_steps = sample_steps
+        self._longest = 10 if sample_steps is None else sample_steps  # that any layer samples
         if not drop_cost >= 0:
             raise ValueError(f"drop_cost (={drop_cost}) must be 0 nats or more.")
         self._drop_cost, self._compensate, self.bank = drop_cost, compensate, bank
         self.retain(retention)
         self._correction = NewbornStepCorrection() if correct_newborn_steps else None
+        self._kernels: StepKernels | None = None
         self._step = 0
         self._warned_no_grad = False
         self._arm_sampling()
@@ -209,8 +212,7 @@ class TopologyManager:
         sampled = any(layer.collect_candidates for layer in self.layers.values())
         layers = list(self.layers.values())
         if 0 in due:
-            finite = accumulate_scores(layers)
-            if finite is None:
+            if self._accumulate(layers) is None:
                 self._warn_no_grad()
             elif self._correction is not None:
                 self._correct_newborns()
@@ -223,6 +225,14 @@ class TopologyManager:
         spent = time.perf_counter() - started
         self.overhead_seconds += spent
         return StepReport(self._step, due, sampled, spent, swaps)
+
+    def _accumulate(self, layers: list[CMSBlockLinear]) -> Tensor | None:
+        """`accumulate_scores`, by the short way where there is one."""
+        if self._kernels is None or not self._kernels.holds():
+            self._kernels = StepKernels(layers)
+        with torch.no_grad():
+            finite = self._kernels.accumulate()
+        return accumulate_scores(layers) if finite is None else finite
 
     def _correct_newborns(self) -> None:
         assert self._correction is not None
@@ -294,6 +304,8 @@ class TopologyManager:
         """Let the next backward pass collect statistics only if a decision is near."""
         coming = self._step + 1
         wait = self.clock.steps_to_decision(coming)
+        if wait >= self._longest and not any(x.collect_candidates for x in self.layers.values()):
+            return
         frozen = self._frozen(coming + wait)
         for layer in self.layers.values():
             wanted = not frozen and wait < self._samples(layer)
@@ -349,6 +361,10 @@ class TopologyManager:
         )
 
     # -- state --------------------------------------------------------------------------------
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy; what was looked up is looked up again."""
+        return {**self.__dict__, "_kernels": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Step, seed and periods; scores and ages are in the model's own state_dict."""

@@ -6,7 +6,8 @@ Legend: R block rows, K slots per row, B tile side.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
@@ -15,8 +16,8 @@ from torch import Tensor
 from cms_topology._blocks import kernels_for
 
 
-class _Aged(NamedTuple):
-    """A layer whose young blocks are to be corrected."""
+class _Known(NamedTuple):
+    """What stays from step to step of a layer's `values`."""
 
     values: Tensor
     """[R, K, B, B]."""
@@ -24,14 +25,24 @@ class _Aged(NamedTuple):
     """[R, K, B, B], Adam's first moment."""
     square: Tensor
     """[R, K, B, B], the second moment that it divides by."""
-    age: Tensor
-    """int32 [R, K], optimizer steps."""
-    live: int
-    """Live slots per row."""
     step: Tensor
     """0-d, Adam's steps."""
     group: dict[str, Any]
     """The parameter group."""
+    by_kernel: bool
+    """Whether the Triton kernel takes it."""
+    alike: object
+    """Equal for those that are corrected together."""
+
+
+class _Aged(NamedTuple):
+    """A layer whose young blocks are to be corrected."""
+
+    known: _Known
+    age: Tensor
+    """int32 [R, K], optimizer steps."""
+    live: int
+    """Live slots per row."""
 
 
 class NewbornStepCorrection:
@@ -50,6 +61,8 @@ class NewbornStepCorrection:
     def __init__(self) -> None:
         self._last_step: dict[Tensor, Tensor] = {}
         self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}  # of what one kernel corrects
+        self._known: dict[Tensor, _Known] = {}
+        self._groups: dict[int, list[Any]] = {}
 
     def apply(
         self, optimizer: torch.optim.Optimizer, values: Tensor, block_age: Tensor, live: int
@@ -71,22 +84,27 @@ class NewbornStepCorrection:
         """`apply` for (`values`, `block_age`, `live`) of many layers, on a GPU in one launch."""
         if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
             return
-        owner = {p: group for group in optimizer.param_groups for p in group["params"]}
+        self._notice_groups(optimizer)
         launches: dict[object, list[_Aged]] = {}
         together: dict[object, list[_Aged]] = {}
         for values, block_age, live in layers:
             state = optimizer.state.get(values)
-            if not state or values not in owner:
+            if not state:
                 continue
-            group = owner[values]
-            second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
-            aged = _Aged(values, state["exp_avg"], second, block_age, live, state["step"], group)
-            if _by_kernel(values, aged.mean, second, block_age):
-                kinds: object = (values.dtype, aged.mean.dtype, second.dtype, values.shape[-1])
-                launches.setdefault((id(group), values.device, kinds), []).append(aged)
-            elif values.device.type == "cpu":
-                kinds = (values.dtype, values.shape[-1])
-                together.setdefault((id(group), kinds), []).append(aged)
+            known = self._known.get(values)
+            if (
+                known is None
+                or known.mean is not state["exp_avg"]
+                or known.step is not state["step"]
+            ):
+                known = self._look_up(optimizer, values)
+                if known is None:
+                    continue
+            aged = _Aged(known, block_age, live)
+            if known.by_kernel and block_age.is_contiguous():
+                launches.setdefault(known.alike, []).append(aged)
+            elif values.is_cpu:
+                together.setdefault(known.alike, []).append(aged)
             else:
                 self._correct(aged)
         for members in launches.values():
@@ -95,15 +113,38 @@ class NewbornStepCorrection:
             for batch in _batches(members):
                 self._correct_on_cpu(batch)
 
+    def _notice_groups(self, optimizer: torch.optim.Optimizer) -> None:
+        """Forget what was known when the optimizer's groups change."""
+        groups = [*optimizer.param_groups, *(g["params"] for g in optimizer.param_groups)]
+        if not _same(self._groups.get(id(optimizer), []), groups):
+            self._groups[id(optimizer)] = groups
+            self._known.clear()
+
+    def _look_up(self, optimizer: torch.optim.Optimizer, values: Tensor) -> _Known | None:
+        owners = (g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+        group = next(owners, None)
+        if group is None:
+            return None
+        state = optimizer.state[values]
+        mean = state["exp_avg"]
+        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        kinds = (values.dtype, mean.dtype, square.dtype, values.shape[-1])
+        by_kernel = _by_kernel(values, mean, square)
+        alike = (id(group), values.device, kinds)
+        known = _Known(values, mean, square, state["step"], group, by_kernel, alike)
+        self._known[values] = known
+        return known
+
     def _correct_by_kernel(self, members: list[_Aged]) -> None:
         from cms_topology._birth_kernels import correct_young
 
-        device, group = members[0].values.device, members[0].group
-        steps = torch.stack([aged.step for aged in members])
+        device, group = members[0].known.values.device, members[0].known.group
+        steps = torch.stack([aged.known.step for aged in members])
         steps = steps.to(device, torch.float32, non_blocking=True)
-        lasts = self._lasts([aged.values for aged in members], device)
+        lasts = self._lasts([aged.known.values for aged in members], device)
+        blocks = [(*aged.known[:3], aged.age, aged.live) for aged in members]
         correct_young(
-            [aged[:5] for aged in members], steps, lasts, group["lr"],
+            blocks, steps, lasts, group["lr"],
             group["betas"], group["eps"], _grown_up(group["betas"]),
         )  # fmt: skip
         lasts.copy_(steps)
@@ -121,12 +162,12 @@ class NewbornStepCorrection:
 
     def _correct_on_cpu(self, members: list[_Aged]) -> None:
         """Takes the young blocks out: asking which they are costs nothing here; they are few."""
-        group = members[0].group
-        counts = [len(aged.values) * aged.live for aged in members]
-        steps = torch.stack([aged.step for aged in members]).float()
-        lasts = [self._last_step.get(aged.values) for aged in members]
+        group, known = members[0].known.group, [aged.known for aged in members]
+        counts = [len(aged.known.values) * aged.live for aged in members]
+        steps = torch.stack([one.step for one in known]).float()
+        lasts = [self._last_step.get(one.values) for one in known]
         moved = [last is None or bool(t > last) for t, last in zip(steps, lasts, strict=True)]
-        self._last_step.update(zip([aged.values for aged in members], steps.clone(), strict=True))
+        self._last_step.update(zip([one.values for one in known], steps.clone(), strict=True))
 
         t = steps.repeat_interleave(torch.tensor(counts))
         age = torch.cat([aged.age[:, : aged.live].flatten() for aged in members]).float()
@@ -139,8 +180,8 @@ class NewbornStepCorrection:
             # a gradient scaler may have skipped the step: then there is nothing to correct
             mask = mask if ran else torch.zeros_like(mask)
             at = mask.view(-1, aged.live).nonzero(as_tuple=True)
-            chosen.append((aged.values, at))
-            blocks.append([x[at] for x in (aged.values, aged.mean, aged.square)])
+            chosen.append((aged.known.values, at))
+            blocks.append([x[at] for x in aged.known[:3]])
             kept.append(mask)
         w, m, v = (torch.cat(of_layers) for of_layers in zip(*blocks, strict=True))
         born = torch.cat(kept)
@@ -152,14 +193,14 @@ class NewbornStepCorrection:
 
     def _correct(self, aged: _Aged) -> None:
         """Computes a correction for every block, and waits for no device."""
-        values, group, live = aged.values, aged.group, aged.live
-        t = aged.step.detach().to(values.device, torch.float32, non_blocking=True)
+        (values, mean, square, step, group, *_), live = aged.known, aged.live
+        t = step.detach().to(values.device, torch.float32, non_blocking=True)
         last = self._last_step.get(values)
         moved = torch.ones_like(t, dtype=torch.bool) if last is None else t > last
         self._last_step[values] = t.clone()
         age = torch.minimum(aged.age[:, :live].float(), t).clamp(min=1)
         young = (age < t.clamp(max=_grown_up(group["betas"]))) & moved
-        w, m, v = (block[:, :live] for block in (values, aged.mean, aged.square))
+        w, m, v = (block[:, :live] for block in (values, mean, square))
         corrected = w + _lacking(m, v, t, age[:, :, None, None], group)
         w.copy_(torch.where(young[:, :, None, None], corrected, w))
 
@@ -176,14 +217,13 @@ class NewbornStepCorrection:
         self._joined = {}
 
 
-def _same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
+    return len(one) == len(other) and all(map(is_, one, other))
 
 
-def _by_kernel(values: Tensor, *others: Tensor) -> bool:
+def _by_kernel(values: Tensor, *moments: Tensor) -> bool:
     """Whether the Triton kernel corrects these."""
-    *moments, age = others
-    return kernels_for(values, *moments) and age.is_contiguous() and age.dtype == torch.int32
+    return kernels_for(values, *moments)
 
 
 def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor:
@@ -206,7 +246,7 @@ def _batches(members: Iterable[_Aged], elements: int = 1 << 20) -> Iterable[list
     """Together what is small: large layers gain nothing by it, and would need memory at once."""
     batch: list[_Aged] = []
     for aged in members:
-        if batch and sum(x.values.numel() for x in batch) + aged.values.numel() > elements:
+        if batch and sum(x.known.values.numel() for x in (*batch, aged)) > elements:
             yield batch
             batch = []
         batch.append(aged)
