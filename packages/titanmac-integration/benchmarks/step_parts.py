@@ -4,7 +4,7 @@
 
 A step is that of `step_time.py`: forward, backward and fused AdamW in bfloat16 autocast, replayed
 from a CUDA graph; blocks stand still. Kinds are told by the kernels' names; parts are timed alone,
-forward and backward. One JSON line per cell goes to OUT/step_parts.jsonl.
+forward and backward. Kernels that run beside each other count in full. One JSON line per cell goes to OUT/step_parts.jsonl.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ KINDS = {
     "softmax and loss": ("softmax", "nll", "cross_entropy", "loss"),
     "matrix products": ("gemm", "nvjet", "cutlass", "xmma", "cublas", "splitkreduce"),
     "residual and norms": ("norm_", "rms", "gammabeta"),
-    "sums": ("bias_gradient", "sum_rows", "reduce_kernel<128, 4"),
+    "sums": ("bias_gradient", "sum_rows", "sum_parts", "reduce_kernel<128, 4"),
     "block-sparse": (
         *("block_", "blocks", "grad_values", "grad_input", "gradient_tiles", "reduce_parts"),
-        *("forward_", "few_", "strip", "walk", "swizzle", "pack_rows"),
+        *("by_turns", "by_pieces", "forward_", "few_", "strip", "walk", "swizzle", "pack_rows"),
     ),
     "GELU": ("gelu",),
     "copies and casts": ("copy", "memcpy", "memset", "fill"),
