@@ -4,7 +4,8 @@
 
 A step is that of `step_time.py`: forward, backward and fused AdamW in bfloat16 autocast, replayed
 from a CUDA graph; blocks stand still. Kinds are told by the kernels' names; parts are timed alone,
-forward and backward. Kernels that run beside each other count in full. One JSON line per cell goes to OUT/step_parts.jsonl.
+forward and backward. Kernels that run beside each other count in full. One JSON line per cell goes
+to OUT/step_parts.jsonl.
 """
 
 from __future__ import annotations
