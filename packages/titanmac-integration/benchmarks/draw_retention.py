@@ -2,9 +2,9 @@
 
     python draw_retention.py RUN_DIR_OR_JSONL... --out curves.svg
 
-One line per method and architecture through the values of its dial; a point is the mean over seeds,
-its cross the standard deviation both ways. With --tables the tables of `titanmac continual` and, in
-Markdown, a line per seed are printed as well. Needs nothing beyond titanmac_integration.
+One line per method, architecture and rate through the values of its dial; a point is the mean over
+seeds, its cross the standard deviation both ways. With --tables the tables of `titanmac continual`
+and, in Markdown, a line per seed are printed as well. Needs nothing beyond titanmac_integration.
 """
 
 import argparse
@@ -21,6 +21,8 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 270, 30, 60
 COLOURS = {
     "ours": "#d62728",
     "ours-grown": "#ff7f0e",
+    "ours-damped": "#7b0d1e",
+    "ours-every-step": "#ffbb78",
     "ours-rehearsing": "#e6009e",
     "ours-recalling": "#7a0177",
     "ours-fixed-eps": "#c49c94",
@@ -65,10 +67,11 @@ def draw(group: dict[str, Any], lowest: float, highest: float) -> str:
         f'<text transform="translate(18 {(TOP + HEIGHT - BOTTOM) / 2}) rotate(-90)" '
         f'text-anchor="middle">{first} kept</text>'
     )
-    names = sorted({(row["method"], row["arch"]) for row in group["rows"]})
+    names = sorted({_line_of(row) for row in group["rows"]})
     row_y = TOP + 10.0
-    for method, arch in names:
-        rows = [r for r in group["rows"] if (r["method"], r["arch"]) == (method, arch)]
+    for name in names:
+        method, arch, rate = name
+        rows = [r for r in group["rows"] if _line_of(r) == name]
         rows = [r for r in rows if r["new_nats"]["mean"] <= highest]
         if not rows:
             continue
@@ -87,10 +90,16 @@ def draw(group: dict[str, Any], lowest: float, highest: float) -> str:
             f'stroke-width="3"{dashes}/>'
         )
         seeds = max(len(row["seeds"]) for row in rows)
-        label = f"{method}, {arch} ({seeds} seed{'s' if seeds > 1 else ''})"
+        where = f"{arch}, rate {rate:g}" if rate else arch
+        label = f"{method}, {where} ({seeds} seed{'s' if seeds > 1 else ''})"
         parts.append(_text(legend + 30, row_y + 4, label, "start"))
         row_y += 20
     return "\n".join((*parts, "</svg>", ""))
+
+
+def _line_of(row: dict[str, Any]) -> tuple[str, str, float]:
+    """Method, architecture and a rate of its own (0: none): what is drawn as one line."""
+    return row["method"], row["arch"], row.get("rate") or 0.0
 
 
 def _nats(row: dict[str, Any]) -> float:
