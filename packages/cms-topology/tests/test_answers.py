@@ -72,7 +72,9 @@ def test_rehearsal_takes_the_answers_where_there_are_any_and_brings_them_back() 
     x = torch.randint(12, (40, 6))
     kept = with_answers(model, {"x": x})
     then = model.table.softmax(-1).detach()
-    rehearsal = Rehearsal(model, [kept], weight=1.0, rows=16)
+    assert Rehearsal(model, [{"x": x}]).weight == 0.3
+    rehearsal = Rehearsal(model, [kept])
+    assert rehearsal.weight == 3.0
     with torch.no_grad():
         model.table.add_(torch.randn(12, 12, dtype=torch.float64))
     optimizer = torch.optim.Adam(model.parameters(), lr=0.05)

@@ -226,3 +226,29 @@ def test_gradients_are_damped_before_the_optimizer_sees_them(eps: float) -> None
         error = (gradient.read() - expected[name]).norm() / expected[name].norm()
         assert error < 0.05, name
         assert seen[name].norm() < 0.9 * plain[name].norm(), name
+
+
+def test_the_control_of_updates_lets_go_in_the_course_of_release() -> None:
+    model, memory = make()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.05, release=8)
+    for step in range(1, 11):
+        optimizer.zero_grad()
+        model(**batches(B, 1, seed=step)[0])["loss"].backward()
+        before = {n: p.detach().clone() for n, p in model.named_parameters()}
+        optimizer.step()
+        weight = next(
+            w for batch in guard._batches for w in batch.weights if w.name == "head.weight"
+        )
+        K = weight.memory.covariance.dense(torch.float32)
+        head = dict(model.named_parameters())["head.weight"]
+        assert head.grad is not None
+        update = -0.1 * head.grad
+        if step < 8:
+            eps = 0.05 / (1 - step / 8) ** 2
+            update = update @ (eps * torch.linalg.inv(K + eps * torch.eye(len(K))))
+        torch.testing.assert_close(
+            head.detach() - before["head.weight"], update, atol=1e-6, rtol=1e-3, msg=str(step)
+        )
+    with pytest.raises(ValueError, match=r"release \(=-1\) must be 0 or more steps"):
+        RetentionGuard(model, None, memory, drift=None, release=-1)

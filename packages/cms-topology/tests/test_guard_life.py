@@ -83,6 +83,7 @@ def same(a: nn.Module, b: nn.Module) -> None:
     [
         {"drift": 1e-3, "eps": math.inf},
         {"drift": None, "eps": 0.05},
+        {"drift": None, "eps": 0.05, "release": 10},
         {"drift": 1e-3, "eps": 0.1, "every": 10, "ramp": 9},
     ],
 )

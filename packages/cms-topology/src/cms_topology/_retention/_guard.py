@@ -60,6 +60,9 @@ class RetentionGuard:
         gradients: damp the gradients by `eps`, too, before the optimizer sees them. An optimizer
             that divides by the size of past gradients, as Adam does, otherwise divides by much
             that the guard takes away again, and learns more slowly.
+        release: optimizer steps over which the control of updates lets go: eps / (1 - t/release)^2
+            at step t, none from `release` on. For use beside rehearsal, which repairs what leaks
+            later: the harm is done while a new task begins. 0: never.
         ramp: optimizer steps over which a fixed budget widens from nothing, as the square. The
             first gradients of a new task are coherent and point against the old one.
         every: optimizer steps between two projections, counted on accumulated updates. Parameters
@@ -84,6 +87,7 @@ class RetentionGuard:
         drift: str | float | DriftController | None = "auto",
         eps: float | None = None,
         gradients: bool = False,
+        release: int = 0,
         ramp: int = 0,
         every: int = 1,
         tolerance: float | None = None,
@@ -105,11 +109,15 @@ class RetentionGuard:
         if eps is None:
             eps = 0.01 if self._budget is None else 0.1
         self.eps: float | None = eps
-        """Strength of the control of updates; None without it."""
+        """Strength of the control of updates, at first; None without it."""
+        self.release = release
+        """Optimizer steps over which that control lets go; 0: never."""
         if every < 1:
             raise ValueError(f"every (={every}) must be at least 1.")
         if not eps >= 0:
             raise ValueError(f"eps (={eps}) must be 0 or more.")
+        if release < 0:
+            raise ValueError(f"release (={release}) must be 0 or more steps.")
         if self.eps == math.inf:
             self.eps = None
         self.steps = 0
@@ -135,11 +143,12 @@ class RetentionGuard:
 
     def before_step(self) -> None:
         """Damp the gradients if that was asked for; a hook calls it."""
-        if self.gradients and self.eps is not None:
+        eps = self._eps_now()
+        if self.gradients and eps is not None:
             self._notice_changes()
             with products(full=False):
                 for batch in self._batches:
-                    batch.damp_gradients(self.eps)
+                    batch.damp_gradients(eps)
 
     def step(self) -> None:
         """Do what is due after one optimizer step; the hook calls it."""
@@ -176,7 +185,13 @@ class RetentionGuard:
         allowed = None if self._budget is None else self._allowed
         with products(full=self._exacting):
             for batch in self._batches:
-                batch.project(self.eps, allowed)
+                batch.project(self._eps_now(), allowed)
+
+    def _eps_now(self) -> float | None:
+        if self.eps is None or self.release == 0:
+            return self.eps
+        left = 1 - self.steps / self.release
+        return self.eps / left**2 if left > 0 else math.inf
 
     @property
     def _active(self) -> bool:
@@ -280,6 +295,7 @@ class RetentionGuard:
             "steps": self.steps,
             "every": self.every,
             "eps": self.eps,
+            "release": self.release,
             "budget": None if self._budget is None else self._budget.state_dict(),
             "weights": weights,
             "still": self._still.state_dict(),
@@ -302,7 +318,8 @@ class RetentionGuard:
                 f"drift (={self.budget}) must be controlled as in the checkpoint "
                 f"(={state['budget']}); build the guard with the same drift."
             )
-        self.steps, self.every, self.eps = int(state["steps"]), state["every"], state["eps"]
+        self.steps, self.every = int(state["steps"]), state["every"]
+        self.eps, self.release = state["eps"], state["release"]
         if self._budget is not None:
             self._budget.load_state_dict(state["budget"])
         self._still.load_state_dict(state["still"])

@@ -19,10 +19,11 @@ class Rehearsal:
     then no data need be kept (self-generated replay: Robins 1995, "Catastrophic forgetting,
     rehearsal and pseudorehearsal"). By itself rehearsal repairs what was forgotten, it does not
     prevent it: the old tasks dip while the new one begins. With the updates damped along the old
-    tasks' inputs they do not, and the damping may be weak, because what leaks is repaired:
+    tasks' inputs they hardly do, and the damping may be weak and let go, because what leaks is
+    repaired:
 
     ```python
-    guard = RetentionGuard(model, optimizer, memory, drift=None)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.3, release=steps)
     rehearsal = Rehearsal(model, [with_answers(model, {"input_ids": written})])
     ...
     (loss + rehearsal.loss()).backward()
@@ -32,7 +33,8 @@ class Rehearsal:
     Args:
         model: wrapped by DDP or torch.compile or not.
         kept: one entry per old task: tensors by name, whose first dimension counts sequences.
-        weight: of the loss of each old task.
+        weight: of the loss of each old task. Default: 3 where answers are kept, which ask for nothing
+            as long as nothing has changed, else 0.3.
         rows: sequences per task and step, drawn with replacement.
         loss_fn: (model, batch) -> scalar, the mean over tokens. Default: the divergence from the
             answers, where they are kept (`with_answers`), else `model(**batch)["loss"]`.
@@ -49,7 +51,7 @@ class Rehearsal:
         model: nn.Module,
         kept: Sequence[dict[str, Tensor]],
         *,
-        weight: float = 0.3,
+        weight: float | None = None,
         rows: int = 16,
         loss_fn: LossFn | None = None,
         generator: torch.Generator | None = None,
@@ -63,6 +65,8 @@ class Rehearsal:
                     f"kept[{number}] (of {sorted(counts)} sequences) must hold tensors of equally "
                     "many sequences, at least one."
                 )
+        if weight is None:
+            weight = 3.0 if all(LOG_PROBS in batch for batch in kept) else 0.3
         if not weight >= 0:
             raise ValueError(f"weight (={weight}) must be 0 or more.")
         if rows < 1:
