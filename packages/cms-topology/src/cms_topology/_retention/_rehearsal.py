@@ -33,8 +33,8 @@ class Rehearsal:
     Args:
         model: wrapped by DDP or torch.compile or not.
         kept: one entry per old task: tensors by name, whose first dimension counts sequences.
-        weight: of the loss of each old task. Default: 3 where answers are kept, which ask for nothing
-            as long as nothing has changed, else 0.3.
+        weight: of the loss of each old task. Default: 3 where answers are kept, which ask for
+            nothing as long as nothing has changed, else 0.3.
         rows: sequences per task and step, drawn with replacement.
         loss_fn: (model, batch) -> scalar, the mean over tokens. Default: the divergence from the
             answers, where they are kept (`with_answers`), else `model(**batch)["loss"]`.
@@ -65,19 +65,24 @@ class Rehearsal:
                     f"kept[{number}] (of {sorted(counts)} sequences) must hold tensors of equally "
                     "many sequences, at least one."
                 )
-        if weight is None:
-            weight = 3.0 if all(LOG_PROBS in batch for batch in kept) else 0.3
-        if not weight >= 0:
+        if weight is not None and not weight >= 0:
             raise ValueError(f"weight (={weight}) must be 0 or more.")
         if rows < 1:
             raise ValueError(f"rows (={rows}) must be at least 1.")
         self.model, self.kept = model, [dict(batch) for batch in kept]
-        self.weight, self.rows = weight, rows
+        self._weight, self.rows = weight, rows
         self.loss_fn = _default_loss if loss_fn is None else loss_fn
         device = next(iter(self.kept[0].values())).device
         if generator is None:
             generator = torch.Generator(device).manual_seed(0)
         self.generator = generator
+
+    @property
+    def weight(self) -> float:
+        """Of the loss of each old task."""
+        if self._weight is not None:
+            return self._weight
+        return 3.0 if all(LOG_PROBS in batch for batch in self.kept) else 0.3
 
     @property
     def num_bytes(self) -> int:
