@@ -47,7 +47,7 @@ def outputs_and_gradients(memory: NeuralMemory, x: torch.Tensor) -> dict[str, to
     leaves = {"x": x, **dict(memory.named_parameters())}
     grads = torch.autograd.grad(total, list(leaves.values()))
     found |= {f"gradient of {name}": g for name, g in zip(leaves, grads, strict=True)}
-    return found | {"loss": said.loss}
+    return {name: tensor.detach() for name, tensor in (found | {"loss": said.loss}).items()}
 
 
 def sequences(tokens: int, count: int = 3) -> torch.Tensor:
@@ -69,7 +69,7 @@ def test_float32_is_as_exact_as_float32_is(
 
 @pytest.mark.parametrize("variant", ["MAC", "MAG"])
 def test_half_precision_errs_as_its_projections_do(tiny_config: Make, variant: str) -> None:
-    """No more than torch's operators do, which go on in float32 from the same projections."""
+    """As torch's operators do, which go on in float32 from there, plus at most TF32's rounding."""
     memory, x = module(tiny_config, variant), sequences(300)
     exact = outputs_and_gradients(copy.deepcopy(memory).double(), x.double())
     with torch.autocast("cuda", torch.bfloat16):
@@ -79,7 +79,17 @@ def test_half_precision_errs_as_its_projections_do(tiny_config: Make, variant: s
         ours, theirs = (
             float((found[name].double() - wanted).norm() / wanted.norm()) for found in (got, plain)
         )
-        assert ours < 1.25 * theirs + 1e-4, (name, ours, theirs)
+        assert ours < 1.25 * theirs + 2e-3, (name, ours, theirs)
+
+
+def test_half_precision_parameters(tiny_config: Make) -> None:
+    memory, x = module(tiny_config, "MAC").bfloat16(), sequences(150).bfloat16()
+    got, plain = outputs_and_gradients(memory, x), outputs_and_gradients_plainly(memory, x)
+    assert got["M"].dtype == torch.float32
+    for name, wanted in plain.items():
+        assert got[name].dtype == wanted.dtype, name
+        error = (got[name].double() - wanted.double()).norm() / wanted.double().norm()
+        assert error < 0.03, (name, float(error))
 
 
 def outputs_and_gradients_plainly(memory: NeuralMemory, x: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -156,7 +166,8 @@ def test_a_captured_step_computes_what_it_computed(tiny_config: Make) -> None:
         with torch.autocast("cuda", torch.bfloat16, cache_enabled=False):
             said = memory(x)
             total = said.read.float().square().sum() + said.retrieved.float().sum()
-        return [said.read, said.loss, *torch.autograd.grad(total, list(memory.parameters()))]
+        grads = torch.autograd.grad(total, list(memory.parameters()))
+        return [said.read.detach(), said.loss, *grads]
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())

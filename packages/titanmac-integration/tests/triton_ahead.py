@@ -15,6 +15,7 @@ from titanmac_integration import (
     _norm_kernels,
     _project_kernels,
     _rotary_kernels,
+    _segment_kernels,
     _tied_kernels,
     _window_kernels,
 )
@@ -101,7 +102,21 @@ def cases():
         sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
         for turn in ({},) if name == "FORWARD" else ({"TURN": False}, {"TURN": True}):
             yield f"{name} {turn}", kernel, window, sizes | turn, tiles["num_warps"]
+    yield from segment_cases()
     yield from memory_cases()
+
+
+def segment_cases():
+    """Heads of width 64."""
+    for name in ("FORWARD", "GRAD_QUERY", "GRAD_KEY"):
+        tiles = getattr(_segment_kernels, name)
+        kernel = getattr(_segment_kernels, f"_segment_{name.lower()}")
+        singles = ("log_ptr", "delta_ptr")
+        pointers = {
+            x: FP32 if x in singles else BF16 for x in kernel.arg_names if x.endswith("_ptr")
+        }
+        sizes = {"M": tiles["M"], "N": tiles["N"], "D": 64}
+        yield f"segment {name}", kernel, pointers, sizes, tiles["num_warps"]
 
 
 def memory_cases():
@@ -113,7 +128,7 @@ def memory_cases():
             if not name.startswith("_memory_"):
                 continue
             kernel = getattr(module, name)
-            columns = tuned.scan_columns if "scan" in name else tuned.columns
+            columns = min(tuned.scan_columns) if "scan" in name else tuned.columns
             constants = sizes | ({"BV": columns} if "BV" in kernel.arg_names else {})
             pointers = {x: FP32 for x in kernel.arg_names if x.endswith("_ptr")}
             yield name, kernel, pointers, constants, tuned.chunks["num_warps"]

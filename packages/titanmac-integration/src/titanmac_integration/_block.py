@@ -93,7 +93,7 @@ class TitanBlock(nn.Module):
             said = self.memory(normed[:, skipped:], past, run.position)
             memory, loss = said.state, said.loss
             if self.variant == "MAC":
-                retrieved = self.norm_memory(said.retrieved.to(x.dtype))
+                retrieved = self.norm_memory(said.retrieved)
         attended, bias, cache = self.attention(normed, run, retrieved, cache)
         if self.variant in ("MAC", "MAG"):
             attended = said.behind(skipped, attended)

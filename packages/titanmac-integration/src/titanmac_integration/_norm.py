@@ -24,7 +24,7 @@ class NormBeforeLinear(nn.RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         if not _on_gpu(x):
-            return super().forward(x)
+            return super().forward(x if self.weight is None else x.to(self.weight.dtype))
         return self._by_kernels(x, None)[1]
 
     def after_adding(

@@ -15,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _window_ops
 from ._rotary import Rotary, rotate
+from ._segment import TILE, attend_segments
 
 DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
 """Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
@@ -242,6 +243,25 @@ def segment_attention(
     Token i of a segment sees the persistent tokens, what tokens up to i retrieved, and tokens up to
     i, of its own segment and window. Persistent tokens see each other.
     """
+    whole = plan.size >= retrieved[0].shape[2] or plan.size % TILE == 0
+    if not torch.compiler.is_compiling() and whole and _on_gpu(query, dropout):
+
+        def plain(q: Tensor, k: Tensor, v: Tensor, *recalled: Tensor) -> Tensor:
+            return _segments_by_torch(q, k, v, (recalled[0], recalled[1]), plan, 0.0)
+
+        return attend_segments(query, key, value, retrieved, plan.window, plan.size, plain)
+    return _segments_by_torch(query, key, value, retrieved, plan, dropout)
+
+
+def _segments_by_torch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    retrieved: tuple[Tensor, Tensor],
+    plan: SegmentPlan,
+    dropout: float,
+) -> Tensor:
+    """Blocks of a segment, all in one masked call, and one for the persistent tokens."""
     P, size = plan.n_persistent, plan.size
     tokens = query.shape[2] - P
     rows = _blocks(query[:, :, P:], size)

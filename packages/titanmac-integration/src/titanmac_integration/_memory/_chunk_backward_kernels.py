@@ -43,6 +43,7 @@ def gates_backward(
 def _memory_answer_backward(
     tokens_ptr,  # [S, T, 3, H, D]
     gates_ptr,  # [3, N, T]
+    factors_ptr,  # [N, n, FACTORS, b]
     errors_ptr,  # [N, T, D]
     states_ptr,  # [N, n, 2, D, D]
     d_answers_ptr,  # [S, T, H, D]
@@ -68,20 +69,13 @@ def _memory_answer_backward(
     token = chunk * b + row
     inside = (row < b) & (token < T)
     t, i = row[:, None], row[None, :]
-    log_keep, log_eta, step = load_gates(gates_ptr, N, T, token, inside)
-    kept, faded = tl.cumsum(log_keep, 0), tl.cumsum(log_eta, 0)
-    keeps = ratios(kept[:, None], kept[None, :], t >= i)
-    fades = ratios(faded[:, None], faded[None, :], t >= i)
-    keep, decay = tl.exp(kept), tl.exp(faded)
-    carry = tl.sum(keeps * decay[None, :], 1)
-    reach = tl.dot(keeps, fades, input_precision=PRECISION)
+    factors = factors_ptr + (program * n + chunk) * 5 * b + row
+    keep = tl.load(factors, row < b, other=0.0)
+    carry = tl.load(factors + b, row < b, other=0.0)
     known = inside[:, None] & (column[None, :] < D)
     tokens = tokens_ptr + start_of(0, 3, T, H, D)
     place = token[:, None] * (3 * H * D) + column[None, :]
     query = tl.load(tokens + place, known, other=0.0)
-    key = tl.load(tokens + H * D + place, known, other=0.0)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    within = reach * scores * step[None, :]
 
     own, d_values = start_of(0, 1, T, H, D), d_tokens_ptr + start_of(2, 3, T, H, D)
     d_query = tl.zeros((B, DP), tl.float32)
@@ -96,11 +90,6 @@ def _memory_answer_backward(
         of_error = program * T * D + (token[:, None] * D + out[None, :])
         error = tl.load(errors_ptr + of_error, mask, other=0.0)
         d_within += tl.dot(d_answer, tl.trans(error), input_precision=PRECISION)
-        d_error = tl.dot(tl.trans(within), d_answer, input_precision=PRECISION)
-        if d_errors_ptr is not None:
-            d_error += tl.load(d_errors_ptr + of_error, mask, other=0.0)
-        of_value = token[:, None] * (3 * H * D) + out[None, :]
-        tl.store(d_values + of_value, d_error, mask)
         # states transposed: [BV, DP]
         square = (column[None, :] < D) & (out[:, None] < D)
         entry = column[None, :] * D + out[:, None]
@@ -121,24 +110,50 @@ def _memory_answer_backward(
             )
             d_query += tl.dot(d_retrieved, before_segment, input_precision=PRECISION)
 
+    # within = reach scores step
+    log_keep, log_eta, step = load_gates(gates_ptr, N, T, token, inside)
+    kept, faded = tl.cumsum(log_keep, 0), tl.cumsum(log_eta, 0)
+    keeps = ratios(kept[:, None], kept[None, :], t >= i)
+    fades = ratios(faded[:, None], faded[None, :], t >= i)
+    reach = tl.dot(keeps, fades, input_precision=PRECISION)
+    key = tl.load(tokens + H * D + place, known, other=0.0)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    within = reach * scores * step[None, :]
     d_within = tl.where(t >= i, d_within, 0.0)
     d_step = tl.sum(d_within * reach * scores, 0)
     d_scores = d_within * reach * step[None, :]
     d_query += tl.dot(d_scores, key, input_precision=PRECISION)
-    d_key = tl.dot(tl.trans(d_scores), query, input_precision=PRECISION)
     d_tokens = d_tokens_ptr + start_of(0, 3, T, H, D)
     tl.store(d_tokens + place, d_query, known)
+    d_key = tl.dot(tl.trans(d_scores), query, input_precision=PRECISION)
     tl.store(d_tokens + H * D + place, d_key, known)
+    for first in range(0, width, BV):
+        out = first + tl.arange(0, BV)
+        mask = inside[:, None] & (out[None, :] < D)
+        flat = token[:, None] * (H * D) + out[None, :]
+        d_answer = tl.load(d_answers_ptr + own + flat, mask, other=0.0)
+        d_error = tl.dot(tl.trans(within), d_answer, input_precision=PRECISION)
+        if d_errors_ptr is not None:
+            of_error = program * T * D + (token[:, None] * D + out[None, :])
+            d_error += tl.load(d_errors_ptr + of_error, mask, other=0.0)
+        of_value = token[:, None] * (3 * H * D) + out[None, :]
+        tl.store(d_values + of_value, d_error, mask)
+
+    # once more, rather than held all the time
     d_reach = d_within * scores * step[None, :]
+    log_keep, log_eta, step = load_gates(gates_ptr, N, T, token, inside)
+    kept, faded = tl.cumsum(log_keep, 0), tl.cumsum(log_eta, 0)
+    keeps = ratios(kept[:, None], kept[None, :], t >= i)
     d_made = tl.dot(tl.trans(keeps), d_reach, input_precision=PRECISION)
     d_kept = tl.sum(keeps * d_keep[:, None], 0)
     d_carried = tl.sum(keeps * d_carry[:, None], 0)
+    fades = ratios(faded[:, None], faded[None, :], t >= i)
     d_log_keep, d_log_eta = gates_backward(
         faded,
         fades,
         reach - fades,
         keep,
-        carry - decay,
+        carry - tl.exp(faded),
         d_made,
         d_kept,
         d_carried,
@@ -327,9 +342,9 @@ def _memory_error_backward(
         d_in_momentum += tl.sum(written * key, 1)
         d_key += in_momentum[:, None] * written
 
+    # lower = reach_before likeness step
     log_keep, log_eta, step = load_gates(gates_ptr, N, T, token, inside)
     kept, faded = tl.cumsum(log_keep, 0), tl.cumsum(log_eta, 0)
-    last = tl.minimum(b, T - chunk * b) - 1
     before = ratios((kept - log_keep)[:, None], kept[None, :], t > i)
     fades = ratios(faded[:, None], faded[None, :], t >= i)
     reach = tl.dot(before, fades, input_precision=PRECISION)
@@ -342,16 +357,22 @@ def _memory_error_backward(
     d_keys = d_tokens_ptr + start_of(1, 3, T, H, D) + place
     tl.store(d_keys, d_key + tl.load(d_keys, known, other=0.0), known)
 
-    fade_last = tl.sum(tl.where(t == last, fades, 0.0), 0)
+    # once more, rather than held all the time
+    d_reach = d_lower * likeness * step[None, :]
+    log_keep, log_eta, step = load_gates(gates_ptr, N, T, token, inside)
+    kept, faded = tl.cumsum(log_keep, 0), tl.cumsum(log_eta, 0)
+    last = tl.minimum(b, T - chunk * b) - 1
     kept_last = tl.sum(tl.where(row == last, kept, 0.0), 0)
     keeps_last = ratios(kept_last, kept, row <= last)
-    reach_last = tl.sum(keeps_last[:, None] * fades, 0)
-    d_step += d_in_memory * reach_last + d_in_momentum * fade_last
-    d_reach = d_lower * likeness * step[None, :]
+    before = ratios((kept - log_keep)[:, None], kept[None, :], t > i)
     d_made = tl.dot(tl.trans(before), d_reach, input_precision=PRECISION)
     d_made += keeps_last[:, None] * (d_in_memory * step)[None, :]
     d_kept = tl.sum(before * d_keep_before[:, None], 0) + keeps_last * d_keep_last
     d_carried = tl.sum(before * d_carry_before[:, None], 0) + keeps_last * d_carry_last
+    fades = ratios(faded[:, None], faded[None, :], t >= i)
+    fade_last = tl.sum(tl.where(t == last, fades, 0.0), 0)
+    reach_last = tl.sum(keeps_last[:, None] * fades, 0)
+    d_step += d_in_memory * reach_last + d_in_momentum * fade_last
     share = tl.exp(log_keep)
     d_log_keep, d_log_eta = gates_backward(
         faded,

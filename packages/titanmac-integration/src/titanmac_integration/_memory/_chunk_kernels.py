@@ -48,13 +48,18 @@ def invert_unit_lower(lower, t, i, B: tl.constexpr, PRECISION: tl.constexpr):
     Blocks of 16 on the diagonal by substitution, all at once: D. What is below them, N, by
     (D^-1 + N)^-1 = (I + D N)^-1 D, a series that ends with the third power of X = D N.
     """
+    blocks: tl.constexpr = B // 16
     same = t // 16 == i // 16
-    inverse = (t == i).to(tl.float32)
+    row, one = tl.arange(0, 16)[None, :, None], tl.arange(0, 16)[None, None, :]
+    # [blocks, 16, 16]: the blocks on the diagonal alone
+    diagonal = tl.sum(tl.reshape(tl.where(same, lower, 0.0), (blocks, 16, blocks, 16)), 2)
+    inverse = (row == one).to(tl.float32) + tl.zeros((blocks, 16, 16), tl.float32)
     for step in range(1, 16):
-        rows = same & (t % 16 == step)
-        weights = tl.sum(tl.where(rows, lower, 0.0), 0)
-        known = tl.sum(weights[:, None] * inverse, 0)
-        inverse = tl.where(rows, inverse - known[None, :], inverse)
+        weights = tl.sum(tl.where(row == step, diagonal, 0.0), 1)
+        known = tl.sum(weights[:, :, None] * inverse, 1)
+        inverse = tl.where(row == step, inverse - known[:, None, :], inverse)
+    spread = inverse[:, :, None, :] + tl.zeros((blocks, 16, blocks, 16), tl.float32)
+    inverse = tl.where(same, tl.reshape(spread, (B, B)), 0.0)
     if B > 16:
         X = tl.dot(inverse, tl.where(same, 0.0, lower), input_precision=PRECISION)
         square = tl.dot(X, X, input_precision=PRECISION)

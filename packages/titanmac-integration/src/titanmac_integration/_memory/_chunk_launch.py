@@ -16,23 +16,25 @@ class Launch(NamedTuple):
 
     chunk: int
     """Tokens of a chunk at most: more make fewer states, and larger products within a chunk."""
-    scan_columns: int
-    """Columns of a state that a program carries: fewer make more programs, each as long."""
+    scan_columns: tuple[int, int]
+    """Columns of a state that a program carries, forward and backward: fewer make more programs,
+    each as long."""
     columns: int
     """Columns of a state that the other kernels take at a time."""
     scan: dict
-    scan_backward: dict
     chunks: dict
-    """For the kernels that run for all chunks at once, forward."""
-    chunks_backward: dict
+    """For the kernels that run for all chunks at once."""
 
 
 def launch(precision: str, width: int) -> Launch:
-    """For H200; ``width`` D."""
-    wide = width > 64
-    few = {"num_warps": 8 if wide else 4, "num_stages": 1}
-    staged = few if wide else {"num_warps": 4, "num_stages": 3}
-    return Launch(64, 16, 32 if wide else 64, staged, staged, few, few)
+    """For an H200; ``width`` D."""
+    if width > 64:
+        few = {"num_warps": 8, "num_stages": 1}
+        return Launch(32 if precision == "tf32x3" else 64, (16, 16), 16, few, few)
+    staged = {"num_warps": 4, "num_stages": 3}
+    if precision == "tf32x3":  # takes three times the registers
+        return Launch(32, (8, 8), 16, staged, staged)
+    return Launch(64, (16, 8), 32, staged, {"num_warps": 4, "num_stages": 1})
 
 
 class Kept(NamedTuple):
@@ -81,7 +83,7 @@ def read_chunks(
     forward._memory_prepare[(N, n)](
         tokens, gates, inverse, factors, N, T, b, **constants, **tuned.chunks
     )
-    columns = min(tuned.scan_columns, constants["DP"])
+    columns = min(tuned.scan_columns[0], constants["DP"])
     slabs = constants["DP"] // columns
     errors, states = new(N, T, D), new(N, n, 2, D, D)
     final, squares = new(2, N, D, D), new(N, slabs)
@@ -146,12 +148,13 @@ def read_chunks_backward(
     N, T, b, n, H, D = _sizes(tokens, chunk)
     constants, tuned = _constants(H, D, b, precision), launch(precision, D)
     wide = min(tuned.columns, constants["DP"])
-    columns = min(tuned.scan_columns, constants["DP"])
+    columns = min(tuned.scan_columns[1], constants["DP"])
     d_tokens, d_gates = torch.empty_like(tokens), torch.empty_like(gates)
     d_states = tokens.new_empty(N, n + 1, 2, D, D)
     backward._memory_answer_backward[(N, n)](
         tokens,
         gates,
+        kept.factors,
         kept.errors,
         kept.states,
         d_answers,
@@ -166,7 +169,7 @@ def read_chunks_backward(
         D,
         BV=wide,
         **constants,
-        **tuned.chunks_backward,
+        **tuned.chunks,
     )
     backward._memory_scan_backward[(N, constants["DP"] // columns)](
         tokens,
@@ -185,7 +188,7 @@ def read_chunks_backward(
         per_segment or 1,
         BV=columns,
         **constants,
-        **tuned.scan_backward,
+        **tuned.scan,
     )
     backward._memory_error_backward[(N, n)](
         tokens,
@@ -202,6 +205,6 @@ def read_chunks_backward(
         D,
         BV=wide,
         **constants,
-        **tuned.chunks_backward,
+        **tuned.chunks,
     )
     return d_tokens, d_gates, d_states[:, 0]

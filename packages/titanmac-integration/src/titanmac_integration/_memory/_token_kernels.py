@@ -79,7 +79,6 @@ def _memory_mixed_backward(
     taps_ptr,  # [C, TAPS]
     d_tokens_ptr,  # float32 [S, T, C]
     d_mixed_ptr,  # float32 [S, T, C]: of what the convolution gives
-    parts_ptr,  # float32 [blocks S, C, TAPS]
     T,
     W,
     H: tl.constexpr,
@@ -107,19 +106,17 @@ def _memory_mixed_backward(
     d_y = tl.where(part < 2 * H, (d_y - y * along) / divisor, d_y)
     d_mixed = d_y * gate * (1.0 + mixed * (1.0 - gate))
     tl.store(d_mixed_ptr + place, d_mixed, inside)
-    parts = parts_ptr + (sequence * tl.num_programs(0) + block) * C * TAPS + channel * TAPS
-    for tap in tl.static_range(TAPS):
-        at = t - (TAPS - 1) + tap
-        x = load_row(flat_ptr, past_ptr, sequence, at, channel[None, :], inside, T, W, C, TAPS)
-        tl.store(parts + tap, tl.sum(d_mixed * x, 0), lane < D)
 
 
 @triton.jit
 def _memory_flat_backward(
+    flat_ptr,  # [S, T, W]
+    past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
     d_mixed_ptr,  # float32 [S, T, C]
     d_flat_ptr,  # [S, T, W]
     d_past_ptr,  # [S, TAPS - 1, C], or None
+    parts_ptr,  # float32 [blocks S, C, TAPS]
     T,
     W,
     first,  # token of the first row
@@ -135,15 +132,20 @@ def _memory_flat_backward(
     lane = tl.arange(0, DP)
     channel = part * D + lane
     known = lane < D
+    inside = known[None, :] & (t < T)
+    x = load_row(flat_ptr, past_ptr, sequence, t, channel[None, :], inside, T, W, C, TAPS)
+    parts = parts_ptr + (sequence * tl.num_programs(0) + block) * C * TAPS
     d_x = tl.zeros((ROWS, DP), tl.float32)
     # an input is part of its own token and of the TAPS - 1 that follow
     for ahead in tl.static_range(TAPS):
         at = t + ahead
-        inside = known[None, :] & (at >= 0) & (at < T)
+        there = known[None, :] & (at >= 0) & (at < T)
         place = d_mixed_ptr + sequence * T * C + (at * C + channel[None, :])
-        weight = tl.load(taps_ptr + channel * TAPS + (TAPS - 1 - ahead), known, other=0.0)
-        d_x += tl.load(place, inside, other=0.0) * weight[None, :]
-    inside = known[None, :] & (t < T)
+        d_mixed = tl.load(place, there, other=0.0)
+        tap = channel * TAPS + (TAPS - 1 - ahead)
+        weight = tl.load(taps_ptr + tap, known, other=0.0)
+        d_x += d_mixed * weight[None, :]
+        tl.store(parts + tap, tl.sum(d_mixed * x, 0), known)
     place = d_flat_ptr + sequence * T * W + (t * W + channel[None, :])
     tl.store(place, d_x.to(d_flat_ptr.dtype.element_ty), inside & (t >= 0))
     if d_past_ptr is not None:
@@ -294,18 +296,19 @@ def tokens_and_gates_backward(
     S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps)
     blocks = triton.cdiv(T, ROWS)
     d_mixed = torch.empty_like(d_tokens)
-    parts = flat.new_empty(S * blocks, *taps.shape, dtype=torch.float32)
     _memory_mixed_backward[(blocks, 3 * heads, S)](
-        flat, past, taps, d_tokens, d_mixed, parts, T, W, **of_tokens
+        flat, past, taps, d_tokens, d_mixed, T, W, **of_tokens
     )
-    d_taps = sum_parts(parts.flatten(1)).view_as(taps).to(taps.dtype)
     first = 0 if past is None else 1 - taps.shape[1]
+    rows = triton.cdiv(T - first, ROWS)
     d_flat = torch.empty_like(flat)
     d_past = None if past is None else torch.empty_like(past)
+    parts = flat.new_empty(S * rows, *taps.shape, dtype=torch.float32)
     del of_tokens["SHORTEST"]
-    _memory_flat_backward[(triton.cdiv(T - first, ROWS), 3 * heads, S)](
-        taps, d_mixed, d_flat, d_past, T, W, first, **of_tokens
+    _memory_flat_backward[(rows, 3 * heads, S)](
+        flat, past, taps, d_mixed, d_flat, d_past, parts, T, W, first, **of_tokens
     )
+    d_taps = sum_parts(parts.flatten(1)).view_as(taps).to(taps.dtype)
     rest = max(1, W - 3 * heads * (width + 1))
     parts = None if bias is None else flat.new_empty(S * blocks, 3 * heads, dtype=torch.float32)
     _memory_gates_backward[(blocks, S)](
