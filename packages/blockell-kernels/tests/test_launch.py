@@ -51,6 +51,15 @@ def kernel(monkeypatch):
     return Kernel()
 
 
+def test_a_launcher_may_decide_to_wait_for_the_end(kernel, monkeypatch):
+    monkeypatch.setattr(_launch, "overlaps", lambda device: True)
+    kernel.params.append(Parameter(name="OVERLAPS", is_constexpr=True, default=False))
+    for _ in range(2):
+        _launch.launch(kernel, (3,), torch.zeros(64), 32, BLOCK=16, OVERLAPS=False)
+    assert [call[2] for call in kernel.slow] == [{"BLOCK": 16, "OVERLAPS": False}]
+    assert kernel.fast[0][-2:] == (16, False)
+
+
 @pytest.mark.parametrize("able", [True, False])
 def test_a_kernel_that_waits_is_launched_while_the_one_before_it_ends(kernel, monkeypatch, able):
     monkeypatch.setattr(_launch, "overlaps", lambda device: able)

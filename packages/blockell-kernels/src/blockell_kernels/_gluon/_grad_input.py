@@ -71,12 +71,16 @@ def grad_input(
     tiling: Tiling,
 ) -> None:
     """Write dx [N, C*B] from dy [N, R*B] and values [R, slots, B, B]; see `takes`."""
-    from blockell_kernels._gluon._descriptors import descriptor, weight_descriptor
+    from blockell_kernels._gluon._descriptors import descriptor, rearranged, weight_descriptor
     from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 
     B, C = pattern.B, pattern.C
     compile_time: dict[str, Any] = constants(B, tiling, density_class(pattern.num_live / C))
     rows = compile_time["ROWS"]
+    if rearranged(B):
+        # Programs that waited for the swizzled weight would fill multiprocessors that the weight
+        # gradient, on the other branch of a graph, could use: 2 us of a step of 8192 tokens.
+        compile_time["OVERLAPS"] = False
     tiles = ceil_div(dy.shape[0], BM) * ceil_div(C, compile_time["COLUMNS"])
     launch(
         grad_input_by_units,

@@ -41,7 +41,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     active = driver.active
     device = active.get_current_device()
     if _watched():
-        kernel[grid](*args, **constants, **_overlap(kernel, device))
+        kernel[grid](*args, **constants, **_overlap(kernel, device, constants))
         return
     key: list[Any] = [id(kernel), device, *constants, *constants.values()]
     for arg in args:
@@ -57,7 +57,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
             key.append(_key_of(arg))
     found = _ready.get(tuple(key))
     if found is None:
-        constants |= _overlap(kernel, device)
+        constants |= _overlap(kernel, device, constants)
         compiled = kernel[grid](*args, **constants)
         _ready[tuple(key)] = compiled, _trailing(kernel, len(args), constants)
         return
@@ -71,9 +71,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     )  # fmt: skip
 
 
-def _overlap(kernel: Any, device: int) -> dict[str, bool]:
-    """Constants that launch a kernel while the one before it ends, if it is written to wait."""
+def _overlap(kernel: Any, device: int, given: dict[str, Any]) -> dict[str, bool]:
+    """Constants that launch a kernel while the one before it ends, if it is written to wait.
+
+    None where the launcher has decided: `OVERLAPS=False` waits for the end.
+    """
     waits = any(parameter.name == "OVERLAPS" for parameter in kernel.params)
+    waits = waits and "OVERLAPS" not in given
     return {"OVERLAPS": True, "launch_pdl": True} if waits and overlaps(device) else {}
 
 
