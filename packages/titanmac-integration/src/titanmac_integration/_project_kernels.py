@@ -11,7 +11,7 @@ ROWS, COLUMNS = 32, 128
 TILES = 8
 """Tiles below each other that a program adds up."""
 
-PART_ROWS, PART_COLUMNS = 256, 16
+PART_ROWS, PART_COLUMNS = 128, 16
 """The tiles of the sum over programs."""
 
 
