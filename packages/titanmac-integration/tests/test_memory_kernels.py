@@ -17,7 +17,7 @@ def poisoned(make):
 
 for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
     setattr(owner, name, poisoned(getattr(owner, name)))
-CASES = ((1, 2, 5, 4, 0), (7, 1, 12, 16, 1), (21, 1, 5, 4, 2), (33, 1, 18, 32, 1))
+CASES = ((1, 1, 5, 4, 0), (7, 2, 12, 16, 1), (21, 1, 5, 8, 2), (33, 1, 18, 32, 1))
 for T, H, D, chunk, per in CASES:
     torch.manual_seed(T)
     def draw(*shape):
@@ -113,7 +113,7 @@ config = TitanMACConfig(
     use_neural_memory=True,
     titans_variant=variant,
     memory_depth=depth,
-    memory_heads=2,
+    memory_heads=2 if variant == "MAC" else 1,
     memory_width=6,
     segment_size=8,
     memory_chunk_size=4,
