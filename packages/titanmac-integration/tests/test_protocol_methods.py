@@ -260,7 +260,7 @@ def test_answers_are_recalled_instead_of_draws(setting: Setting, model: TitanMAC
         if parameter.grad is not None:
             torch.testing.assert_close(grads[name], parameter.grad, msg=name)
     record = cell(setting, "ours-recalling", "spare")
-    assert record["method_metrics"]["retention/eps"] == record["dial"] == 0.3
+    assert record["method_metrics"]["retention/eps"] == record["dial"] == 1.0
 
 
 def test_frozen_blocks_stay_and_others_grow(

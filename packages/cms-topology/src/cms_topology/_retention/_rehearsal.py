@@ -23,7 +23,7 @@ class Rehearsal:
     repaired:
 
     ```python
-    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.3, release=steps)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=1.0, release=steps)
     rehearsal = Rehearsal(model, [with_answers(model, {"input_ids": written})])
     ...
     (loss + rehearsal.loss()).backward()

@@ -208,7 +208,7 @@ class RecallingProjection(RehearsingProjection):
     """
 
     name = "ours-recalling"
-    default_dial = 3e-1
+    default_dial = 1.0
     keeps = "covariance and answers"
     weight = 3.0
 
