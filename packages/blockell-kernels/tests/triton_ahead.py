@@ -170,7 +170,7 @@ def block_cases(arch, dtype, B):
     names = dict.fromkeys(("h_ptr", "a_ptr", "da_ptr", "dh_ptr"), dtype) | {"sums_ptr": "fp32"}
     yield activations.activate_elements, exact | {"BLOCK": 16 * B}, names
     yield activations.gradient_tiles, exact | {"BT": 64, "BW": B}, names
-    yield sum_rows, {"BT": 64, "BW": B}, tensors
+    yield sum_rows, {"BT": 16, "BW": B, "TILES": 8}, tensors
     split = {"B": B, "LINES": 8, "KB": 512 // B}
     halves_of = {"high_ptr": "fp16", "low_ptr": "fp16", "values_ptr": dtype, "cols_ptr": "i32"}
     names = ("factors_ptr", "lifts_ptr", "peaks_ptr", "others_ptr", "rows_ptr", "columns_ptr")
