@@ -260,7 +260,22 @@ def test_answers_are_recalled_instead_of_draws(setting: Setting, model: TitanMAC
         if parameter.grad is not None:
             torch.testing.assert_close(grads[name], parameter.grad, msg=name)
     record = cell(setting, "ours-recalling", "spare")
-    assert record["method_metrics"]["retention/eps"] == record["dial"] == 1.0
+    assert record["method_metrics"]["retention/eps"] == record["dial"] == 0.1
+
+
+def test_damping_lets_go_in_the_course_of_a_task(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    strength = METHODS["ours-releasing"]._strength
+
+    def spy(self: Any) -> dict[str, Any]:
+        asked.append(strength(self))
+        return asked[-1]
+
+    monkeypatch.setattr(METHODS["ours-releasing"], "_strength", spy)
+    cell(setting, "ours-releasing", "spare")
+    assert asked == [{"drift": None, "eps": 1.0, "release": setting.steps[1]}]
 
 
 def test_frozen_blocks_stay_and_others_grow(

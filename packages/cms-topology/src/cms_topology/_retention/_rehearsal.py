@@ -19,11 +19,10 @@ class Rehearsal:
     then no data need be kept (self-generated replay: Robins 1995, "Catastrophic forgetting,
     rehearsal and pseudorehearsal"). By itself rehearsal repairs what was forgotten, it does not
     prevent it: the old tasks dip while the new one begins. With the updates damped along the old
-    tasks' inputs they hardly do, and the damping may be weak and let go, because what leaks is
-    repaired:
+    tasks' inputs they hardly do, and the damping may be weak, because what leaks is repaired:
 
     ```python
-    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=1.0, release=steps)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.1)
     rehearsal = Rehearsal(model, [with_answers(model, {"input_ids": written})])
     ...
     (loss + rehearsal.loss()).backward()

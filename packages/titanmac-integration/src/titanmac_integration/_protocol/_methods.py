@@ -25,6 +25,7 @@ from ._projection import (
     Projection,
     RecallingProjection,
     RehearsingProjection,
+    ReleasingProjection,
 )
 from ._rehearsal import Joint, RealRehearsal, SelfRehearsal
 from ._topological import FreezeAndGrow, RigL
@@ -48,6 +49,7 @@ METHODS: dict[str, type[Method]] = {
         DampedProjection,
         RehearsingProjection,
         RecallingProjection,
+        ReleasingProjection,
         FixedEps,
         OpenLoop,
         EveryStep,

@@ -202,23 +202,29 @@ class RehearsingProjection(GrowingProjection):
 class RecallingProjection(RehearsingProjection):
     """The same, going over the distributions that the model had, not the draws that it wrote.
 
-    Where nothing has changed they have no gradient, so they may weigh more. Then little damping is
-    needed, and that lets go in the course of the task. Made for many tasks: each sequence begins
-    with a few symbols of the task.
+    Where nothing has changed they have no gradient, so they may weigh more, and then the updates
+    need less damping. Made for many tasks: each sequence begins with a few symbols of the task.
     """
 
     name = "ours-recalling"
-    default_dial = 1.0
+    default_dial = 1e-1
     keeps = "covariance and answers"
     weight = 3.0
-
-    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
-        self._steps = steps
-        super().on_fit_start(trainer, task, steps)
 
     def _write(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         tokens = written_by(model, batch, SelfRehearsal.rows, BEGINNING)
         return with_answers(model, {"input_ids": tokens})
+
+
+class ReleasingProjection(RecallingProjection):
+    """That with weak damping which lets go in the course of every task."""
+
+    name = "ours-releasing"
+    default_dial = 1.0
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        self._steps = steps
+        super().on_fit_start(trainer, task, steps)
 
     def _strength(self) -> dict[str, Any]:
         return {**super()._strength(), "release": self._steps}
