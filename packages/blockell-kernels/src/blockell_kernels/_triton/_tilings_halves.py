@@ -18,9 +18,8 @@ DEPTH = 64
 OUTPUTS = 128
 """Of a program of the weight gradient."""
 FEW_TOKENS, FEW_OF_LARGE, FEW_FOR_GRADIENT = 512, 128, 128
-"""Below this many tokens other kernels are faster: of forward and input gradient, of the same with
-at least `LARGE_WEIGHT` elements in the dense weight, of the weight gradient. All of the weight is
-multiplied from twice as many on."""
+"""Below this many tokens other kernels are faster: of forward and input gradient, of a forward with
+at least `LARGE_WEIGHT` elements in the dense weight, of the weight gradient."""
 LARGE_WEIGHT = 2**22
 SPARSER: dict[Direction, dict[int, float]] = {
     "forward": {8: 0.07, 16: 0.15, 32: 0.2},
@@ -54,7 +53,7 @@ def halves_for(case: Case) -> Tiling | None:
     """How to run a float32 case as halves, None: not at all."""
     direction, B, density = case.direction, case.B, case.density
     large = case.R * case.C * B**2 >= LARGE_WEIGHT
-    few = FEW_OF_LARGE if large else FEW_TOKENS
+    few = FEW_OF_LARGE if direction == "forward" and large else FEW_TOKENS
     if fits(direction, B, case.row_group):
         if (FEW_FOR_GRADIENT if direction == "grad_values" else few) > case.N:
             return None
@@ -63,7 +62,7 @@ def halves_for(case: Case) -> Tiling | None:
             return tiling(direction, "halves", min(128, power_of_two_divisor(alike)))
     elif density <= SPARSER[direction].get(B, 0.0):
         return None
-    return None if 2 * few > case.N else tiling(direction, "dense halves", 128)
+    return None if case.N < 2 * FEW_TOKENS else tiling(direction, "dense halves", 128)
 
 
 def parts_of(tiles: int, tokens: int, programs: int) -> int:
