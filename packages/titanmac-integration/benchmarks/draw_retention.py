@@ -89,6 +89,8 @@ def draw(group: dict[str, Any], lowest: float, highest: float) -> str:
             f'<line x1="{legend}" y1="{row_y}" x2="{legend + 24}" y2="{row_y}" stroke="{colour}" '
             f'stroke-width="3"{dashes}/>'
         )
+        if rate:
+            parts.append(_point(legend + 12, row_y, 5, colour, hollow=True))
         seeds = max(len(row["seeds"]) for row in rows)
         where = f"{arch}, rate {rate:g}" if rate else arch
         label = f"{method}, {where} ({seeds} seed{'s' if seeds > 1 else ''})"
@@ -126,8 +128,13 @@ def _cross(row: dict[str, Any], x: Any, y: Any, colour: str, *, large: bool) -> 
         high = min(1.0, _kept(row) + row["kept"]["sd"])
         parts.append(_line(centre_x, y(low), centre_x, y(high), colour))
     radius = 6 if large else 3
-    parts.append(f'<circle cx="{centre_x:.1f}" cy="{centre_y:.1f}" r="{radius}" fill="{colour}"/>')
-    return parts
+    return [*parts, _point(centre_x, centre_y, radius, colour, hollow=bool(row.get("rate")))]
+
+
+def _point(x: float, y: float, radius: int, colour: str, *, hollow: bool) -> str:
+    """A point; hollow where a method had a learning rate of its own."""
+    look = f'fill="white" stroke="{colour}" stroke-width="2"' if hollow else f'fill="{colour}"'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" {look}/>'
 
 
 def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
