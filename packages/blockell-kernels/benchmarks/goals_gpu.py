@@ -1,6 +1,6 @@
 """Every cell of a grid as CSV: its goal, what was measured, whether it is reached, and its bound.
 
-    python goals_gpu.py results/h200-goals-grid.csv --out results/h200-goals.csv
+    python goals_gpu.py results/h200-recount.csv --out results/h200-goals.csv
 
 The bound is what the way that the cell took allows at best. A sparse product: the dense one's time
 times the density, or its operands read and written once at `BYTES_PER_US`, whichever is longer. A
