@@ -130,7 +130,7 @@ def backward(
         a = activate(h, activation)
     h = None
     # Not beside the rest: then the input gradient would start before the weight gradients do, and
-    # a step take 2 to 3% longer.
+    # a step took 3% longer (H200, 8192 tokens, 640 -> 2560, by `h200-mlp-orders.csv`).
     dbias1 = None if sums is None else sum_over_tokens(sums, dy.dtype)
     sums = None
     with _beside(forked, dy):

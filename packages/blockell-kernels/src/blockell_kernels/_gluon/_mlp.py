@@ -26,8 +26,9 @@ ROWS = 32
 """Tokens that the activation is applied to at a time, by 64 features."""
 SUMS_ROWS = 8
 """Rows of the partial bias gradient for every token tile."""
-GROUP = 8
-"""Token tiles that pass over the hidden features together."""
+FORWARD_GROUP, MIDDLE_GROUP = 8, 64
+"""Token tiles that pass over the hidden features together. In the middle many: columns differ in
+length, and are dealt out to the programs in order of it."""
 MAX_SORTED_COLUMNS = 32
 
 
@@ -57,7 +58,7 @@ def forward_constants(B: int, keep_pre: bool) -> dict[str, int | bool]:
         "PANELS": DEPTH // panel,
         "STAGES": _stages(4),
         "ROWS": ROWS,
-        "GROUP_M": GROUP,
+        "GROUP_M": FORWARD_GROUP,
         "KEEP_PRE": keep_pre,
     }
 
@@ -125,7 +126,7 @@ def middle_constants(dense: bool, columns: int, keep_a: bool) -> dict[str, int |
         "SORTED": not dense and columns <= MAX_SORTED_COLUMNS,
         "STAGES": _stages(8),
         "ROWS": ROWS,
-        "GROUP_M": GROUP,
+        "GROUP_M": 8 if dense else MIDDLE_GROUP,
         "KEEP_A": keep_a,
     }
 

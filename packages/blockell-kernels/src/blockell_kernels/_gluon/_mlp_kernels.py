@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-# ruff: noqa: RUF005  (Gluon concatenates tuples, but does not unpack them)
+# ruff: noqa: RUF005, SIM113  (Gluon does not unpack tuples, and knows no enumerate)
 """The two products of an MLP that an activation rides on, for Hopper.
 
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens; h
@@ -19,25 +19,24 @@ and stages may arrive out of order.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from blockell_kernels._gluon._forward_kernels import _load as load_rows
+from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
     mbarrier,
     tma,
-    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from blockell_kernels._gluon._mlp_loading import (
-    COLUMN,
-    FIRST,
-    PLANS,
-    STEPS,
-    load_columns,
-    load_rows,
-    tile_from_the_end,
-)
 from blockell_kernels._triton._activation_kernels import activated, activated_and_slope
+
+# Tiles whose whereabouts the loading warp tells ahead.
+PLANS = gl.constexpr(4)
+# Words of such a note: the column, the tile's first step, the number of its steps.
+COLUMN = gl.constexpr(0)
+FIRST = gl.constexpr(1)
+STEPS = gl.constexpr(2)
 
 
 @gluon.jit
@@ -76,7 +75,7 @@ def _forward_turn(
     step = which * steps
     tile = which
     for pid in range(gl.program_id(0) + which * programs, token_tiles * units, 2 * programs):
-        pm, pn = tile_from_the_end(pid, token_tiles, units, GROUP_M)
+        pm, pn = tile_of(pid, token_tiles, units, GROUP_M)
         if HAS_BIAS:
             n = pn * 128 + gl.arange(0, 128, gl.SliceLayout(0, mma))
             bias = gl.load(bias_ptr + n).to(gl.float32)[None, :]
@@ -154,7 +153,6 @@ def forward_by_turns(
     KEEP_PRE: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ARITHMETIC: gl.constexpr,
-    OVERLAPS: gl.constexpr = False,
 ):
     """a = f(x W^T + bias), and the sum itself if asked."""
     dtype: gl.constexpr = x_desc.dtype
@@ -173,8 +171,6 @@ def forward_by_turns(
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
-    if OVERLAPS:
-        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [
@@ -185,12 +181,95 @@ def forward_by_turns(
                              N, num_live, units, B, PANEL, PANELS, STAGES, GROUP_M, ROWS, HAS_BIAS,
                              KEEP_PRE, ACTIVATION, ARITHMETIC)),
             (load_rows, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots, num_live,
-                         C, units, B, PANEL, PANELS, STAGES, GROUP_M)),
+                         C, units, B, PANEL, PANELS, 2, STAGES, GROUP_M)),
         ],
         [4, 1],
         [216, 72],
     )
     # fmt: on
+
+
+@gluon.jit
+def _load_columns(
+    dy_desc,
+    w_desc,
+    order_ptr,
+    col_start_ptr,
+    dy_smem,
+    w_smem,
+    plan_smem,
+    full,
+    empty,
+    plan_full,
+    plan_empty,
+    N,
+    slots,
+    C,
+    depth,
+    DENSE: gl.constexpr,
+    SORTED: gl.constexpr,
+    STAGES: gl.constexpr,
+    GROUP_M: gl.constexpr,
+):
+    """The loading warp of the middle: 64 of dy's features and their rows of the weight a stage.
+
+    The fullest columns come first: started last they would leave the GPU idle behind them.
+    """
+    lanes: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    square: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [1, 1], [1, 0])
+    lane = gl.arange(0, 32, lanes)
+    token_tiles = gl.cdiv(N, 128)
+    if SORTED:
+        i = gl.arange(0, 32, gl.SliceLayout(1, square))
+        count = gl.load(col_start_ptr + i + 1, mask=i < C, other=-1)
+        count -= gl.load(col_start_ptr + i, mask=i < C, other=0)
+        ranks = gl.zeros([32], gl.int32, gl.SliceLayout(1, square))
+        for first in gl.static_range(0, 32, 8):  # in parts: registers
+            j = first + gl.arange(0, 8, gl.SliceLayout(0, square))
+            other = gl.load(col_start_ptr + j + 1, mask=j < C, other=-1)
+            other -= gl.load(col_start_ptr + j, mask=j < C, other=0)
+            fuller = other[None, :] > count[:, None]
+            earlier = (other[None, :] == count[:, None]) & (j[None, :] < i[:, None])
+            ranks += gl.sum((fuller | earlier).to(gl.int32), 1)
+    step = 0
+    tile = 0
+    for pid in range(gl.program_id(0), token_tiles * C, gl.num_programs(0)):
+        pm, c = tile_of(pid, token_tiles, C, GROUP_M)
+        if SORTED:
+            c = gl.sum(gl.where(ranks == c, i, 0), 0)
+        if DENSE:
+            start = 0
+            steps = gl.cdiv(depth, 64)
+        else:
+            start = gl.load(col_start_ptr + c)
+            # An empty column takes one step, behind the last row: of zeros.
+            steps = gl.maximum((gl.load(col_start_ptr + c + 1) - start) * 2, 1)
+            empty_column = gl.load(col_start_ptr + c + 1) == start
+        plan = tile % PLANS
+        mbarrier.wait(plan_empty.index(plan), ((tile // PLANS) & 1) ^ 1)
+        note = gl.where(lane == STEPS, steps, gl.where(lane == FIRST, step, c))
+        plan_smem.index(plan).store(note)
+        mbarrier.arrive(plan_full.index(plan), count=1)
+        tile += 1
+        for q in range(steps):
+            if DENSE:
+                feature, w_row, w_col = q * 64, q * 64, c * 128
+            else:
+                slot = gl.load(order_ptr + start + q // 2, mask=empty_column == 0, other=0)
+                half = (q % 2) * 64
+                feature = gl.where(empty_column, depth, (slot // slots) * 128 + half)
+                w_row = gl.where(empty_column, depth * slots, slot * 128 + half)
+                w_col = 0
+            stage = step % STAGES
+            mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            bar = full.index(stage)
+            mbarrier.expect(bar, 2 * 128 * 64 * 2)
+            for p in gl.static_range(2):
+                tma.async_copy_global_to_shared(
+                    dy_desc, [pm * 128 + p * 64, feature], bar, dy_smem.index(stage * 2 + p)
+                )
+            tma.async_copy_global_to_shared(w_desc, [w_row, w_col], bar, w_smem.index(stage))
+            step += 1
 
 
 @gluon.jit
@@ -234,7 +313,7 @@ def _middle_turn(
     tile = which
     bar = arrived.index(which)
     for pid in range(gl.program_id(0) + which * programs, token_tiles * C, 2 * programs):
-        pm, _rank = tile_from_the_end(pid, token_tiles, C, GROUP_M)
+        pm, _rank = tile_of(pid, token_tiles, C, GROUP_M)
         plan = tile % PLANS
         mbarrier.wait(plan_full.index(plan), (tile // PLANS) & 1)
         note = plan_smem.index(plan)
@@ -339,7 +418,6 @@ def middle_by_turns(
     NEED_SUMS: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ARITHMETIC: gl.constexpr,
-    OVERLAPS: gl.constexpr = False,
 ):
     """dh = (dy W) f'(h), and if asked a = f(h) and the sums of dh over the tokens of a tile."""
     dtype: gl.constexpr = dy_desc.dtype
@@ -368,8 +446,6 @@ def middle_by_turns(
         mbarrier.init(arrived.index(i), count=1)
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
-    if OVERLAPS:
-        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [
@@ -379,9 +455,9 @@ def middle_by_turns(
             (_middle_turn, (1, dh_desc, pre_desc, a_desc, sums_ptr, dy_smem, w_smem, h1, d1,
                             plan_smem, full, empty, plan_full, plan_empty, arrived, turn, N, C,
                             STAGES, GROUP_M, ROWS, KEEP_A, NEED_SUMS, ACTIVATION, ARITHMETIC)),
-            (load_columns, (dy_desc, w_desc, order_ptr, col_start_ptr, dy_smem, w_smem, plan_smem,
-                            full, empty, plan_full, plan_empty, N, slots, C, depth, DENSE, SORTED,
-                            STAGES, GROUP_M)),
+            (_load_columns, (dy_desc, w_desc, order_ptr, col_start_ptr, dy_smem, w_smem, plan_smem,
+                             full, empty, plan_full, plan_empty, N, slots, C, depth, DENSE, SORTED,
+                             STAGES, GROUP_M)),
         ],
         [4, 1],
         [216, 80],
