@@ -20,7 +20,6 @@ from ._inputs import check_inputs
 from ._linear import init_linear
 from ._linear_loss import linear_loss
 from ._losses import language_model_loss
-from ._norm import NormBeforeLinear
 from ._project import has_hooks
 from ._rotary import rotary_table
 from ._state import ModelState
@@ -49,7 +48,7 @@ class TitanMAC(nn.Module):
         self.blocks = nn.ModuleList(
             TitanBlock(config, layer, generator=generator) for layer in range(config.n_layers)
         )
-        self.norm = NormBeforeLinear(config.d_model, eps=config.norm_eps)
+        self.norm = nn.RMSNorm(config.d_model, eps=config.norm_eps)
         self.head: nn.Linear | None = None
         """None when the head is the embedding matrix, so that no state is stored twice."""
         if not config.tie_weights:
@@ -243,11 +242,11 @@ class TitanMAC(nn.Module):
             layers.append(layer)
             if loss is not None:
                 losses.append(loss)
-        _, normed = self.norm.after_adding(x, *(added or (None,)))
+        x = x if added is None else added.plus(x)
         if state is None:
-            normed = normed[:, config.n_persistent :]
+            x = x[:, config.n_persistent :]
         new = ModelState(run.position + input_ids.shape[1], tuple(layers)) if keep_state else None
-        return normed, torch.stack(losses).mean() if losses else None, new
+        return self.norm(x), torch.stack(losses).mean() if losses else None, new
 
     def _pass(
         self, n_tokens: int, state: ModelState | None, keep_state: bool, device: torch.device

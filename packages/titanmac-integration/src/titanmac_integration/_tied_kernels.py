@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 32, 128
+ROWS, COLUMNS = 16, 256
 """Rows of one index that a program adds up at a time, and columns that it looks after."""
 
 
@@ -30,30 +30,23 @@ def _add_rows(
     if (first == 0) | (before != index):  # one program for every index that occurs
         column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
         inside = column < D
+        total = tl.zeros((COLUMNS,), tl.float32)
+        at = first
+        more = True
+        while more:
+            one = at + tl.arange(0, ROWS)
+            here = tl.load(sorted_ptr + one, one < N, other=-1) == index
+            row = tl.load(order_ptr + one, here, other=0)
+            x = tl.load(
+                rows_ptr + row[:, None] * D + column[None, :],
+                here[:, None] & inside[None, :],
+                other=0.0,
+            )
+            total += tl.sum(x.to(tl.float32), 0)
+            at += ROWS
+            more = tl.sum(here.to(tl.int32), 0) == ROWS
         into = table_ptr + index * D + column
-        value = tl.load(into, inside).to(tl.float32)
-        row = tl.load(order_ptr + first)
-        after = tl.load(sorted_ptr + tl.minimum(first + 1, N - 1))
-        if (first + 1 == N) | (after != index):
-            # most of them, in a large vocabulary
-            value += tl.load(rows_ptr + row * D + column, inside).to(tl.float32)
-        else:
-            total = tl.zeros((COLUMNS,), tl.float32)
-            at = first
-            more = True
-            while more:
-                one = at + tl.arange(0, ROWS)
-                here = tl.load(sorted_ptr + one, one < N, other=-1) == index
-                rows = tl.load(order_ptr + one, here, other=0)
-                x = tl.load(
-                    rows_ptr + rows[:, None] * D + column[None, :],
-                    here[:, None] & inside[None, :],
-                    other=0.0,
-                )
-                total += tl.sum(x.to(tl.float32), 0)
-                at += ROWS
-                more = tl.sum(here.to(tl.int32), 0) == ROWS
-            value += total
+        value = tl.load(into, inside).to(tl.float32) + total
         tl.store(into, value.to(table_ptr.dtype.element_ty), inside)
 
 
