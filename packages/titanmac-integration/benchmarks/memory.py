@@ -32,7 +32,6 @@ CELLS = [
     ("MAG", 1, 16, 512, 384, 64, 64, True),  # small
     ("MAG", 1, 1, 8192, 640, 64, 64, True),
     ("MAG", 1, 8, 1024, 640, 32, 64, True),
-    ("MAG", 1, 8, 1024, 640, 128, 64, True),
     ("MAG", 2, 8, 1024, 640, 64, 64, True),
 ]
 PARTS = ("_answers", "_chunked", "_module", "_tokens")

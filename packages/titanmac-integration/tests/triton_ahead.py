@@ -121,7 +121,7 @@ def segment_cases():
 
 def memory_cases():
     """Four memories of width 64 that read 768 channels."""
-    tuned = _chunk_launch.launch("tf32", 64)
+    tuned = _chunk_launch.launch("tf32")
     sizes = {"H": 4, "D": 64, "B": tuned.chunk, "DP": 64, "PRECISION": "tf32"}
     for module in (_chunk_kernels, _chunk_backward_kernels):
         for name in vars(module):

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
-from ._project import has_hooks, project, project_apart, project_from
+from ._project import has_hooks, project, project_apart
 from ._rotary import Rotary, turned_parts
 from ._state import Cache
 from ._window import (
@@ -77,9 +77,7 @@ class CausalWindowAttention(nn.Module):
             # retrieved tokens are tokens of the attention like any other, at their token's position
             rows = slice(run.rotary[0].shape[0] - retrieved.shape[1], None)
             rotary = (run.rotary[0][rows], run.rotary[1][rows])
-            width = retrieved.shape[-1]
-            pair = project_from(self.qkv, retrieved, width).unflatten(-1, (2, self.n_heads, -1))
-            recalled_key, recalled_value = turned_parts(pair, rotary)
+            recalled_key, recalled_value = turned_parts(self._project(retrieved)[:, :, 1:], rotary)
             recalled = (recalled_key, recalled_value)
         if cache is not None:
             mixed, cache = self._continue(query, (key, value), recalled, run, cache, dropout)

@@ -12,7 +12,7 @@ from . import _chunk_kernels as forward
 
 
 class Launch(NamedTuple):
-    """How the kernels run for one precision and one width; chosen by measurement."""
+    """How the kernels run for one precision."""
 
     chunk: int
     """Tokens of a chunk at most: more make fewer states, and larger products within a chunk."""
@@ -26,11 +26,8 @@ class Launch(NamedTuple):
     """For the kernels that run for all chunks at once."""
 
 
-def launch(precision: str, width: int) -> Launch:
-    """For an H200; ``width`` D."""
-    if width > 64:
-        few = {"num_warps": 8, "num_stages": 1}
-        return Launch(32 if precision == "tf32x3" else 64, (16, 16), 16, few, few)
+def launch(precision: str) -> Launch:
+    """For widths up to 64, by what an H200 measured."""
     staged = {"num_warps": 4, "num_stages": 3}
     if precision == "tf32x3":  # takes three times the registers
         return Launch(32, (8, 8), 16, staged, staged)
@@ -77,7 +74,7 @@ def read_chunks(
     ``memory`` and ``momentum`` [S, H, D, D] contiguous but for their first dimension.
     """
     N, T, b, n, H, D = _sizes(tokens, chunk)
-    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
+    constants, tuned = _constants(H, D, b, precision), launch(precision)
     new = tokens.new_empty
     inverse, factors = new(N, n, b, b), new(N, n, forward.FACTORS, b)
     forward._memory_prepare[(N, n)](
@@ -146,7 +143,7 @@ def read_chunks_backward(
     All contiguous; ``d_segment`` is of M before the last segment.
     """
     N, T, b, n, H, D = _sizes(tokens, chunk)
-    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
+    constants, tuned = _constants(H, D, b, precision), launch(precision)
     wide = min(tuned.columns, constants["DP"])
     columns = min(tuned.scan_columns[1], constants["DP"])
     d_tokens, d_gates = torch.empty_like(tokens), torch.empty_like(gates)

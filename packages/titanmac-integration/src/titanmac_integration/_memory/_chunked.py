@@ -14,7 +14,7 @@ from ._kernels import gradients_again, on_gpu, precision
 from ._linear import linear_memory
 from ._mlp import recall
 
-SMALLEST_CHUNK, LARGEST_WIDTH = 16, 128
+SMALLEST_CHUNK, LARGEST_WIDTH = 16, 64
 """Shorter chunks waste what a program holds, wider memories do not fit into it."""
 
 
@@ -39,7 +39,13 @@ def kernels_take(tokens: Tensor, chunk: int) -> bool:
     """Whether `read` runs for these tokens [S, T, 3, H, D]."""
     if not on_gpu(tokens) or tokens.dtype != torch.float32 or tokens.shape[-1] > LARGEST_WIDTH:
         return False
+    if tokens.is_cuda and (torch.version.hip or _capability(tokens) < (8, 0)):
+        return False  # which have no TF32
     return _part(chunk, 64) >= min(chunk, SMALLEST_CHUNK)
+
+
+def _capability(x: Tensor) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(x.device)
 
 
 def _part(chunk: int, most: int) -> int:
@@ -70,7 +76,7 @@ def read(
     from ._chunk_launch import launch
 
     products = precision(source)
-    part = _part(chunk, launch(products, tokens.shape[-1]).chunk)
+    part = _part(chunk, launch(products).chunk)
     return Read(*_Read.apply(tokens, gates, weights, momentum, part, segment // part, products))
 
 
