@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from step_parts import graph_ms
+from step_parts import forward_and_both
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
@@ -72,20 +72,7 @@ def measure(way: Callable, tensors: list[torch.Tensor], grad: torch.Tensor) -> d
         with torch.no_grad():
             way(*tensors)
 
-    both()
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - base) >> 20
-    runs = sorted(graph_ms(both, 20) for _ in range(5))
-    return {
-        "forward_ms": graph_ms(forward, 20),
-        "both_ms": runs[2],
-        "both_lowest_ms": runs[0],
-        "both_highest_ms": runs[-1],
-        "peak_mib": peak,
-    }
+    return forward_and_both(forward, both, 20)
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from step_parts import graph_ms
+from step_parts import forward_and_both
 
 import titanmac_integration
 from titanmac_integration import NeuralMemory, TitanMACConfig
@@ -95,20 +95,7 @@ def measure(memory: NeuralMemory, x: torch.Tensor, half: bool) -> dict:
             said = memory(x)
             _ = said.read
 
-    both()
-    torch.cuda.synchronize()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    both()
-    peak = (torch.cuda.max_memory_allocated() - base) >> 20
-    runs = sorted(graph_ms(both, 5) for _ in range(5))
-    return {
-        "forward_ms": graph_ms(forward, 5),
-        "both_ms": runs[2],
-        "both_lowest_ms": runs[0],
-        "both_highest_ms": runs[-1],
-        "peak_mib": peak,
-    }
+    return forward_and_both(forward, both, 5)
 
 
 def main() -> None:

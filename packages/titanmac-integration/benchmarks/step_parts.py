@@ -87,6 +87,27 @@ def graph_ms(function: Callable[[], object], repeats: int = 10) -> float:
     return round(start.elapsed_time(end) / repeats, 3)
 
 
+def forward_and_both(forward: Callable[[], object], both: Callable[[], object], runs: int) -> dict:
+    """Milliseconds of a forward pass and of both passes (median of five), and MiB that both take.
+
+    Each figure is the mean of ``runs`` replays of a CUDA graph.
+    """
+    both()
+    torch.cuda.synchronize()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    both()
+    peak = (torch.cuda.max_memory_allocated() - base) >> 20
+    times = sorted(graph_ms(both, runs) for _ in range(5))
+    return {
+        "forward_ms": graph_ms(forward, runs),
+        "both_ms": times[2],
+        "both_lowest_ms": times[0],
+        "both_highest_ms": times[-1],
+        "peak_mib": peak,
+    }
+
+
 def forward_and_backward(
     function: Callable, inputs: list[torch.Tensor], weights: list[torch.Tensor]
 ) -> Callable[[], None]:
