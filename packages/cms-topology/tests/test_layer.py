@@ -344,3 +344,26 @@ def test_statistics(trained_layer: Callable[..., CMSBlockLinear]) -> None:
     fresh = CMSBlockLinear(96, 64, tile_size=8, scoring=ScoringConfig(keep_score="magnitude"))
     assert fresh.get_topology_stats().avg_block_score > 0
     assert CMSBlockLinear(96, 64, tile_size=8).get_topology_stats().avg_block_score == 0.0
+
+
+@pytest.mark.parametrize("score", ["gradient", "loss"])
+def test_function_transforms_while_candidates_are_collected(score: str) -> None:
+    """Gradients per sample of a layer that is in its sampling phase; its probes stay out of it."""
+    config = ScoringConfig(candidate_score=score, keep_score=score)
+    layer = CMSBlockLinear(32, 16, tile_size=8, scoring=config)
+    layer.collect_candidates = True
+    x = torch.randn(3, 32)
+    parameters = {name: p.detach() for name, p in layer.named_parameters()}
+
+    def loss(parameters: dict[str, torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+        return torch.func.functional_call(layer, parameters, (x,)).square().sum()
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))(parameters, x)
+    layer(x).square().sum().backward()
+    torch.testing.assert_close(each["values"].sum(0), layer.values.grad)
+    torch.testing.assert_close(each["bias"].sum(0), layer.bias.grad)
+
+
+def test_a_scalar_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"last dimension of x \(=none, a scalar\)"):
+        CMSBlockLinear(32, 16, tile_size=8)(torch.tensor(1.0))

@@ -18,6 +18,7 @@ from blockell_kernels._backends import requested_backend
 from blockell_kernels._ops import linear_backward_op
 from blockell_kernels._plan import Plan, compute_dtype, plan_for
 from blockell_kernels._registration import cast_for_autocast
+from blockell_kernels._transforms import transformed
 from blockell_kernels._validation import check_operands
 
 MAX_CHECKED = 4096
@@ -30,8 +31,8 @@ def watched() -> bool:
     return (
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
-        or torch._C._are_functorch_transforms_active()
         or torch._C._get_tracing_state() is not None
+        or transformed()
     )
 
 

@@ -24,6 +24,7 @@ from blockell_kernels._eager import eager_linear, plain
 from blockell_kernels._ops import linear_op
 from blockell_kernels._plan import compute_dtype, keeps_copy
 from blockell_kernels._stats import Sample, block_grad_norms_sq
+from blockell_kernels._transforms import composed_linear, transformed
 from blockell_kernels._validation import check_operands
 
 
@@ -55,7 +56,9 @@ def block_ell_linear(
     W holds, in block row r, the tiles `values[r, k]` at block columns `col_indices[r, k]`, and is
     zero elsewhere. Differentiable once in `x`, `values` and `bias`; the gradient of `values` covers
     the blocks that are present. Works under `torch.autocast`, `torch.compile` and activation
-    checkpointing. The result does not depend on the order of slots beyond rounding.
+    checkpointing. The result does not depend on the order of slots beyond rounding. Under the
+    transforms of `torch.func` and with dual numbers it is composed of the dense weight and torch's
+    own operators, so that any derivative exists; probes collect nothing then.
 
     Args:
         x: [..., C*B], any strides, any number of tokens including none.
@@ -96,6 +99,8 @@ def block_ell_linear(
         if sample == "none" or (probe is not None and not probe.requires_grad):
             sample, probe = "none", None
         requested = "" if backend is None else requested_backend(backend)
+        if not torch.compiler.is_compiling() and transformed():
+            return composed_linear(x, values, col_indices, bias, slots, activation)
         eager = not torch.compiler.is_compiling() and plain(x, values, col_indices, bias)
         return activated_linear(
             eager, x, values, col_indices, bias, probe, order, col_start, row_group, slots, sample,
@@ -112,6 +117,8 @@ def block_ell_linear(
     check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
     if backend is not None:
         requested_backend(backend)
+    if not torch.compiler.is_compiling() and transformed():
+        return composed_linear(x, values, col_indices, bias, slots)
     if sample == "none" or (probe is not None and not probe.requires_grad):
         probe = None
     result: Tensor = linear_op(

@@ -18,6 +18,7 @@ from blockell_kernels._mlp_autograd import eager_mlp
 from blockell_kernels._mlp_core import RECOMPUTE, Recompute
 from blockell_kernels._mlp_ops import mlp_op
 from blockell_kernels._stats import Sample
+from blockell_kernels._transforms import composed_linear, transformed
 from blockell_kernels._validation import check_operands
 
 MAX_CHECKED = 4096
@@ -53,7 +54,7 @@ def block_ell_mlp(
     statistics, but fewer passes over the hidden features: on the block-sparse GPU kernels the
     activation and its derivative are computed where the products end. Differentiable once in `x`,
     the values and the biases. Works under `torch.autocast`, `torch.compile` and activation
-    checkpointing. There is no dropout inside.
+    checkpointing, and under transforms as `block_ell_linear` does. There is no dropout inside.
 
     Args:
         x: [..., C1*B1], any strides, any number of tokens including none.
@@ -104,6 +105,9 @@ def block_ell_mlp(
             _checked.add(key)
     else:
         _check(x, first, second, activation, recompute, backend)
+    if not torch.compiler.is_compiling() and transformed():
+        h = composed_linear(x, values1, col_indices1, bias1, live1, activation)
+        return composed_linear(h, values2, col_indices2, bias2, live2)
     order1, start1 = (None, None) if index1 is None else (index1.order, index1.col_start)
     order2, start2 = (None, None) if index2 is None else (index2.order, index2.col_start)
     args = (

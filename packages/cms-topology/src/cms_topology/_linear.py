@@ -22,7 +22,7 @@ from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
 from cms_topology._decision import decide, refresh_derived
-from cms_topology._loss_score import FisherTap
+from cms_topology._loss_score import tap_fisher
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
@@ -218,10 +218,10 @@ class CMSBlockLinear(nn.Module):
         Raises:
             ValueError: the last dimension is not in_features.
         """
-        if x.shape[-1] != self.in_features:
+        if x.shape[-1:] != (self.in_features,):
             raise ValueError(
-                f"the last dimension of x (={x.shape[-1]}) must be in_features "
-                f"(={self.in_features})."
+                f"the last dimension of x (={x.shape[-1] if x.ndim else 'none, a scalar'}) must be "
+                f"in_features (={self.in_features})."
             )
         if not torch.compiler.is_compiling():
             self._refresh_if_stale()
@@ -242,7 +242,7 @@ class CMSBlockLinear(nn.Module):
             backend=self.backend,
         )
         if sample == "gradient" and self._fisher_probe is not None:
-            y = FisherTap.apply(y, x, self._fisher_probe, self.B)
+            y = tap_fisher(y, x, self._fisher_probe, self.B)
         return y
 
     @property

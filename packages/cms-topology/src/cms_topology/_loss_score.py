@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from blockell_kernels import block_fisher
 
@@ -44,6 +45,16 @@ class FisherTap(torch.autograd.Function):
         trace = block_fisher(dy, x.to(dy.dtype), ctx.B).float().flatten()
         tokens = trace.new_full((1,), float(dy.numel() // dy.shape[-1]))
         return dy, None, torch.cat((trace, tokens)), None
+
+
+def tap_fisher(y: Tensor, x: Tensor, probe: Tensor, B: int) -> Tensor:
+    """`FisherTap`; under `torch.func` and with dual numbers, where probes collect nothing, y."""
+    if not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    ):
+        return y
+    result: Tensor = FisherTap.apply(y, x, probe, B)
+    return result
 
 
 class LossStatistics:
