@@ -170,6 +170,8 @@ class RehearsingProjection(GrowingProjection):
     default_dial = 1e-2
     keeps = "covariance and generated"
     probes = 0
+    consolidation: ClassVar[dict[str, Any]] = {"usage": "none", "sensitivity_batches": 0}
+    """Without a drift budget nothing asks how much drift the loss bears."""
     weight: ClassVar[float] = 0.3
     """Of the rehearsed loss, per old task."""
 
