@@ -185,3 +185,27 @@ def test_methods_are_asked_for_by_name() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             parse_methods([wrong])
+
+
+def test_a_text_as_the_first_task_is_measured_in_bits() -> None:
+    """Its worst value is the highest, and the table says in which unit."""
+    text = record(
+        "ours",
+        None,
+        0,
+        0.9,
+        1.5,
+        tasks=["code", "prose"],
+        metrics=["bits_per_byte", "bits_per_byte"],
+        chance=[8.0, 8.0],
+        perfect=[0.0, 0.0],
+        matrix=[[8.1, 8.0], [2.4, 7.9], [2.6, 3.0]],
+        path=[[{"step": 10, "value": [2.7], "nats": [2.0]}]],
+    )
+    lines = retention_tables(summarise([text])).splitlines()
+    assert "code learned, bits per byte  at the end  highest" in lines[2]
+    assert [field for field in lines[4].split() if field in ("2.400", "2.600", "2.700")] == [
+        "2.400",
+        "2.600",
+        "2.700",
+    ]
