@@ -143,7 +143,7 @@ def written_by(
     used = batch["input_ids"].unique()
 
     def logits_of(model: nn.Module, tokens: Tensor) -> Tensor:
-        logits: Tensor = model(tokens)["logits"]
+        logits: Tensor = model(tokens)["logits"][:, -1:]  # the others are not drawn from
         allowed = torch.full_like(logits, -torch.inf)
         allowed[..., used] = logits[..., used]
         return allowed
