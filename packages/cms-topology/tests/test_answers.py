@@ -103,3 +103,22 @@ def test_a_rehearsal_of_answers_goes_on_to_the_bit_from_its_state() -> None:
 def test_a_setting_out_of_range_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=rf"{name} \(=0\) must be at least 1"):
         with_answers(Table(), {"x": torch.zeros(1, 1, dtype=torch.long)}, **{name: 0})
+
+
+def test_tasks_of_equal_shape_are_gone_over_in_one_pass_with_the_same_loss() -> None:
+    torch.manual_seed(0)
+    model = Table().eval()
+    kept = [with_answers(model, {"x": torch.randint(12, (7, t))}) for t in (5, 3, 5, 5)]
+    with torch.no_grad():
+        model.table.add_(0.3 * torch.randn(12, 12, dtype=torch.float64))
+    sizes = []
+    model.register_forward_hook(
+        lambda _, inputs, kwargs, result: sizes.append(len(result["logits"])), with_kwargs=True
+    )
+    together = Rehearsal(model, kept, rows=6).loss()
+    assert sizes == [18, 6]
+    separate = Rehearsal(model, kept, rows=6, loss_fn=divergence_from_answers).loss()
+    assert sizes == [18, 6, 6, 6, 6, 6]
+    torch.testing.assert_close(together, separate)
+    gradients = [torch.autograd.grad(loss, model.table)[0] for loss in (together, separate)]
+    torch.testing.assert_close(*gradients)

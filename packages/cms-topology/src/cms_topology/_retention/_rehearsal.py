@@ -93,16 +93,21 @@ class Rehearsal:
 
         Autocast and the scaling of gradients are the caller's, as for the loss it is added to.
         """
+        drawn = [(self._draw(batch), 1) for batch in self.kept]
+        if self.loss_fn is _default_loss:
+            drawn = _together(drawn)
         total: Any = 0.0
-        for batch in self.kept:
-            some = next(iter(batch.values()))
-            chosen = torch.randint(
-                len(some), (self.rows,), generator=self.generator, device=some.device
-            )
-            drawn = {name: tensor[chosen] for name, tensor in batch.items()}
-            total = total + self.weight * self.loss_fn(self.model, drawn)
+        for batch, tasks in drawn:
+            total = total + self.weight * tasks * self.loss_fn(self.model, batch)
         result: Tensor = total
         return result
+
+    def _draw(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        some = next(iter(batch.values()))
+        chosen = torch.randint(
+            len(some), (self.rows,), generator=self.generator, device=some.device
+        )
+        return {name: tensor[chosen] for name, tensor in batch.items()}
 
     def state_dict(self) -> dict[str, Tensor]:
         """What is kept, as "task.name", and how far its drawing has come: tensors by name."""
@@ -135,3 +140,18 @@ class Rehearsal:
 
 def _default_loss(model: nn.Module, batch: dict[str, Tensor]) -> Any:
     return (divergence_from_answers if LOG_PROBS in batch else default_loss)(model, batch)
+
+
+def _together(drawn: list[tuple[dict[str, Tensor], int]]) -> list[tuple[dict[str, Tensor], int]]:
+    """Tasks whose batches look alike in one pass, and how many tasks that is.
+
+    Only where all answers count: then the mean over several tasks is the mean of their means.
+    """
+    alike: dict[Any, list[dict[str, Tensor]]] = {}
+    for number, (batch, _) in enumerate(drawn):
+        look: Any = tuple((n, t.shape, t.dtype) for n, t in sorted(batch.items()))
+        alike.setdefault(look if LOG_PROBS in batch else number, []).append(batch)
+    return [
+        ({name: torch.cat([b[name] for b in group]) for name in group[0]}, len(group))
+        for group in alike.values()
+    ]
