@@ -18,12 +18,13 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from blockell_kernels._gluon import _forward, _grad_input, _grad_values, _mlp
+from blockell_kernels._gluon import _forward, _grad_input, _grad_values, _mlp, _whole
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
 from blockell_kernels._gluon._mlp_kernels import forward_by_turns, middle_by_turns
+from blockell_kernels._gluon._whole_kernels import whole_weight
 from blockell_kernels._triton._tiling import Tiling
 
 
@@ -129,6 +130,19 @@ def middle_case(dtype, dense, keep_a):
     return compile_one(middle_by_turns, constants, types, {"num_warps": 4})
 
 
+def whole_case(dtype, B, forward, cut):
+    constants = _whole.constants(B, forward, _whole.Cut(*cut), forward)
+    types = {
+        "a_desc": box(dtype, (64, 64), 128),
+        "w_desc": box(dtype, (B, B), 2 * B),
+        "y_desc": box(dtype, (64, 128), 128),
+        "parts_ptr": "*fp32",
+        "place_ptr": "*i32",
+        "bias_ptr": f"*{dtype}",
+    }
+    return compile_one(whole_weight, constants, types, {"num_warps": 4})
+
+
 def all_cases():
     """(name, function that compiles, arguments) of every kernel."""
     for dtype, B, columns, depth in (
@@ -144,6 +158,8 @@ def all_cases():
         yield f"forward with f, tile {B}, {keep_pre}", activated_forward_case, ("bf16", B, keep_pre)
     for dense, keep_a in ((False, True), (True, False)):
         yield f"middle, dense {dense}, {keep_a}", middle_case, ("fp16", dense, keep_a)
+    for B, forward, cut in ((16, True, (4, 1)), (32, False, (4, 3)), (64, False, (2, 1))):
+        yield f"whole, tile {B}, {forward}, {cut}", whole_case, ("bf16", B, forward, cut)
     for B, outputs, K in ((16, 128, 20), (64, 64, 5)):
         name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
         yield name, grad_values_case, ("bf16", B, outputs, K)

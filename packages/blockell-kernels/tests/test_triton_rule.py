@@ -87,15 +87,18 @@ def test_verdict_names_the_measurement():
 def measured(monkeypatch):
     """Lets the table be made up: rows [N, in, out, points] of every product of tile 16."""
 
-    def use(*rows):
+    def use(*rows, whole=None):
         keys = [f"{direction} half 16x{width}" for direction in DIRECTIONS for width in (16, 128)]
-        monkeypatch.setattr(
-            rule, "table", lambda: {"device": "X", "rows": dict.fromkeys(keys, rows)}
-        )
+        made = {"device": "X", "rows": dict.fromkeys(keys, rows), "whole": {}}
+        if whole is not None:
+            made["whole"] = {"forward half 16": whole}
+        monkeypatch.setattr(rule, "table", lambda: made)
         rule._verdict.cache_clear()
+        rule.takes_whole.cache_clear()
 
     yield use
     rule._verdict.cache_clear()
+    rule.takes_whole.cache_clear()
 
 
 def test_between_densities_and_beyond_them_a_line_is_followed(measured):
@@ -118,6 +121,27 @@ def test_a_kernel_for_more_blocks_may_win_again(measured):
         said[density] = rule.verdict(found).wins
         assert rule.beats_copied(found) is (density == 0.5)
     assert list(said.values()) == [True, False, True, False]
+
+
+def test_the_whole_weight_is_one_more_way(measured, monkeypatch):
+    """The other kernels take 1.2 octaves more than dense alone at 50%, the copy 0.4, this 0.1."""
+    monkeypatch.setattr(rule._by_whole, "available", lambda device: True)
+    points = [[0.1, -0.6, -0.2], [0.5, 0.8, 1.2]]
+    measured([1024, 640, 2560, points], whole=[[1024, 640, 2560, [[0.5, 0.1]]]])
+    few, many = (case("forward", 1024, 640, 2560, 16, density=d) for d in (0.1, 0.5))
+    assert [rule.takes_whole(c) for c in (few, many)] == [False, True]
+    assert rule.expected_whole(many, "half").octaves == pytest.approx(0.1 - 0.4)
+    said = rule.verdict(many)
+    assert said.wins
+    assert "0.50, by the whole weight block by block, takes 0.81 of the time" in said.why
+    assert "whole" not in rule.verdict(few).why
+    assert rule.beats_copied(few)
+    assert not rule.beats_copied(many)
+    for direction, dtype in (("grad_input", torch.bfloat16), ("forward", torch.float32)):
+        assert not rule.takes_whole(case(direction, 1024, 640, 2560, 16, dtype=dtype))
+    monkeypatch.setattr(rule._by_whole, "available", lambda device: False)
+    rule.takes_whole.cache_clear()
+    assert not rule.takes_whole(many)
 
 
 def test_near_shapes_weigh_more_than_far_ones(measured):

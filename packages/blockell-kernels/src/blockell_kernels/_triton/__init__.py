@@ -13,6 +13,7 @@ from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdic
 
 # Under another name: of a submodule's, importing that would make it the submodule.
 from blockell_kernels._gluon import _halves as _by_halves
+from blockell_kernels._gluon import _whole
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import (
     _blocks,
@@ -23,7 +24,7 @@ from blockell_kernels._triton import (
     _walk,
 )
 from blockell_kernels._triton._device import INTERPRETED, dot_precision
-from blockell_kernels._triton._rule import arithmetic, beats_copied, verdict
+from blockell_kernels._triton._rule import arithmetic, beats_copied, takes_whole, verdict
 from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
 
@@ -71,6 +72,8 @@ class TritonBackend(Backend):
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         case = _case("forward", x, pattern)
+        if takes_whole(case) and _whole.takes(x, values, pattern.B):
+            return _whole.product(x, values, bias, pattern, forward=True)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
             return _walk.forward(x, values, bias, pattern, walk)
         if (halves := _by_halves.chosen(case, x, values)) is not None:
@@ -81,6 +84,8 @@ class TritonBackend(Backend):
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_input", dy, pattern)
+        if takes_whole(case) and _whole.takes(dy, values, pattern.B):
+            return _whole.product(dy, values, None, pattern, forward=False)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
             return _walk.grad_input(dy, values, pattern, walk)
         if (halves := _by_halves.chosen(case, dy, values)) is not None:

@@ -6,12 +6,16 @@ For every direction, arithmetic, tile and width, `measured.json` holds shapes (N
 some densities of each how long the sparse kernel took, relative to scattering the weight and
 multiplying densely, and to multiplying alone. A case takes a mean of the nearest shapes' ratios at
 its own density. `benchmarks/grid_gpu.py` measures, `benchmarks/table_gpu.py` writes the file.
+
+Products by the whole weight (`_gluon._whole`) take as long at any density and in any structure: for
+them the file holds one ratio per shape, to multiplying alone.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from functools import cache, lru_cache
 from importlib.resources import files
 from typing import Any, NamedTuple
@@ -20,6 +24,7 @@ import torch
 
 from blockell_kernels._backends import Case, Verdict
 from blockell_kernels._gluon import _halves
+from blockell_kernels._gluon import _whole as _by_whole
 from blockell_kernels._triton._device import capability, dot_precision
 from blockell_kernels._triton._walk import least_density
 
@@ -101,11 +106,24 @@ def nearest(case: Case, kind: str) -> tuple[list[tuple[float, Shape]], int] | No
     fitting = [w for w in widths if w <= width]
     if not fitting:
         return None
-    shapes = [Shape(*row) for row in table()["rows"][f"{prefix}{max(fitting)}"]]
-    near = sorted((distance(case, shape), shape) for shape in shapes)[:NEIGHBOURS]
+    return _nearest(case, table()["rows"][f"{prefix}{max(fitting)}"]), max(fitting)
+
+
+def _nearest(case: Case, rows: list[list[Any]]) -> list[tuple[float, Shape]]:
+    """(weight, shape) of the nearest of some rows; of the first alone if it is the case's own."""
+    near = sorted((distance(case, Shape(*row)), Shape(*row)) for row in rows)[:NEIGHBOURS]
     if near[0][0] <= SAME:
         near = near[:1]
-    return [((octaves + CLOSE) ** -2, shape) for octaves, shape in near], max(fitting)
+    return [((octaves + CLOSE) ** -2, shape) for octaves, shape in near]
+
+
+def _mean(
+    near: list[tuple[float, Shape]], share: Callable[[Shape], float], bound: float = BOUND
+) -> float:
+    """The weighted mean of a share, bounded where there are several shapes."""
+    bound = bound if len(near) > 1 else math.inf
+    shares = [(weight, min(bound, max(-bound, share(shape)))) for weight, shape in near]
+    return sum(weight * found for weight, found in shares) / sum(weight for weight, _ in near)
 
 
 def expected(
@@ -119,13 +137,34 @@ def expected(
     if found is None:
         return None
     near, width = found
-    column, density = 1 if copied else 2, case.density if density is None else density
-    shares = [interpolated(shape, density, column) for _, shape in near]
-    if len(near) > 1:
-        shares = [min(BOUND, max(-BOUND, octaves)) for octaves in shares]
-    weights = [weight for weight, _ in near]
-    total = sum(weight * share for weight, share in zip(weights, shares, strict=True))
-    return Found(total / sum(weights), [shape for _, shape in near], width)
+    column, at = 1 if copied else 2, case.density if density is None else density
+    octaves = _mean(near, lambda shape: interpolated(shape, at, column))
+    return Found(octaves, [shape for _, shape in near], width)
+
+
+def expected_whole(case: Case, kind: str, copied: bool = True) -> Found | None:
+    """As `expected`, of the product by the whole weight; None where that is not measured."""
+    rows = table().get("whole", {}).get(f"{case.direction} {kind} {case.B}")
+    found = nearest(case, kind)
+    if rows is None or found is None or not _by_whole.available(case.device):
+        return None
+    near = _nearest(case, rows)
+    octaves = _mean(near, lambda shape: shape.points[0][1])
+    if copied:  # what the copy adds to the dense product, by the same measurements as elsewhere
+        at = case.density
+        octaves -= _mean(
+            found[0], lambda s: interpolated(s, at, 2) - interpolated(s, at, 1), math.inf
+        )
+    return Found(octaves, [shape for _, shape in near], 0)
+
+
+@lru_cache(maxsize=4096)
+def takes_whole(case: Case) -> bool:
+    """Whether the product by the whole weight beats the other sparse kernels."""
+    kind = arithmetic(case)
+    whole = expected_whole(case, kind, copied=False)
+    other = expected(case, kind, copied=False)
+    return whole is not None and (other is None or whole.octaves < other.octaves)
 
 
 def verdict(case: Case) -> Verdict:
@@ -140,7 +179,10 @@ def beats_copied(case: Case) -> bool:
     """
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         return True
-    found = expected(case, arithmetic(case), copied=False)
+    kind = arithmetic(case)
+    found = expected(case, kind, copied=False)
+    if takes_whole(case):
+        found = expected_whole(case, kind, copied=False)
     return found is None or found.octaves <= 0
 
 
@@ -176,8 +218,13 @@ def _verdict(case: Case, kind: str) -> Verdict:
             f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, {UNMEASURED_FACTOR} "
             f"times the break-even of {case.direction} on a GPU not measured; {where}",
         )
+    way = ""
+    if takes_whole(case):
+        whole = expected_whole(case, kind)
+        assert whole is not None
+        found, way = whole, ", by the whole weight block by block,"
     return Verdict(
         found.octaves <= 0,
-        f"{case.direction} at density {case.density:.2f} takes {2**found.octaves:.2f} of the time "
-        f"of the dense product with its copy, {where}",
+        f"{case.direction} at density {case.density:.2f}{way} takes {2**found.octaves:.2f} of the "
+        f"time of the dense product with its copy, {where}",
     )
