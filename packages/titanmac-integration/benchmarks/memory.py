@@ -41,7 +41,8 @@ PARTS = ("_answers", "_chunked", "_module", "_tokens")
 def by_torch() -> Iterator[None]:
     """The memory in torch's operators."""
     patches = [
-        patch(f"titanmac_integration._memory.{part}.on_gpu", lambda _: False) for part in PARTS
+        patch(f"titanmac_integration._memory.{part}.on_gpu", lambda *_, **__: False)
+        for part in PARTS
     ]
     for one in patches:
         one.start()

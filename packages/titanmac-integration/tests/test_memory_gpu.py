@@ -1,6 +1,7 @@
 """The memory's kernels on a GPU, at sizes that the interpreter does not reach."""
 
 import copy
+import functools
 from collections.abc import Callable
 
 import pytest
@@ -97,7 +98,7 @@ def outputs_and_gradients_plainly(memory: NeuralMemory, x: torch.Tensor) -> dict
 
     with pytest.MonkeyPatch.context() as patch:
         for part in (_answers, _chunked, _module, _tokens):
-            patch.setattr(part, "on_gpu", lambda _: False)
+            patch.setattr(part, "on_gpu", lambda *_, **__: False)
         return outputs_and_gradients(memory, x)
 
 
@@ -182,3 +183,54 @@ def test_a_captured_step_computes_what_it_computed(tiny_config: Make) -> None:
     graph.replay()
     for got, wanted in zip(captured, step(), strict=True):
         assert torch.equal(got, wanted)
+
+
+def count_and_run(calls: list[str], name: str, run: Callable, *args: object) -> object:
+    calls.append(name)
+    return run(*args)
+
+
+@pytest.mark.parametrize("variant", ["MAC", "MAG"])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_compiled_blocks_keep_the_kernels(tiny_config: Make, variant: str) -> None:
+    """The recurrence's and MAC's attention's, forward and backward; without a graph break."""
+    from titanmac_integration import _segment_kernels, create_titanmac_model
+    from titanmac_integration._memory import _chunk_launch
+
+    config = tiny_config(
+        d_model=64,
+        n_heads=4,
+        max_seq_len=256,
+        use_neural_memory=True,
+        titans_variant=variant,
+        memory_heads=2,
+        memory_width=32,
+        memory_chunk_size=32,
+        segment_size=64,
+    )
+    model = create_titanmac_model(config, device="cuda")
+    tokens = torch.randint(256, (2, 150), device="cuda")
+    watched = [(_chunk_launch, "read_chunks"), (_chunk_launch, "read_chunks_backward")]
+    if variant == "MAC":
+        watched += [(_segment_kernels, "attend"), (_segment_kernels, "attend_backward")]
+    results, calls = [], []
+    with pytest.MonkeyPatch.context() as patch:
+        for owner, name in watched:
+            counted = functools.partial(count_and_run, calls, name, getattr(owner, name))
+            patch.setattr(owner, name, counted)
+        for compiled in (False, True):
+            if compiled:
+                for block in model.blocks:
+                    block.compile(dynamic=False, fullgraph=True)
+            model.zero_grad()
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                output = model(tokens, tokens)
+            output["loss"].backward()
+            grads = {name: p.grad.clone() for name, p in model.named_parameters()}
+            results.append((output["logits"], grads, sorted(calls)))
+            calls.clear()
+    assert results[1][2] == results[0][2]
+    assert set(results[0][2]) == {name for _, name in watched}
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.05)
+    for name, plain in results[0][1].items():
+        assert (results[1][1][name] - plain).norm() < 0.08 * plain.norm(), name

@@ -105,7 +105,7 @@ from titanmac_integration import TitanMACConfig
 from titanmac_integration._memory import NeuralMemory, _answers, _chunked, _module, _tokens
 device, variant, depth = sys.argv[1], "VARIANT", DEPTH
 for module in (_answers, _chunked, _module, _tokens):
-    module.on_gpu = lambda x: x.dtype != torch.float64
+    module.on_gpu = lambda x, **_: x.dtype != torch.float64
 config = TitanMACConfig(
     d_model=20,
     n_heads=2,
@@ -168,7 +168,7 @@ from titanmac_integration._memory import _answers
 device = sys.argv[1]
 
 def run(kernel, beside, dtype):
-    _answers.on_gpu = lambda x: kernel
+    _answers.on_gpu = lambda x, **_: kernel
     generator = torch.Generator().manual_seed(0)
     def draw(tokens):
         return torch.randn(2, tokens, 5, generator=generator).to(device, dtype)
@@ -189,6 +189,91 @@ for beside in (False, True):
             assert error < tolerance, (beside, dtype, float(error))
 print("agrees")
 """
+
+
+CHECK_OPERATOR = """
+import sys, torch
+from titanmac_integration import TitanMACConfig
+from titanmac_integration._memory import Gates, NeuralMemory, _chunk_launch, _chunk_ops, _chunked
+from titanmac_integration._memory import _answers, _module, _tokens
+device = sys.argv[1]
+S, H, D, chunk = 2, 2, 5, 4
+for T, segment in ((7, 0), (7, 4), (2, 4)):
+    generator = torch.Generator().manual_seed(T)
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator).to(device)
+    gates = torch.stack(Gates.from_logits(draw(3, S, H, T), 1.0))
+    tokens, first = draw(S, T, 3, H, D), draw(H, D, D)
+    leaves = [x.requires_grad_() for x in (tokens, gates, first, draw(S, H, D, D))]
+    inputs = (*leaves[:2], first.expand(S, H, D, D), leaves[3])
+    said = _chunked.read(*inputs, chunk, segment, torch.float32)
+    got = _chunk_ops.read(*inputs, chunk, segment, torch.float32)
+    assert not any(part.requires_grad for part in got[4:])
+    final = torch.stack((said.weights, said.momentum)).flatten(1, 2)
+    wanted = [said.answers, final] + ([said.retrieved, said.segment] if segment else [])
+    got = [got[0], got[2]] + ([got[1], got[3]] if segment else [])
+    for used in (slice(None), slice(0, 1), slice(1, 2)):  # of all outputs, of some
+        ways = [torch.randn_like(part) for part in wanted[used]]
+        d_wanted, d_got = (
+            torch.autograd.grad(parts[used], leaves, ways, retain_graph=True)
+            for parts in (wanted, got)
+        )
+        for ours, plain in zip((*got, *d_got), (*wanted, *d_wanted), strict=True):
+            assert torch.equal(ours, plain), (T, segment)
+    options = (chunk, segment, torch.float32)
+    torch.library.opcheck(_chunk_ops.read, (*inputs, *options))
+
+def on_gpu(x, compiled=False):
+    return compiled or not torch.compiler.is_compiling()
+
+for module in (_answers, _chunked, _module, _tokens):
+    module.on_gpu = on_gpu
+read_chunks, calls = _chunk_launch.read_chunks, []
+
+def counted(*args):
+    calls.append(args)
+    return read_chunks(*args)
+
+_chunk_launch.read_chunks = counted
+for variant in ("MAC", "MAG"):
+    torch.compiler.reset()
+    config = TitanMACConfig(
+        d_model=12,
+        n_heads=2,
+        n_persistent=0,
+        use_neural_memory=True,
+        titans_variant=variant,
+        memory_heads=2,
+        memory_width=5,
+        segment_size=4,
+        memory_chunk_size=4,
+    )
+    memory = NeuralMemory(config, generator=torch.Generator().manual_seed(0)).to(device)
+    compiled = torch.compile(memory, backend="aot_eager", fullgraph=True, dynamic=False)
+    x = torch.randn(2, 7, 12, generator=torch.Generator().manual_seed(1)).to(device)
+    results = []
+    for module in (memory, compiled):
+        leaf = x.clone().requires_grad_()
+        said = module(leaf)
+        total = said.read.sin().sum()
+        if variant == "MAC":
+            total = total + said.retrieved.cos().sum()
+        grads = torch.autograd.grad(total, [leaf, *memory.parameters()])
+        assert not said.loss.requires_grad
+        results.append([said.read, said.loss, *said.state.weights, *grads])
+    assert len(calls) == 2, len(calls)
+    calls.clear()
+    for want, got in zip(*results, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+print("agrees")
+"""
+
+
+def test_compiled_code_calls_the_kernels_as_an_operator(
+    assert_agrees: Callable[[str], None],
+) -> None:
+    """As `torch.library.opcheck` wants it; with the same bits; the module in one graph."""
+    assert_agrees(CHECK_OPERATOR)
 
 
 def test_chunks_agree_with_the_plain_form(assert_agrees: Callable[[str], None]) -> None:

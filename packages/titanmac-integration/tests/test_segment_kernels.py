@@ -5,7 +5,7 @@ from collections.abc import Callable
 CHECK = """
 import sys, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from titanmac_integration import _segment_kernels, _window
+from titanmac_integration import _segment_kernels, _segment_ops, _window
 from titanmac_integration._window import _segments_by_torch, plan_segments
 device, dtype = sys.argv[1], torch.float32
 if device == "cuda":
@@ -33,6 +33,13 @@ for T, P, G, W in CASES:
     for name, got, want in zip(names, (out, *grads), (wanted, *d_wanted)):
         error = (got.double() - want).norm() / want.norm()
         assert error < (1e-2 if device == "cuda" else 1e-5), ((T, P, G, W), name, float(error))
+    # as compiled models call them
+    leaves = [x.detach().requires_grad_() for x in inputs]
+    as_operator, _ = _segment_ops.attend(*leaves, W, plan.size)
+    same = (as_operator, *torch.autograd.grad(as_operator, leaves, grad))
+    assert all(torch.equal(a, b) for a, b in zip(same, (out, *grads), strict=True))
+    if T == 70:
+        torch.library.opcheck(_segment_ops.attend, (*leaves, W, plan.size))
     # what comes later changes nothing, to the bit
     for t in {0, T // 2, T - 1}:
         later = [x.clone() for x in inputs]

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from . import _segment_ops
+
 TILE = 64
 """Segments shorter than a sequence must be a multiple of it."""
 
@@ -29,7 +31,11 @@ def attend_segments(
 
     ``plain`` computes the same from the five tensors in operators that can be differentiated twice.
     """
-    out: Tensor = _Attend.apply(query, key, value, *retrieved, window, segment, plain)
+    out: Tensor
+    if torch.compiler.is_compiling():
+        out, _ = _segment_ops.attend(query, key, value, *retrieved, window, segment)
+        return out
+    out = _Attend.apply(query, key, value, *retrieved, window, segment, plain)
     return out
 
 

@@ -244,7 +244,7 @@ def segment_attention(
     i, of its own segment and window. Persistent tokens see each other.
     """
     whole = plan.size >= retrieved[0].shape[2] or plan.size % TILE == 0
-    if not torch.compiler.is_compiling() and whole and _on_gpu(query, dropout):
+    if whole and _on_gpu(query, dropout):
 
         def plain(q: Tensor, k: Tensor, v: Tensor, *recalled: Tensor) -> Tensor:
             return _segments_by_torch(q, k, v, (recalled[0], recalled[1]), plan, 0.0)

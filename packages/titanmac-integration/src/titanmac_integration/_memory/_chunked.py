@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from . import _chunk_ops
 from ._gates import Gates
-from ._kernels import gradients_again, on_gpu, precision
+from ._kernels import gradients_again, largest_part, on_gpu
 from ._linear import linear_memory
 from ._mlp import recall
 
@@ -37,20 +38,18 @@ class Read(NamedTuple):
 
 def kernels_take(tokens: Tensor, chunk: int) -> bool:
     """Whether `read` runs for these tokens [S, T, 3, H, D]."""
-    if not on_gpu(tokens) or tokens.dtype != torch.float32 or tokens.shape[-1] > LARGEST_WIDTH:
+    wide = tokens.shape[-1] > LARGEST_WIDTH
+    if wide or tokens.dtype != torch.float32 or not on_gpu(tokens, compiled=True):
         return False
-    if tokens.is_cuda and (torch.version.hip or _capability(tokens) < (8, 0)):
+    if tokens.is_cuda and (torch.version.hip or _generation(tokens) < 8):
         return False  # which have no TF32
-    return _part(chunk, 64) >= min(chunk, SMALLEST_CHUNK)
+    return largest_part(chunk, 64) >= min(chunk, SMALLEST_CHUNK)
 
 
-def _capability(x: Tensor) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(x.device)
-
-
-def _part(chunk: int, most: int) -> int:
-    """The largest divisor of ``chunk`` up to ``most``: chunks change rounding only."""
-    return max(size for size in range(1, min(chunk, most) + 1) if chunk % size == 0)
+def _generation(x: Tensor) -> int:
+    # of the properties, which torch.compile knows as constants
+    generation: int = torch.cuda.get_device_properties(x.device).major
+    return generation
 
 
 def read(
@@ -73,10 +72,15 @@ def read(
         segment: tokens of a segment, a multiple of ``chunk``; 0 for no segments.
         source: in what the projections were; see `precision`.
     """
-    from ._chunk_launch import launch
-
-    products = precision(source)
-    part = _part(chunk, launch(products).chunk)
+    if torch.compiler.is_compiling():
+        answers, retrieved, final, last, squares, *_ = _chunk_ops.read(
+            tokens, gates, weights, momentum, chunk, segment, source
+        )
+        new, speed = (part.view_as(weights) for part in final.unbind(0))
+        if not segment:
+            return Read(answers, None, new, speed, None, squares)
+        return Read(answers, retrieved, new, speed, last, squares)
+    part, products = _chunk_ops.plan(chunk, source)
     return Read(*_Read.apply(tokens, gates, weights, momentum, part, segment // part, products))
 
 
@@ -97,8 +101,8 @@ class _Read(torch.autograd.Function):
         answers, retrieved, final, squares, kept = read_chunks(
             tokens.contiguous(),
             gates.contiguous(),
-            _rows_contiguous(weights),
-            _rows_contiguous(momentum),
+            _chunk_ops.rows_contiguous(weights),
+            _chunk_ops.rows_contiguous(momentum),
             chunk,
             per_segment,
             precision,
@@ -148,11 +152,6 @@ class _Read(torch.autograd.Function):
         )
         states = (part.reshape(weights.shape) for part in d_states.unbind(1))
         return d_tokens, d_gates, *states, None, None, None
-
-
-def _rows_contiguous(matrices: Tensor) -> Tensor:
-    """[S, H, D, D], contiguous but for the first dimension, which may be an expanded one."""
-    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
 
 
 def _plain(

@@ -7,12 +7,22 @@ from torch import Tensor
 
 from .._triton import has_triton
 
+AVAILABLE = has_triton()
 
-def on_gpu(x: Tensor) -> bool:
-    """Whether kernels take what is computed from ``x``; compiled, torch fuses what it can."""
-    if torch.compiler.is_compiling() or not x.is_cuda:
+
+def on_gpu(x: Tensor, *, compiled: bool = False) -> bool:
+    """Whether kernels take what is computed from ``x``.
+
+    Compiled, torch fuses what it can, and only what is an operator (``compiled``) remains one.
+    """
+    if torch.compiler.is_compiling() and not compiled:
         return False
-    return x.dtype != torch.float64 and has_triton()
+    return AVAILABLE and x.is_cuda and x.dtype != torch.float64
+
+
+def largest_part(chunk: int, most: int) -> int:
+    """The largest divisor of ``chunk`` up to ``most``: chunks change rounding only."""
+    return max(size for size in range(1, min(chunk, most) + 1) if chunk % size == 0)
 
 
 def precision(dtype: torch.dtype) -> str:
