@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Mapping
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -49,8 +53,9 @@ def test_the_nearest_point_within_the_budget(
         [bisected(s, e, float(b)) for s, e, b in zip(spectrum, energy, budget, strict=True)],
         dtype=torch.float64,
     )
-    factor, found = shrink(spectrum, energy, budget, guess * wanted)
+    factor, found, left = shrink(spectrum, energy, budget, guess * wanted)
     after = drift(spectrum, energy * factor.square())
+    torch.testing.assert_close(left, after, rtol=1e-9, atol=0)
     assert (after <= budget * (1 + 1e-9)).all()
     assert (factor <= 1).all()
     if share >= 1:
@@ -72,7 +77,7 @@ def test_from_any_start_the_budget_holds_and_steps_settle(seed: int, share: floa
     budget = share * drift(spectrum, energy)
     start = torch.zeros(2, dtype=torch.float64)
     for _ in range(4):  # as over four steps of a training run
-        factor, start = shrink(spectrum, energy, budget, start)
+        factor, start, _ = shrink(spectrum, energy, budget, start)
         assert (drift(spectrum, energy * factor.square()) <= budget * (1 + 1e-9)).all()
     wanted = [bisected(s, e, float(b)) for s, e, b in zip(spectrum, energy, budget, strict=True)]
     torch.testing.assert_close(start, torch.tensor(wanted, dtype=torch.float64), rtol=1e-4, atol=0)
@@ -82,7 +87,7 @@ def test_nothing_drifts_where_nothing_can() -> None:
     zero = torch.zeros(2, 3, 4, dtype=torch.float64)
     budget = torch.full((2,), 1e-3, dtype=torch.float64)
     for spectrum, energy in ((zero, zero + 1), (zero + 1, zero)):
-        factor, found = shrink(spectrum, energy, budget, budget)
+        factor, found, _ = shrink(spectrum, energy, budget, budget)
         assert (factor == 1).all()
         assert (found == 0).all()
 
@@ -109,3 +114,39 @@ def test_leading_directions_bound_the_covariance_tightly(
     padded = basis.padded(n + 3)
     assert padded.rank == n + 3
     assert torch.equal(padded.cut(basis.rank).vectors, U)
+
+
+KERNEL = """
+import sys, torch
+from cms_topology._retention import _trust_region, _trust_region_kernel
+from cms_topology._retention._trust_region import ITERATIONS, drift, shrink_by_torch
+device = sys.argv[1]
+torch.manual_seed(0)
+for L, G, n in ((1, 1, 1), (3, 2, 7), (2, 3, 342), (2, 1, 1024), (1, 5, 1281)):
+    spectrum = 10 ** (-4 * torch.rand(L, G, n, dtype=torch.float64, device=device))
+    spectrum[..., n // 2 + 1 :] = 0.0
+    energy = torch.rand(L, G, n, dtype=torch.float64, device=device)
+    if L > 2:
+        energy[2] = 0.0  # nothing has moved
+    for share in (1e-4, 0.3, 1.01, 2.0):
+        budget = (share * drift(spectrum, energy)).clamp(min=1e-6)
+        start = torch.rand(L, dtype=torch.float64, device=device)
+        expected = shrink_by_torch(spectrum, energy, budget, start)
+        found = _trust_region_kernel.shrink(spectrum, energy, budget, start, ITERATIONS)
+        for name, got, want in zip(("factor", "multiplier", "left"), found, expected):
+            torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-300, msg=f"{name} {L, G, n}")
+        assert (found[2] <= budget * (1 + 1e-9)).all()
+        if share >= 1:
+            assert (found[0] == 1).all() and (found[1] == 0).all()
+        if device == "cuda":
+            chosen = _trust_region.shrink(spectrum, energy, budget, start)
+            assert all(torch.equal(a, b) for a, b in zip(chosen, found))
+print("agrees")
+"""
+
+
+def test_the_kernel_agrees_with_torch(run_alone: Callable[[str, Mapping[str, str]], None]) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(KERNEL, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))

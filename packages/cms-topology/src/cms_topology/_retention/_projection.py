@@ -117,15 +117,20 @@ class ProjectionBatch:
             budget: relative drift, a number or 0-d; None: no control of the displacement.
         """
         now = self.read()
-        moved = now - self.anchor
-        C = self._coefficients(moved)
-        kept = C
         taken: Tensor | None = None
-        if eps is not None:
-            update = now - self.reference
+        if eps is None:
+            moved = now - self.anchor
+            C = kept = self._coefficients(moved)
+        else:
+            # one product for both: what it reads most of are the directions
+            m = now.shape[2]
+            both = now.new_empty(*now.shape[:2], 2 * m, now.shape[3])
+            moved, update = both[:, :, :m], both[:, :, m:]
+            torch.sub(now, self.anchor, out=moved)
+            torch.sub(now, self.reference, out=update)
+            C, along = self._coefficients(both).split(m, 2)
             # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-            along = self._coefficients(update)
             kept = torch.addcmul(C, along, _per_row(removed[:, :, :-1], C), value=-1)
             if not self._complete:
                 taken = update * _per_row(removed[:, :, -1:], C)
@@ -134,13 +139,13 @@ class ProjectionBatch:
         energy = self._energy(kept, C, moved)
         if budget is None:
             removed_along = C - kept
+            left = drift(self.spectrum, energy)
         else:
             # what dropped blocks cost is spent, but a layer is never brought to a complete stop
             allowed = budget * self.scale
-            left = torch.maximum(allowed - self.debt, 0.01 * allowed)
-            factor, multiplier = shrink(self.spectrum, energy, left, self.multiplier)
+            within = torch.maximum(allowed - self.debt, 0.01 * allowed)
+            factor, multiplier, left = shrink(self.spectrum, energy, within, self.multiplier)
             self.multiplier.copy_(multiplier)
-            energy = energy * factor.square()
             inside, outside = factor[:, :, :-1], factor[:, :, -1:]
             if eps is None:
                 removed_along = C * _per_row(outside - inside, C)
@@ -149,7 +154,7 @@ class ProjectionBatch:
                 removed_along = torch.addcmul(start, kept, _per_row(inside, C), value=-1)
             if not self._complete:
                 now = now + moved * _per_row(outside - 1, C)
-        self.last_drift.copy_((self.debt + drift(self.spectrum, energy)) / self.scale)
+        self.last_drift.copy_((self.debt + left) / self.scale)
         result = self._minus_back(now if taken is None else now - taken, removed_along)
         self._write(result)
         if eps is not None:

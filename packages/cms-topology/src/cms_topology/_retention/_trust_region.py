@@ -5,6 +5,9 @@ Legend: L layers, G units of a layer, n inputs of a unit.
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -57,16 +60,47 @@ def multiplier(spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor) 
 
 def shrink(
     spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Factors [L, G, n] for the coefficients along each eigenvector, and the multiplier [L].
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The nearest displacement within the budget, as factors; on a GPU by one launch.
 
-    All ones where the drift is within the budget already. The drift after multiplication exceeds
-    the budget by no more than rounding: what Newton's iterations leave over is scaled away.
+    What Newton's iterations leave over is scaled away, so that the drift after multiplication
+    exceeds the budget by no more than rounding.
+
+    Args:
+        spectrum, energy, budget, start: as in `multiplier`, all float64.
+
+    Returns:
+        Factors [L, G, n] for the coefficients along each eigenvector, all ones where the drift is
+        within the budget already; the multiplier [L]; and the drift [L] that is left.
     """
+    kernel = _kernel() if spectrum.is_cuda else None
+    if kernel is not None:
+        found: tuple[Tensor, Tensor, Tensor] = kernel.shrink(
+            spectrum, energy, budget, start, ITERATIONS
+        )
+        return found
+    return shrink_by_torch(spectrum, energy, budget, start)
+
+
+def shrink_by_torch(
+    spectrum: Tensor, energy: Tensor, budget: Tensor, start: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, and the kernel's reference: some hundred launches."""
     lam = multiplier(spectrum, energy, budget, start)
     lam = torch.where(drift(spectrum, energy) > budget, lam, 0.0)
     factor = 1 / (1 + lam[:, None, None] * spectrum)
     left = drift(spectrum, energy * factor.square())
     scale = torch.where(left > budget, (budget / left).sqrt(), 1.0)
     # only what drifts is scaled
-    return torch.where(spectrum > 0, factor * scale[:, None, None], 1.0), lam
+    factor = torch.where(spectrum > 0, factor * scale[:, None, None], 1.0)
+    return factor, lam, left * scale.square()
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """`_trust_region_kernel`; None without Triton."""
+    try:
+        from cms_topology._retention import _trust_region_kernel
+    except ImportError:
+        return None
+    return _trust_region_kernel
