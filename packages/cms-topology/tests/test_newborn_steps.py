@@ -164,3 +164,52 @@ def test_the_kernel_agrees_with_torch(run_alone: RunAlone) -> None:
     pytest.importorskip("triton")
     gpu = torch.cuda.is_available()
     run_alone(KERNEL, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
+
+
+KEPT = """
+import sys, torch
+from cms_topology import CMSBlockLinear, NewbornStepCorrection, _newborn_steps
+device = sys.argv[1]
+torch.manual_seed(0)
+_newborn_steps._by_kernel = lambda *tensors: True
+layers = [CMSBlockLinear(24, 8 * n, tile_size=8, device=device) for n in (2, 3)]
+optimizer = torch.optim.AdamW([layer.values for layer in layers], lr=0.01)
+correction = NewbornStepCorrection()
+launches = set()
+for step in range(6):
+    for layer in layers:
+        layer.values.grad = torch.randn_like(layer.values)
+    optimizer.step()
+    if step == 2:
+        state = optimizer.state[layers[1].values]
+        state["exp_avg"] = 2 * state["exp_avg"]
+    elif step == 3:
+        layers[0].values.data = layers[0].values.data.clone()
+    elif step == 4:
+        layers[1].scorer.block_age = layers[1].scorer.block_age.clone()
+    elif step == 5:
+        optimizer.load_state_dict(optimizer.state_dict())
+    for layer in layers:
+        layer.scorer.block_age += 1
+        layer.scorer.block_age[0, 0] = 1
+    both = [(layer.values, layer.scorer.block_age, layer.num_live) for layer in layers]
+    before = [layer.values.detach().clone() for layer in layers]
+    results = []
+    for one in (correction, NewbornStepCorrection()):
+        with torch.no_grad():
+            for layer, old in zip(layers, before):
+                layer.values.copy_(old)
+        one.apply_all(optimizer, both)
+        results.append([layer.values.detach().clone() for layer in layers])
+    for kept, anew, old in zip(*results, before):
+        assert torch.equal(kept, anew) and (step == 0 or not torch.equal(kept, old)), step
+    launches.add(correction._kept[id(optimizer)])
+assert len(launches) == 5, "kept at step 1 only: then something moved"
+print("agrees")
+"""
+
+
+def test_a_launch_is_kept_while_nothing_moves(run_alone: RunAlone) -> None:
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(KEPT, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))

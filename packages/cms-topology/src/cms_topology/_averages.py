@@ -66,6 +66,13 @@ def _advance(
 ) -> None:
     """What the kernel does, in a handful of launches."""
     emas, weights, ages = ([averages[i] for averages in state] for i in range(3))
+    if _asking_is_free(finite):
+        if finite:
+            one = torch.ones(())
+            torch._foreach_lerp_(emas, list(given), 1.0 - decay)
+            torch._foreach_lerp_(weights, [one.expand_as(w) for w in weights], 1.0 - decay)
+            torch._foreach_add_(ages, 1)
+        return
     # a skipped step lerps every entry to itself, which changes no bit
     torch._foreach_lerp_(emas, _where(finite, given, emas), 1.0 - decay)
     # where a product with a 0-d tensor would need one launch per layer, reuse the same trick
@@ -73,6 +80,10 @@ def _advance(
     # given one 0-d tensor for all, torch reads it as a number and waits for the device
     steps = finite.to(torch.int32).repeat(sum(age.numel() for age in ages))
     torch._foreach_add_(ages, _split(steps, ages))
+
+
+def _asking_is_free(finite: Tensor) -> bool:
+    return finite.is_cpu
 
 
 def _where(

@@ -73,49 +73,62 @@ def _correct_young(
                 tl.store(values_ptr + at, value.to(VALUES))
 
 
-def correct_young(
-    blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]],
-    steps: Tensor,
-    lasts: Tensor,
-    rate: float | Tensor,
-    betas: tuple[float, float],
-    eps: float,
-    grown_up: float,
-) -> None:
-    """See `NewbornStepCorrection`; contiguous tensors, equal dtypes and tile sides in all layers.
+class YoungBlocks:
+    """Layers that one launch corrects; see `NewbornStepCorrection`.
 
-    `blocks` has the layers' values [R, K, B, B], changed in place, both moments of that shape, ages
-    int32 [R, K], and live slots per row. `steps` and `lasts` float32 [L]: Adam's steps, and those
-    at the last call. A `rate` that is a tensor is read on the device.
+    Args:
+        blocks: of every layer, values [R, K, B, B], changed in place, both moments of that shape,
+            ages int32 [R, K], and live slots per row; contiguous, equal dtypes and tile sides.
     """
-    values, mean, square, _, _ = blocks[0]
-    E = values.shape[-1] ** 2
-    piece = min(E, ELEMENTS)
-    slots = max(1, ELEMENTS // E)
-    rows = tuple(
-        (
-            *(tensor.data_ptr() for tensor in (values, mean, square, age)),
-            age.numel(),
-            age.shape[1],
-            live,
+
+    def __init__(self, blocks: Sequence[tuple[Tensor, Tensor, Tensor, Tensor, int]]) -> None:
+        values, mean, square, _, _ = blocks[0]
+        E = values.shape[-1] ** 2
+        piece, slots = min(E, ELEMENTS), max(1, ELEMENTS // E)
+        self._device = values.device
+        self._rows = tuple(
+            (
+                *(tensor.data_ptr() for tensor in (values, mean, square, age)),
+                age.numel(),
+                age.shape[1],
+                live,
+            )
+            for values, mean, square, age, live in blocks
         )
-        for values, mean, square, age, live in blocks
-    )
-    in_memory = isinstance(rate, Tensor)
-    most = max(row[4] for row in rows)
-    _correct_young[(triton.cdiv(most, slots), E // piece, len(rows))](
-        address_table(rows, values.device),
-        steps,
-        lasts,
-        rate if in_memory else None,
-        0.0 if in_memory else rate,
-        *betas,
-        eps,
-        grown_up,
-        E=E,
-        SLOTS=slots,
-        PIECE=piece,
-        VALUES=KINDS[values.dtype],
-        MEAN=KINDS[mean.dtype],
-        SQUARE=KINDS[square.dtype],
-    )
+        most = max(row[4] for row in self._rows)
+        self._grid = (triton.cdiv(most, slots), E // piece, len(blocks))
+        self._settings = {
+            "E": E,
+            "SLOTS": slots,
+            "PIECE": piece,
+            "VALUES": KINDS[values.dtype],
+            "MEAN": KINDS[mean.dtype],
+            "SQUARE": KINDS[square.dtype],
+        }
+
+    def correct(
+        self,
+        steps: Tensor,
+        lasts: Tensor,
+        rate: float | Tensor,
+        betas: tuple[float, float],
+        eps: float,
+        grown_up: float,
+    ) -> None:
+        """Launch, for layers that stand where they stood.
+
+        `steps` and `lasts` float32 [L]: Adam's steps, and those at the last call. A `rate` that is
+        a tensor is read on the device.
+        """
+        in_memory = isinstance(rate, Tensor)
+        _correct_young[self._grid](
+            address_table(self._rows, self._device),
+            steps,
+            lasts,
+            rate if in_memory else None,
+            0.0 if in_memory else rate,
+            *betas,
+            eps,
+            grown_up,
+            **self._settings,
+        )

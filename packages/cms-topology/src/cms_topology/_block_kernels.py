@@ -138,10 +138,21 @@ def advance(
     decay: float,
 ) -> None:
     """See `update_averages`; contiguous tensors on one GPU: emas, weights, ages of every layer."""
-    rows = tuple(
+    launch_advance(rows_to_advance(state, scores), finite, decay)
+
+
+def rows_to_advance(
+    state: Sequence[tuple[Tensor, Tensor, Tensor]], scores: Sequence[Tensor]
+) -> tuple[tuple[int, ...], ...]:
+    """What `launch_advance` is told about the tensors of `advance`."""
+    return tuple(
         (ema.data_ptr(), weight.data_ptr(), score.data_ptr(), age.data_ptr(), age.numel())
         for (ema, weight, age), score in zip(state, scores, strict=True)
     )
+
+
+def launch_advance(rows: tuple[tuple[int, ...], ...], finite: Tensor, decay: float) -> None:
+    """`advance` of the tensors that stand at these addresses."""
     most = max(row[4] for row in rows)
     rise = 1.0 - decay
     _advance[(triton.cdiv(most, BLOCK), len(rows))](

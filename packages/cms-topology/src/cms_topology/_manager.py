@@ -29,7 +29,7 @@ from cms_topology._sampled import fold_sampled_steps
 from cms_topology._scorer import compute_column_entropy
 from cms_topology._scores import swap_rates
 from cms_topology._seeding import decision_generator
-from cms_topology._step_kernels import StepKernels
+from cms_topology._step_kernels import StepKernels, values_and_ages
 
 
 class Logger(Protocol):
@@ -236,9 +236,7 @@ class TopologyManager:
 
     def _correct_newborns(self) -> None:
         assert self._correction is not None
-        layers = [
-            (layer.values, layer.scorer.block_age, layer.num_live) for layer in self.layers.values()
-        ]
+        layers = values_and_ages(self.layers.values())
         for optimizer in self._optimizers:
             self._correction.apply_all(optimizer, layers)
 

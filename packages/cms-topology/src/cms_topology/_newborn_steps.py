@@ -5,7 +5,6 @@ Legend: R block rows, K slots per row, B tile side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor
 
 from cms_topology._blocks import kernels_for
+from cms_topology._newborn_launch import YoungLaunch, grown_up
 
 
 class _Known(NamedTuple):
@@ -59,10 +59,15 @@ class NewbornStepCorrection:
     """
 
     def __init__(self) -> None:
-        self._last_step: dict[Tensor, Tensor] = {}
+        self._last_step: dict[Tensor, Tensor | float] = {}  # a float on a CPU
         self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}  # of what one kernel corrects
         self._known: dict[Tensor, _Known] = {}
         self._groups: dict[int, list[Any]] = {}
+        self._kept: dict[int, YoungLaunch] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy; addresses are looked up again."""
+        return {**self.__dict__, "_kept": {}}
 
     def apply(
         self, optimizer: torch.optim.Optimizer, values: Tensor, block_age: Tensor, live: int
@@ -85,8 +90,13 @@ class NewbornStepCorrection:
         if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
             return
         self._notice_groups(optimizer)
+        layers = list(layers)
+        kept = self._kept.get(id(optimizer))
+        if kept is not None and kept.holds(optimizer, layers):
+            kept.correct()
+            return
         launches: dict[object, list[_Aged]] = {}
-        together: dict[object, list[_Aged]] = {}
+        together: dict[tuple[object, float], list[_Aged]] = {}
         for values, block_age, live in layers:
             state = optimizer.state.get(values)
             if not state:
@@ -103,15 +113,22 @@ class NewbornStepCorrection:
             aged = _Aged(known, block_age, live)
             if known.by_kernel and block_age.is_contiguous():
                 launches.setdefault(known.alike, []).append(aged)
-            elif values.is_cpu:
-                together.setdefault(known.alike, []).append(aged)
+            elif values.is_cpu and values.is_contiguous():
+                t, last = float(known.step), self._last_step.get(values)
+                self._last_step[values] = t
+                # a gradient scaler may have skipped the step: then there is nothing to correct
+                if last is None or t > last:
+                    together.setdefault((known.alike, t), []).append(aged)
             else:
                 self._correct(aged)
         for members in launches.values():
-            self._correct_by_kernel(members)
-        for members in together.values():
+            launch = self._launch(members, optimizer)
+            launch.correct()
+            if len(members) == len(layers):
+                self._kept[id(optimizer)] = launch
+        for (_, t), members in together.items():
             for batch in _batches(members):
-                self._correct_on_cpu(batch)
+                self._correct_on_cpu(batch, t)
 
     def _notice_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget what was known when the optimizer's groups change."""
@@ -119,6 +136,7 @@ class NewbornStepCorrection:
         if not _same(self._groups.get(id(optimizer), []), groups):
             self._groups[id(optimizer)] = groups
             self._known.clear()
+            self._kept.clear()
 
     def _look_up(self, optimizer: torch.optim.Optimizer, values: Tensor) -> _Known | None:
         owners = (g for g in optimizer.param_groups if any(p is values for p in g["params"]))
@@ -135,71 +153,58 @@ class NewbornStepCorrection:
         self._known[values] = known
         return known
 
-    def _correct_by_kernel(self, members: list[_Aged]) -> None:
-        from cms_topology._birth_kernels import correct_young
+    def _launch(self, members: list[_Aged], optimizer: torch.optim.Optimizer) -> YoungLaunch:
+        layers = [(aged.known.values, aged.age, aged.live) for aged in members]
+        states = [optimizer.state[values] for values, _, _ in layers]
+        squares = [aged.known.square for aged in members]
+        lasts = self._lasts([values for values, _, _ in layers])
+        return YoungLaunch(layers, states, squares, lasts, members[0].known.group)
 
-        device, group = members[0].known.values.device, members[0].known.group
-        steps = torch.stack([aged.known.step for aged in members])
-        steps = steps.to(device, torch.float32, non_blocking=True)
-        lasts = self._lasts([aged.known.values for aged in members], device)
-        blocks = [(*aged.known[:3], aged.age, aged.live) for aged in members]
-        correct_young(
-            blocks, steps, lasts, group["lr"],
-            group["betas"], group["eps"], _grown_up(group["betas"]),
-        )  # fmt: skip
-        lasts.copy_(steps)
-
-    def _lasts(self, parameters: list[Tensor], device: torch.device) -> Tensor:
+    def _lasts(self, parameters: list[Tensor]) -> Tensor:
         """[L], the last steps of parameters that are corrected together, in one tensor."""
         joined = self._joined.get(id(parameters[0]))
         if joined is None or not _same(joined[0], parameters):
-            known = [self._last_step.get(p) for p in parameters]
-            start = [torch.full((), -1.0, device=device) if t is None else t for t in known]
+            known = [self._last_step.get(p, -1.0) for p in parameters]
+            device = parameters[0].device
+            start = [torch.as_tensor(t, dtype=torch.float32, device=device) for t in known]
             joined = (parameters, torch.stack(start))
             self._joined[id(parameters[0])] = joined
             self._last_step.update(zip(parameters, joined[1].unbind(), strict=True))
+            self._kept.clear()
         return joined[1]
 
-    def _correct_on_cpu(self, members: list[_Aged]) -> None:
+    def _correct_on_cpu(self, members: list[_Aged], t: float) -> None:
         """Takes the young blocks out: asking which they are costs nothing here; they are few."""
-        group, known = members[0].known.group, [aged.known for aged in members]
-        counts = [len(aged.known.values) * aged.live for aged in members]
-        steps = torch.stack([one.step for one in known]).float()
-        lasts = [self._last_step.get(one.values) for one in known]
-        moved = [last is None or bool(t > last) for t, last in zip(steps, lasts, strict=True)]
-        self._last_step.update(zip([one.values for one in known], steps.clone(), strict=True))
-
-        t = steps.repeat_interleave(torch.tensor(counts))
-        age = torch.cat([aged.age[:, : aged.live].flatten() for aged in members]).float()
-        age = torch.minimum(age, t).clamp(min=1)
-        young = age < t.clamp(max=_grown_up(group["betas"]))
-        if not young.any():
+        group = members[0].known.group
+        limit = min(t, grown_up(group["betas"]))
+        ages = [aged.age[:, : aged.live].reshape(-1) for aged in members]
+        age = torch.cat(ages)
+        young = age < limit
+        if limit <= 1 or not young.any():
             return
-        chosen, blocks, kept = [], [], []
-        for aged, mask, ran in zip(members, young.split(counts), moved, strict=True):
-            # a gradient scaler may have skipped the step: then there is nothing to correct
-            mask = mask if ran else torch.zeros_like(mask)
-            at = mask.view(-1, aged.live).nonzero(as_tuple=True)
-            chosen.append((aged.known.values, at))
-            blocks.append([x[at] for x in aged.known[:3]])
-            kept.append(mask)
+        chosen, blocks = [], []
+        for aged, mask in zip(members, young.split([len(one) for one in ages]), strict=True):
+            slots = mask.nonzero().squeeze(1)
+            if aged.live < aged.known.values.shape[1]:  # behind the live ones there are spare ones
+                row, slot = slots // aged.live, slots % aged.live
+                slots = row * aged.known.values.shape[1] + slot
+            chosen.append((aged.known.values.flatten(0, 1), slots))
+            blocks.append([x.flatten(0, 1).index_select(0, slots) for x in aged.known[:3]])
         w, m, v = (torch.cat(of_layers) for of_layers in zip(*blocks, strict=True))
-        born = torch.cat(kept)
-        age, t = age[born][:, None, None], t[born][:, None, None]
-        corrected = (w + _lacking(m, v, t, age, group)).to(w.dtype)
-        sizes = [len(at[0]) for _, at in chosen]
-        for (values, at), part in zip(chosen, corrected.split(sizes), strict=True):
-            values[at] = part
+        age = age[young].clamp_(min=1)[:, None, None]
+        corrected = (w + _lacking(m, v, torch.tensor(t), age, group)).to(w.dtype)
+        parts = corrected.split([len(slots) for _, slots in chosen])
+        for (values, slots), part in zip(chosen, parts, strict=True):
+            values.index_copy_(0, slots, part)
 
     def _correct(self, aged: _Aged) -> None:
         """Computes a correction for every block, and waits for no device."""
         (values, mean, square, step, group, *_), live = aged.known, aged.live
         t = step.detach().to(values.device, torch.float32, non_blocking=True)
-        last = self._last_step.get(values)
-        moved = torch.ones_like(t, dtype=torch.bool) if last is None else t > last
+        moved = t > self._last_step.get(values, -1.0)
         self._last_step[values] = t.clone()
         age = torch.minimum(aged.age[:, :live].float(), t).clamp(min=1)
-        young = (age < t.clamp(max=_grown_up(group["betas"]))) & moved
+        young = (age < t.clamp(max=grown_up(group["betas"]))) & moved
         w, m, v = (block[:, :live] for block in (values, mean, square))
         corrected = w + _lacking(m, v, t, age[:, :, None, None], group)
         w.copy_(torch.where(young[:, :, None, None], corrected, w))
@@ -214,7 +219,7 @@ class NewbornStepCorrection:
             for name, t in state.items()
             if name in parameters
         }
-        self._joined = {}
+        self._joined, self._kept = {}, {}
 
 
 def _same(one: Sequence[Any], other: Sequence[Any]) -> bool:
@@ -252,9 +257,3 @@ def _batches(members: Iterable[_Aged], elements: int = 1 << 20) -> Iterable[list
         batch.append(aged)
     if batch:
         yield batch
-
-
-def _grown_up(betas: tuple[float, float]) -> float:
-    """Age in steps from which the bias correction is below 0.1% and no longer worth its time."""
-    slowest = max(betas)
-    return math.log(1e-3) / math.log(slowest) if slowest > 0 else 0.0

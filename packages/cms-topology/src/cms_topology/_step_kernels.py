@@ -9,7 +9,7 @@ Legend: L layers, R block rows, K slots per row, B tile side.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import is_
 from typing import TYPE_CHECKING
 
@@ -45,12 +45,13 @@ class StepKernels:
         self._finite = torch.empty((), dtype=torch.int8, device=self._device)
         starts = list(itertools.accumulate(counts, initial=0))[:-1]
         self._places = list(zip(counts, starts, strict=True))
-        self._state = [Averages(*self._held[i + 1 : i + 4]) for i in range(0, len(self._held), 4)]
-        self._scores = [
-            part.view(shape[:2])
-            for part, shape in zip(self._norms.split(counts), self._shapes, strict=True)
-        ]
+        state = [Averages(*self._held[i + 1 : i + 4]) for i in range(0, len(self._held), 4)]
+        self._kernels = kernels()
+        assert self._kernels is not None
+        self._rows = self._kernels.rows_to_advance(state, self._norms.split(counts))
         self._decay = layers[0].scorer.config.ema_decay
+        self._addresses: list[int] = []
+        self._gradients: tuple[tuple[int, ...], ...] = ()
 
     def holds(self) -> bool:
         """Whether the layers' tensors are still those that were looked up."""
@@ -72,13 +73,17 @@ class StepKernels:
             dtypes.add(grad.dtype)
         if dtypes != {self._dtype} or any(address % 16 for address in addresses):
             return None
-        by_kernel = kernels()
-        assert by_kernel is not None
+        if addresses != self._addresses:  # mostly they are those of the step before
+            self._addresses = addresses
+            places = zip(addresses, self._places, strict=True)
+            self._gradients = tuple((at, *place) for at, place in places)
+        assert self._kernels is not None
         self._finite.fill_(1)
-        rows = tuple((at, *place) for at, place in zip(addresses, self._places, strict=True))
-        by_kernel.launch_norms(rows, self._norms, self._finite, self._dtype, self._shapes[0][-1])
+        self._kernels.launch_norms(
+            self._gradients, self._norms, self._finite, self._dtype, self._shapes[0][-1]
+        )
         finite = self._finite.view(torch.bool)
-        by_kernel.advance(self._state, self._scores, finite, self._decay)
+        self._kernels.launch_advance(self._rows, finite, self._decay)
         return finite
 
 
@@ -95,6 +100,14 @@ def _one_launch(layers: Sequence[CMSBlockLinear]) -> bool:
         and kernels_for(*held[::4])
         and all(t.is_contiguous() for t in held)
     )
+
+
+def values_and_ages(layers: Iterable[CMSBlockLinear]) -> list[tuple[Tensor, Tensor, int]]:
+    """Values, block ages and live slots per row of every layer."""
+    return [
+        (x._parameters["values"], x._modules["scorer"]._buffers["block_age"], x.num_live)  # type: ignore[union-attr, misc]
+        for x in layers
+    ]
 
 
 def _tensors(layers: Sequence[CMSBlockLinear]) -> list[Tensor]:
