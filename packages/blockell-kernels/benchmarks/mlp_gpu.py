@@ -35,7 +35,7 @@ from blockell_kernels._triton._tiling import Tiling
 
 SHAPES = [(8192, 640, 2560), (8192, 4096, 14336), (65536, 640, 2560), (8192, 2560, 640)]
 DTYPE = torch.bfloat16
-FIELDS = ["N", "width", "hidden", "B", "density", "contender", "us", "p20_us", "p80_us"]
+FIELDS = ["N", "width", "hidden", "B", "G", "density", "contender", "us", "p20_us", "p80_us"]
 FIELDS += ["speedup", "peak_mib", "held_mib"]
 
 
@@ -43,7 +43,8 @@ class Problem:
     def __init__(self, N: int, width: int, hidden: int, B: int, G: int, density: float):
         generator = torch.Generator("cuda").manual_seed(0)
         options = {"device": "cuda", "generator": generator}
-        self.facts = {"N": N, "width": width, "hidden": hidden, "B": B, "density": density}
+        self.facts = {"N": N, "width": width, "hidden": hidden}
+        self.facts |= {"B": B, "G": G, "density": density}
         self.G, self.inputs, self.dense, self.cols, self.index = G, [], [], [], []
         self.x = torch.randn(N, width, **options).to(DTYPE).requires_grad_()
         self.dy = torch.randn(N, width, **options).to(DTYPE)
