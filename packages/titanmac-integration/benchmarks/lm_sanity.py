@@ -3,7 +3,8 @@ against fixed ones.
 
 Every model sees the same bytes in the same order, with the same optimizer, schedule and number of
 steps; `--lrs` are tried for each alike. The GPT is torch's own nn.TransformerEncoder with learned
-positions and full causal attention; its MLPs are as wide as it takes to have as many parameters.
+positions and full causal attention, `rotary` the same with rotary positions; their MLPs are as wide
+as it takes to have as many parameters as `small`, or, as `gpt:none`, as it has without memory.
 
     python benchmarks/lm_sanity.py --texts prose shakespeare.txt --out out
 
@@ -41,14 +42,44 @@ class Cell:
     seed: int
 
 
+class RotaryLayer(nn.TransformerEncoderLayer):
+    """A layer that turns queries and keys by their positions (Su et al. 2021)."""
+
+    def forward(self, src: torch.Tensor, *args: object, **options: object) -> torch.Tensor:
+        x = src + self.dropout1(self.attend(self.norm1(src)))
+        return x + self._ff_block(self.norm2(x))
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        own = self.self_attn
+        qkv = functional.linear(x, own.in_proj_weight, own.in_proj_bias)
+        q, k, v = qkv.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        dropped = DROPOUT if self.training else 0.0
+        seen = functional.scaled_dot_product_attention(
+            turned(q), turned(k), v, dropout_p=dropped, is_causal=True
+        )
+        return own.out_proj(seen.transpose(1, 2).flatten(2))
+
+
+def turned(x: torch.Tensor) -> torch.Tensor:
+    """Rotary positions of [batch, heads, tokens, width]; halves are turned together."""
+    half = x.shape[-1] // 2
+    rates = 10_000 ** (-torch.arange(half, device=x.device) / half)
+    angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates
+    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+    one, other = x.split(half, dim=-1)
+    return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
+
+
 class GPT(nn.Module):
     """A plain GPT of torch's own parts, tied head."""
 
-    def __init__(self, d_model: int, n_heads: int, n_layers: int, d_ff: int) -> None:
+    def __init__(
+        self, d_model: int, n_heads: int, n_layers: int, d_ff: int, rotary: bool = False
+    ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, d_model)
-        self.positions = nn.Embedding(SEQUENCE, d_model)
-        layer = nn.TransformerEncoderLayer(
+        self.positions = None if rotary else nn.Embedding(SEQUENCE, d_model)
+        layer = (RotaryLayer if rotary else nn.TransformerEncoderLayer)(
             d_model, n_heads, d_ff, DROPOUT, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(
@@ -65,7 +96,9 @@ class GPT(nn.Module):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
         length = tokens.shape[1]
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=tokens.device)
-        x = self.embedding(tokens) + self.positions(torch.arange(length, device=tokens.device))
+        x = self.embedding(tokens)
+        if self.positions is not None:
+            x = x + self.positions(torch.arange(length, device=tokens.device))
         x = self.layers(self.dropout(x), mask=mask, is_causal=True)
         logits = functional.linear(x, self.embedding.weight)
         predictions = logits[:, :-1].flatten(0, 1).float()
@@ -80,16 +113,19 @@ def titan(variant: str, **changes: object) -> TitanMACConfig:
 def make_model(name: str, seed: int, device: str) -> tuple[nn.Module, bool]:
     """The model, and whether its blocks move.
 
-    Names: gpt, a variant, or variant:density:tile:group:(static|dynamic).
+    Names: gpt or rotary, alone or with :variant, a variant, or
+    variant:density:tile:group:(static|dynamic).
     """
-    if name.startswith("gpt"):
-        like = create_titanmac_model(titan(name[4:] or "MAG"), device="meta")
-        shape = like.config
-        fixed = sum(p.numel() for p in GPT(384, shape.n_heads, shape.n_layers, 16).parameters())
+    kind, _, size = name.partition(":")
+    if kind in ("gpt", "rotary"):
+        like = create_titanmac_model(titan(size or "MAG"), device="meta")
+        shape, rotary = like.config, kind == "rotary"
+        smallest = GPT(shape.d_model, shape.n_heads, shape.n_layers, 16, rotary)
+        fixed = sum(p.numel() for p in smallest.parameters())
         per_unit = shape.n_layers * (2 * shape.d_model + 1)
         width = 16 + 8 * round((like.num_parameters - fixed) / per_unit / 8)
         torch.manual_seed(seed)
-        return GPT(shape.d_model, shape.n_heads, shape.n_layers, width).to(device), False
+        return GPT(shape.d_model, shape.n_heads, shape.n_layers, width, rotary).to(device), False
     variant, *sparse = name.split(":")
     changes: dict[str, object] = {}
     if sparse:
