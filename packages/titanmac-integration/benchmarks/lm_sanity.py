@@ -65,9 +65,9 @@ def turned(x: torch.Tensor) -> torch.Tensor:
     half = x.shape[-1] // 2
     rates = 10_000 ** (-torch.arange(half, device=x.device) / half)
     angles = torch.arange(x.shape[-2], device=x.device)[:, None] * rates
-    cos, sin = angles.cos().to(x.dtype), angles.sin().to(x.dtype)
-    one, other = x.split(half, dim=-1)
-    return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1)
+    cos, sin = angles.cos(), angles.sin()
+    one, other = x.float().split(half, dim=-1)
+    return torch.cat((one * cos - other * sin, one * sin + other * cos), dim=-1).to(x.dtype)
 
 
 class GPT(nn.Module):
