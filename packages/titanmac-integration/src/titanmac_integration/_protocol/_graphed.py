@@ -63,8 +63,9 @@ class GraphedTrainer(Trainer):
         if self._inputs is None:
             self._inputs = (batch.input_ids.to(self.device), batch.labels.to(self.device))
         else:
-            self._inputs[0].copy_(batch.input_ids)
-            self._inputs[1].copy_(batch.labels)
+            # pinned, or the host would wait for all steps before
+            self._inputs[0].copy_(batch.input_ids.pin_memory(), non_blocking=True)
+            self._inputs[1].copy_(batch.labels.pin_memory(), non_blocking=True)
         if done < WARMUP_STEPS:
             self._on_another_stream()
         else:
