@@ -18,13 +18,21 @@ from triton.backends.compiler import GPUTarget
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-from blockell_kernels._gluon import _forward, _grad_input, _grad_values, _mlp, _whole
+from blockell_kernels._gluon import (
+    _forward,
+    _grad_input,
+    _grad_values,
+    _mlp,
+    _whole,
+    _whole_values,
+)
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
 from blockell_kernels._gluon._mlp_kernels import forward_by_turns, middle_by_turns
 from blockell_kernels._gluon._whole_kernels import whole_weight
+from blockell_kernels._gluon._whole_values_kernels import whole_values
 from blockell_kernels._triton._tiling import Tiling
 
 
@@ -143,6 +151,17 @@ def whole_case(dtype, B, forward, cut):
     return compile_one(whole_weight, constants, types, {"num_warps": 4})
 
 
+def whole_values_case(dtype, B):
+    types = {
+        "dy_desc": box(dtype, (64, 64), 128),
+        "x_desc": box(dtype, (64, 128), 128),
+        "out_desc": box(dtype, (B, B), 2 * B),
+        "place_ptr": "*i32",
+    }
+    constants = {"B": B, "STAGES": _whole_values.STAGES, "GROUP": 8}
+    return compile_one(whole_values, constants, types, {"num_warps": 4})
+
+
 def all_cases():
     """(name, function that compiles, arguments) of every kernel."""
     for dtype, B, columns, depth in (
@@ -160,6 +179,8 @@ def all_cases():
         yield f"middle, dense {dense}, {keep_a}", middle_case, ("fp16", dense, keep_a)
     for B, forward, cut in ((16, True, (4, 1)), (32, False, (4, 3)), (64, False, (2, 1))):
         yield f"whole, tile {B}, {forward}, {cut}", whole_case, ("bf16", B, forward, cut)
+    for B in (16, 64):
+        yield f"whole grad_values, tile {B}", whole_values_case, ("bf16", B)
     for B, outputs, K in ((16, 128, 20), (64, 64, 5)):
         name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
         yield name, grad_values_case, ("bf16", B, outputs, K)

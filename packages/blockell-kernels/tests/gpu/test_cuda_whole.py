@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from blockell_kernels._gluon import _whole
+from blockell_kernels._gluon import _whole, _whole_values
 from blockell_kernels._gluon._support import runs_on
 from blockell_kernels._gluon._whole import Cut
 
@@ -51,6 +51,18 @@ def test_products_match_the_reference(make_problem, error, shape, name, dtype):
         actual = product(problem, name, bias, cut)
         assert error(actual, expected) <= 1.1 * error(by_dense, expected), cut
         assert torch.equal(actual, product(problem, name, bias, cut)), cut
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+def test_grad_values_match_the_reference(make_problem, error, shape, dtype):
+    p = make_problem(**shape, dtype=dtype)
+    assert _whole_values.takes(p.dy, p.x, p.B)
+    actual = _whole_values.grad_values(p.dy, p.x, p.pattern)
+    expected, by_dense = p.expected()["grad_values"], p.by_dense()["grad_values"]
+    assert error(actual, expected) <= 1.1 * error(by_dense, expected)
+    assert not actual[:, p.K :].any()
+    assert torch.equal(actual, _whole_values.grad_values(p.dy, p.x, p.pattern))
 
 
 @pytest.mark.parametrize("name", ["y", "grad_input"])

@@ -13,7 +13,7 @@ from blockell_kernels._backends import Backend, Case, Direction, Pattern, Verdic
 
 # Under another name: of a submodule's, importing that would make it the submodule.
 from blockell_kernels._gluon import _halves as _by_halves
-from blockell_kernels._gluon import _whole
+from blockell_kernels._gluon import _whole, _whole_values
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import (
     _blocks,
@@ -96,6 +96,8 @@ class TritonBackend(Backend):
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         case = _case("grad_values", x, pattern)
+        if takes_whole(case) and _whole_values.takes(dy, x, pattern.B):
+            return _whole_values.grad_values(dy, x, pattern)
         if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
             return _walk.grad_values(dy, x, pattern, walk)
         if (halves := _by_halves.chosen(case, dy, x)) is not None:
