@@ -16,11 +16,14 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cms_topology._linear import CMSBlockLinear
+from cms_topology._retention._touched import parameters_in
 
 OnLinear = Callable[[Tensor, Tensor, Tensor], None]
 """Called with the weight parameter, its input [..., n] and its output [..., m]."""
 OnRows = Callable[[Tensor, Tensor], None]
 """Called with an embedding's weight parameter and the indices that were looked up."""
+OnUse = Callable[[Tensor], None]
+"""Called with every parameter that is an argument of a torch function, perhaps several times."""
 
 
 class _Products(TorchFunctionMode):
@@ -29,14 +32,16 @@ class _Products(TorchFunctionMode):
     So an embedding matrix that also serves as the head is found although no `nn.Linear` holds it.
     """
 
-    def __init__(self, on_linear: OnLinear, on_rows: OnRows) -> None:
+    def __init__(self, on_linear: OnLinear, on_rows: OnRows, on_use: OnUse) -> None:
         super().__init__()
-        self.on_linear, self.on_rows = on_linear, on_rows
+        self.on_linear, self.on_rows, self.on_use = on_linear, on_rows, on_use
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        for parameter in parameters_in((args, kwargs)):
+            self.on_use(parameter)
         if func is functional.multi_head_attention_forward:
             # torch shows a mode this call as one; the products inside are found by their name
             with _replaced_linear(self._seen_linear):
@@ -71,8 +76,10 @@ def _replaced_linear(function: Callable[..., Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator[None]:
-    """Report every matrix product and embedding look-up of passes inside the block.
+def captured(
+    model: nn.Module, on_linear: OnLinear, on_rows: OnRows, on_use: OnUse
+) -> Iterator[None]:
+    """Report every matrix product, embedding look-up and use of a parameter inside the block.
 
     Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Of
     `nn.MultiheadAttention` the output's product is seen, and the inputs' where query, key and value
@@ -88,7 +95,7 @@ def captured(model: nn.Module, on_linear: OnLinear, on_rows: OnRows) -> Iterator
     sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
     handles = [layer.register_forward_hook(hook) for layer in sparse]
     try:
-        with _eager(), _Products(on_linear, on_rows):
+        with _eager(), _Products(on_linear, on_rows, on_use):
             yield
     finally:
         for handle in handles:

@@ -17,6 +17,7 @@ from cms_topology._retention._names import parameter_names, sparse_by_values, un
 from cms_topology._retention._probes import LogitsFn, Probes, default_logits, known_answers
 from cms_topology._retention._sensitivity import measure_sensitivity
 from cms_topology._retention._statistics import TaskStatistics
+from cms_topology._retention._touched import parameters_behind
 
 LossFn = Callable[[nn.Module, Any], Any]
 USAGES = ("loss", "sampled", "none")
@@ -45,9 +46,11 @@ def consolidate(
     Runs the model over `batches` in evaluation mode and accumulates, for every weight matrix that
     is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear`, so also a
     head that is tied to the embedding), the covariance of the inputs; which embedding rows are
-    looked up; and, from the gradients of the loss, the usage of every block. Weights, gradients,
-    modes and random number generators are left as they were. Under torch.distributed every rank
-    passes its own batches and all get the same result.
+    looked up; from the gradients of the loss, the usage of every block; and which parameters were
+    used at all: others, such as a head for a new task, train freely later (with usage="none" that
+    is not known, and all stay). Weights, gradients, modes and random number generators are left as
+    they were. Under torch.distributed every rank passes its own batches and all get the same
+    result.
 
     Args:
         model: wrapped by DDP or torch.compile or not.
@@ -109,8 +112,9 @@ def consolidate(
         if not stats.layers:
             raise ValueError(
                 f"batches (={len(kept)} seen) of task {task!r} reached no weight matrix of "
-                f"{type(model).__name__}; pass at least one batch, and a loss_fn that calls the "
-                "model it is given."
+                f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear or another "
+                "functional.linear; pass at least one batch, and a loss_fn that calls the model it "
+                "is given."
             )
         stats.check_finite(task)
         memory = Consolidation(
@@ -121,6 +125,8 @@ def consolidate(
             stats.rows,
             [task],
             [weight],
+            # without a graph a parameter may have been used unseen
+            touched=None if usage == "none" else sorted(stats.touched),
         )
         if probes is not None:
             used = {p: stats.rows[name] for p, name in stats.names.items() if name in stats.rows}
@@ -205,10 +211,13 @@ def _products(
             # the edge, not the tensor: what follows may change it in place
             edges.append(torch.autograd.graph.get_gradient_edge(y))
 
-    with torch.set_grad_enabled(differentiate), captured(model, on_linear, stats.use_rows):
+    grad = torch.set_grad_enabled(differentiate)
+    with grad, captured(model, on_linear, stats.use_rows, stats.use):
         result = run()
     if not differentiate:
         return [(weight, x, None) for weight, x in inputs]
+    for parameter in parameters_behind(result):
+        stats.use(parameter)
     # outside the capture: recomputation (activation checkpointing) must not count twice
     found = torch.autograd.grad(result, edges, allow_unused=True) if edges else ()
     flat = [g if g is None else g.reshape(-1, g.shape[-1]) for g in found]

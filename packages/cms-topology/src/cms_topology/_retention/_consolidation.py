@@ -94,6 +94,8 @@ class Consolidation:
 
     probes: list[Probes] = field(default_factory=list)
     """Inputs on which the drift is watched; empty if none were kept."""
+    touched: list[str] | None = None
+    """Parameters that some task used; all others may train freely. None: not known."""
 
     def __repr__(self) -> str:
         """Names and sizes; the tensors themselves would fill pages."""
@@ -144,6 +146,9 @@ class Consolidation:
             levels,
             rises,
             self.probes + other.probes,
+            None
+            if self.touched is None or other.touched is None
+            else sorted({*self.touched, *other.touched}),
         )
 
     def low_rank(self, rank: int) -> Consolidation:
@@ -163,7 +168,12 @@ class Consolidation:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Everything as contiguous tensors by name, fit for a safetensors file."""
-        about = {"version": _VERSION, "tasks": self.tasks, "weights": self.weights}
+        about = {
+            "version": _VERSION,
+            "tasks": self.tasks,
+            "weights": self.weights,
+            "touched": self.touched,
+        }
         text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         tensors = {
             "about": text,
@@ -216,6 +226,7 @@ class Consolidation:
             tensors["drift_levels"],
             tensors["drift_rises"],
             [Probes.from_tensors(probes[i]) for i in sorted(probes)],
+            about.get("touched"),
         )
 
     def state_dict(self) -> dict[str, Tensor]:

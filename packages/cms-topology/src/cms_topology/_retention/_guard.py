@@ -12,8 +12,12 @@ from torch import Tensor, nn
 from cms_topology._retention._budget import make_budget
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import DriftController
-from cms_topology._retention._mistakes import check_optimizer, warn_of_running_statistics
-from cms_topology._retention._names import unwrap
+from cms_topology._retention._mistakes import (
+    check_optimizer,
+    warn_of_running_statistics,
+    warn_of_still_weights,
+)
+from cms_topology._retention._names import parameter_names, unwrap
 from cms_topology._retention._parameters import by_shape, sort_parameters
 from cms_topology._retention._precision import products
 from cms_topology._retention._probes import LogitsFn, default_logits
@@ -30,8 +34,9 @@ class RetentionGuard:
       dW <- dW eps (K + eps I)^-1, the exact proximal step of (1/2 eps) tr(dW K dW^T). `drift` acts
       on the displacement since the guard was built: W - W_A is projected onto the ellipsoid
       D = tr((W - W_A) K (W - W_A)^T) / tr(W_A K W_A^T) <= drift, so training never exceeds it.
-    - norm gains, biases, used embedding rows and every parameter without statistics stay to the
-      bit. Unused embedding rows train freely.
+    - norm gains, biases, used embedding rows and every other parameter without statistics that an
+      old task used stay to the bit.
+    - embedding rows and parameters that no old task used, such as a new head, train freely.
 
     Acting after the optimizer, it also undoes what momentum and weight decay do to protected parts,
     and needs to know nothing about the optimizer, gradient scaling, accumulation or compilation.
@@ -157,6 +162,7 @@ class RetentionGuard:
             return
         if not self._warned:
             warn_of_running_statistics(self.model)
+            warn_of_still_weights(self.model, set(self._still.names))
             self._warned = True
         self._still.put_back()
         self._notice_changes()
@@ -276,6 +282,12 @@ class RetentionGuard:
     def still(self) -> list[str]:
         """Names of the parameters that stay as a whole."""
         return self._still.names
+
+    @property
+    def free(self) -> list[str]:
+        """Names of the parameters that no old task used: they train as if there were no guard."""
+        held = {*self._still.names, *self.memory.layers, *self.memory.rows}
+        return [name for name in parameter_names(self.model).values() if name not in held]
 
     @property
     def num_bytes(self) -> int:

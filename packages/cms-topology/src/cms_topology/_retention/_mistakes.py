@@ -8,6 +8,8 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from cms_topology._retention._names import plain_name
+
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimizer that trains something else.
@@ -37,5 +39,25 @@ def warn_of_running_statistics(model: nn.Module) -> None:
             "task's data in training mode, and change the old task's answers with them; put these "
             "layers in evaluation mode (module.eval()) while a RetentionGuard acts, or use "
             "LayerNorm, RMSNorm or GroupNorm.",
+            stacklevel=3,
+        )
+
+
+def warn_of_still_weights(model: nn.Module, still: set[str]) -> None:
+    """Warn of torch's layers that learn nothing, because what reaches their weights is not seen."""
+    kinds: dict[str, str] = {}
+    for prefix, module in model.named_modules():
+        if not type(module).__module__.startswith("torch.nn."):
+            continue
+        for name, parameter in module.named_parameters(prefix, recurse=False):
+            if parameter.ndim >= 2 and parameter.requires_grad and plain_name(name) in still:
+                kinds.setdefault(type(module).__name__, plain_name(name))
+    if kinds:
+        named = ", ".join(f"{kind} (first {name!r})" for kind, name in kinds.items())
+        warnings.warn(
+            f"weights of {named} stay as they are: the inputs of the old tasks are seen where "
+            "linear layers and embeddings multiply, not there, so nothing says which changes would "
+            "harm. guard.still lists all that stays; train the new task on what is left, or make "
+            "these layers linear ones.",
             stacklevel=3,
         )

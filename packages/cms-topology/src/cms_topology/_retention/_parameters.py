@@ -50,7 +50,7 @@ def sort_parameters(
                     f"(={_inputs(weight)} inputs); pass the model that was consolidated."
                 )
             weights.append(weight)
-        elif indices is None:
+        elif indices is None and (memory.touched is None or name in memory.touched):
             still.add(name, parameter)
     return weights, still
 

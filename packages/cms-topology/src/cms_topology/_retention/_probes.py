@@ -158,7 +158,7 @@ def known_answers(
         if weight in rows:
             seen.append(rows[weight][indices])
 
-    with captured(model, lambda *_: None, on_rows):
+    with captured(model, lambda *_: None, on_rows, lambda _: None):
         grid = logits_fn(model, probes.inputs).shape[:-1]
     known = torch.ones(grid, dtype=torch.bool, device=probes.positions.device)
     for used in seen:

@@ -101,6 +101,12 @@ class TaskStatistics:
         self.parameters = {name: p for p, name in names.items()}
         self.layers: dict[str, LayerStatistics] = {}
         self.rows: dict[str, Tensor] = {}
+        self.touched: set[str] = set()
+
+    def use(self, parameter: Tensor) -> None:
+        """Note that a pass used a parameter in whatever way."""
+        if parameter in self.names:  # else it is one from elsewhere
+            self.touched.add(self.names[parameter])
 
     def of(self, weight: Tensor) -> LayerStatistics:
         """The statistics of a weight matrix, made when first asked for."""
@@ -150,12 +156,14 @@ class TaskStatistics:
         if dist_sync.world_size() == 1:
             return
         # a rank may have seen fewer layers or embeddings than another
-        everyone: list[tuple[list[str], list[str]]] = [([], [])] * dist_sync.world_size()
-        dist.all_gather_object(everyone, (list(self.layers), list(self.rows)))
-        for name in sorted({name for layers, _ in everyone for name in layers}):
+        everyone: list[tuple[list[str], ...]] = [([], [], [])] * dist_sync.world_size()
+        mine = (list(self.layers), list(self.rows), list(self.touched))
+        dist.all_gather_object(everyone, mine)
+        self.touched.update(name for *_, touched in everyone for name in touched)
+        for name in sorted({name for layers, _, _ in everyone for name in layers}):
             for tensor in self.of(self.parameters[name]).sums():
                 dist.all_reduce(tensor)
-        for name in sorted({name for _, rows in everyone for name in rows}):
+        for name in sorted({name for _, rows, _ in everyone for name in rows}):
             weight = self.parameters[name]
             self.use_rows(weight, torch.zeros(0, dtype=torch.int64, device=weight.device))
             counts = self.rows[name].int()
