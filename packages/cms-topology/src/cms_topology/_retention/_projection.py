@@ -110,7 +110,6 @@ class ProjectionBatch:
 
         With C the displacement's coefficients along U, a control is a factor per direction, and
         what it takes away is added to the weights: they keep every bit where it takes nothing.
-        Everything is written in place.
 
         Args:
             eps: None: no control of the update.
@@ -158,7 +157,7 @@ class ProjectionBatch:
         result = self._minus_back(now if taken is None else now - taken, removed_along)
         self._write(result)
         if eps is not None:
-            self.reference.copy_(result if self._exact else self.read())
+            self.reference = result if self._exact else self.read()
 
     @torch.no_grad()
     def damp_gradients(self, eps: float) -> None:
