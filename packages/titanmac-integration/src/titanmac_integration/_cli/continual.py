@@ -32,7 +32,12 @@ from titanmac_integration._training_config import TrainingConfig
 from .flags import add_fields, given_fields, resolve_device
 from .session import show_progress
 
-DEFAULT_METHODS = ("ours-grown", "fine-tuning@spare")
+DEFAULT_METHODS = {
+    "demo": ("ours-damped@sparse:9e-3", "fine-tuning=6e-3"),
+    "pilot": ("ours", "fine-tuning"),
+    "small": ("ours-damped@sparse:8e-3", "fine-tuning=4e-3"),
+}
+"""Ours and fine-tuning by preset, at the best rates by validation loss on seeds of their own."""
 
 
 def add_parser(commands: Any) -> None:
@@ -57,12 +62,14 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--force", action="store_true", help="replace what RUN_DIR may hold instead of going on"
     )
+    defaults = "; ".join(
+        f"{preset}: {' '.join(these)}" for preset, these in DEFAULT_METHODS.items()
+    )
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(DEFAULT_METHODS),
         metavar="METHOD",
-        help=f"{METHOD_HELP} (default: {' '.join(DEFAULT_METHODS)})".replace("%", "%%"),
+        help=f"{METHOD_HELP} (default: of preset {defaults})".replace("%", "%%"),
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: --seed")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"sequence out of {TASK_HELP}")
@@ -100,7 +107,7 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run every cell that is missing, print the tables."""
     setting = _setting(arguments)
-    asked = parse_methods(arguments.methods)
+    asked = parse_methods(arguments.methods or [*DEFAULT_METHODS[arguments.preset]])
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
     for cell in asked:  # before anything is trained
         rate = cell.make().learning_rate
