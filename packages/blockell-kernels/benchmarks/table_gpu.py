@@ -5,7 +5,8 @@
 Of every shape, density by density, log2 of the sparse kernel's time over that of the dense product
 with the weight scattered first, and over that of the dense product alone, which counts where
 another product has scattered the weight already. Where several grids measured the same product, the
-last counts.
+last counts. Files of `whole_gpu.py` give one ratio per shape, tile and direction: the time of the
+product by the whole weight, cut as the package cuts it, to that of the dense product alone.
 """
 
 from __future__ import annotations
@@ -17,7 +18,11 @@ import sys
 from collections import defaultdict
 from pathlib import Path
 
+from blockell_kernels._gluon import _whole
+
 ARITHMETIC = {"bfloat16": "half", "float32": "float32", "3xtf32": "3xtf32", "tf32": "tf32"}
+SMS = 132
+"""Multiprocessors of the GPU that was measured."""
 LIMIT = 3.0
 """Octaves beyond which it does not matter by how much one wins."""
 
@@ -33,13 +38,34 @@ def share(sparse_us: float, dense_us: float) -> float:
     return round(min(LIMIT, max(-LIMIT, math.log2(sparse_us / dense_us))), 2)
 
 
+def by_whole_weight(rows: list[dict[str, str]]) -> dict[str, dict[tuple[int, ...], float]]:
+    """Octaves by direction, arithmetic and tile, and by shape (N, in, out)."""
+    times: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
+    for row in rows:
+        case = tuple(row[name] for name in ("direction", "B", "N", "in", "out"))
+        times[case][row["way"]] = float(row["us"])
+    found: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
+    for (direction, tile, *sizes), us in times.items():
+        B, N, inp, out = int(tile), *map(int, sizes)
+        outputs, depth = (out, inp) if direction == "forward" else (inp, out)
+        pieces, parts = _whole.cut(N, outputs, depth, B, SMS)
+        way = "values" if direction == "grad_values" else f"{pieces}x{parts}"
+        found[f"{direction} half {B}"][N, inp, out] = share(us[way], us["dense"])
+    return found
+
+
 def main(grids: list[str], target: str) -> None:
     points = defaultdict(lambda: defaultdict(dict))
+    whole: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
     devices, sources = set(), []
     for grid in grids:
         header, rows = read(Path(grid))
         devices.add(header.split(",")[0])
         sources.append(header)
+        if "way" in rows[0]:
+            for key, by_shape in by_whole_weight(rows).items():
+                whole[key] |= by_shape
+            continue
         for row in rows:
             if row["direction"] == "layer":
                 continue
@@ -61,7 +87,13 @@ def main(grids: list[str], target: str) -> None:
         lines.append(f"{json.dumps(key)}: {json.dumps(rows, separators=(',', ':'))}")
     head = f'"device": {json.dumps(devices.pop())},\n"sources": {json.dumps(sources, indent=1)}'
     body = ",\n".join(lines)
-    Path(target).write_text(f'{{{head},\n"rows": {{\n{body}\n}}}}\n')
+    by_whole = ",\n".join(
+        f"{json.dumps(key)}: "
+        + json.dumps([[*s, [[0.5, o]]] for s, o in sorted(found.items())], separators=(",", ":"))
+        for key, found in sorted(whole.items())
+    )
+    text = f'{{{head},\n"whole": {{\n{by_whole}\n}},\n"rows": {{\n{body}\n}}}}\n'
+    Path(target).write_text(text)
 
 
 if __name__ == "__main__":

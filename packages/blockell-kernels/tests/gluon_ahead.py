@@ -142,7 +142,7 @@ def whole_case(dtype, B, forward, cut):
     constants = _whole.constants(B, forward, _whole.Cut(*cut), forward)
     types = {
         "a_desc": box(dtype, (64, 64), 128),
-        "w_desc": box(dtype, (B, B), 2 * B),
+        "w_desc": box(dtype, _whole.box(B, forward), min(128, 2 * B)),
         "y_desc": box(dtype, (64, 128), 128),
         "parts_ptr": "*fp32",
         "place_ptr": "*i32",
@@ -155,7 +155,7 @@ def whole_values_case(dtype, B):
     types = {
         "dy_desc": box(dtype, (64, 64), 128),
         "x_desc": box(dtype, (64, 128), 128),
-        "out_desc": box(dtype, (B, B), 2 * B),
+        "out_desc": box(dtype, (min(B, 64), B), min(128, 2 * B)),
         "place_ptr": "*i32",
     }
     constants = {"B": B, "STAGES": _whole_values.STAGES, "GROUP": 8}
@@ -177,9 +177,9 @@ def all_cases():
         yield f"forward with f, tile {B}, {keep_pre}", activated_forward_case, ("bf16", B, keep_pre)
     for dense, keep_a in ((False, True), (True, False)):
         yield f"middle, dense {dense}, {keep_a}", middle_case, ("fp16", dense, keep_a)
-    for B, forward, cut in ((16, True, (4, 1)), (32, False, (4, 3)), (64, False, (2, 1))):
+    for B, forward, cut in ((16, True, (4, 1)), (32, False, (4, 3)), (128, False, (5, 1))):
         yield f"whole, tile {B}, {forward}, {cut}", whole_case, ("bf16", B, forward, cut)
-    for B in (16, 64):
+    for B in (16, 128):
         yield f"whole grad_values, tile {B}", whole_values_case, ("bf16", B)
     for B, outputs, K in ((16, 128, 20), (64, 64, 5)):
         name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"

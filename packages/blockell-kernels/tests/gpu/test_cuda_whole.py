@@ -27,6 +27,8 @@ SHAPES = {
     "tile 32, many rows": {"B": 32, "R": 301, "C": 7, "K": 4, "N": 300, "spare": 1},
     "tile 64": {"B": 64, "R": 7, "C": 9, "K": 4, "N": 777},
     "tile 64, one block": {"B": 64, "R": 1, "C": 1, "K": 1, "N": 7},
+    "tile 128": {"B": 128, "R": 5, "C": 7, "K": 3, "N": 411, "spare": 1},
+    "tile 128, K = C": {"B": 128, "R": 6, "C": 4, "K": 4, "N": 1300},
     "tile 64, long sums": {"B": 64, "R": 70, "C": 66, "K": 40, "N": 4097},
 }
 CUTS = [Cut(2, 1), Cut(4, 1), Cut(5, 1), Cut(2, 3), Cut(5, 2)]
@@ -82,7 +84,7 @@ def test_operands_it_cannot_take(make_problem):
     shifted = torch.cat([problem.x[:, :1], problem.x], 1)[:, 1:]
     assert not _whole.takes(shifted, problem.values, 16)
     assert not _whole.takes(problem.x.float(), problem.values.float(), 16)
-    assert not _whole.takes(problem.x, problem.values, 128)
+    assert not _whole.takes(problem.x, problem.values, 8)
 
 
 def test_not_finite_tokens_stay_where_they_are(make_problem):

@@ -30,8 +30,10 @@ from blockell_kernels._triton._places import STEP, UNIT, places_of
 from blockell_kernels._triton._tiling import ceil_div
 
 SHARED_BYTES = 226 * 1024
-LOADERS = {16: 4, 32: 2, 64: 1}
+LOADERS = {16: 4, 32: 2, 64: 1, 128: 1}
 """Loading warps, by tile: blocks to a step divided so that one warp can issue its share."""
+PIECES, PARTS = (2, 4, 5), (1, 2, 3, 4, 6, 8)
+"""Of 64 tokens to a program, and of the sums."""
 ROW_CLOCKS, PIECE_CLOCKS = 1.6, 256
 """What the copy engine takes per row of a box, and the tensor cores per 64 tokens of a step."""
 TILE_CLOCKS = 4000
@@ -67,10 +69,15 @@ def takes(a: Tensor, values: Tensor, B: int) -> bool:
 @lru_cache(maxsize=4096)
 def cut(N: int, outputs: int, depth: int, B: int, sms: int) -> Cut:
     """The cut that should take least time."""
+    return cuts(N, outputs, depth, B, sms)[0]
+
+
+def cuts(N: int, outputs: int, depth: int, B: int, sms: int) -> list[Cut]:
+    """All cuts, those that should take least time first."""
     units, steps = ceil_div(outputs, UNIT), ceil_div(depth, STEP)
 
     def clocks(cut: Cut) -> float:
-        engine = ROW_CLOCKS * (UNIT * STEP // B + 64 * cut.pieces)
+        engine = ROW_CLOCKS * (UNIT * STEP // min(B, STEP) + 64 * cut.pieces)
         step = max(PIECE_CLOCKS * cut.pieces, engine)
         tiles = ceil_div(N, 64 * cut.pieces) * units * cut.parts
         taken = ceil_div(tiles, sms) * (ceil_div(steps, cut.parts) * step + TILE_CLOCKS)
@@ -78,8 +85,8 @@ def cut(N: int, outputs: int, depth: int, B: int, sms: int) -> Cut:
             taken += PARTS_CLOCKS + 8 * cut.parts * N * outputs / PARTS_BYTES
         return taken
 
-    cuts = [Cut(pieces, parts) for pieces in (2, 4, 5) for parts in (1, 2, 3, 4, 6, 8)]
-    return min((c for c in cuts if c.parts == 1 or steps >= 4 * c.parts), key=clocks)
+    found = [Cut(pieces, parts) for pieces in PIECES for parts in PARTS]
+    return sorted((c for c in found if c.parts == 1 or steps >= 4 * c.parts), key=clocks)
 
 
 def constants(B: int, forward: bool, cut: Cut, has_bias: bool) -> dict[str, int | bool]:
@@ -97,6 +104,13 @@ def constants(B: int, forward: bool, cut: Cut, has_bias: bool) -> dict[str, int 
         "HAS_BIAS": has_bias and cut.parts == 1,
         "PARTS": cut.parts > 1,
     }
+
+
+def box(B: int, forward: bool) -> list[int]:
+    """What is loaded of the weight at once: a block, or a half of one that is wider than a step."""
+    if B < UNIT:
+        return [B, B]
+    return [UNIT, STEP] if forward else [STEP, UNIT]
 
 
 @on_its_device
@@ -127,7 +141,8 @@ def product(
     if out.numel() == 0:
         return out
     chosen = chosen or cut(N, outputs, depth, B, num_sms(a.device))
-    places, units, steps = places_of(pattern, forward)
+    places, units, _ = places_of(pattern, forward)
+    steps = ceil_div(depth, STEP)
     per_part = ceil_div(steps, chosen.parts)
     parts = ceil_div(steps, per_part)
     target = out
@@ -138,7 +153,7 @@ def product(
         whole_weight,
         (min(tiles, num_sms(a.device)),),
         descriptor(a, [64, STEP]),
-        descriptor(values.view(R * slots * B, B), [B, B]),
+        descriptor(values.view(R * slots * B, B), box(B, forward)),
         descriptor(out, [64, UNIT]),
         target,
         places,

@@ -61,7 +61,7 @@ def _load(
 ):
     """One of the loading warps: its share of the blocks and of the pieces of tokens."""
     ROWS: gl.constexpr = 128 // B
-    DEEP: gl.constexpr = 64 // B
+    DEEP: gl.constexpr = 64 // B if B < 128 else 1
     MINE: gl.constexpr = ROWS * DEEP // LOADERS
     PIECES_MINE: gl.constexpr = (PIECES - worker + LOADERS - 1) // LOADERS
     token_tiles = gl.cdiv(N, 64 * PIECES)
@@ -71,14 +71,17 @@ def _load(
         pm, pn = tile_of(pid % tiles, token_tiles, units, GROUP_M)
         begin = (pid // tiles) * steps_per_part
         for q in range(begin, gl.minimum(begin + steps_per_part, steps)):
-            entries = place_ptr + (pn * steps + q) * (ROWS * DEEP) + worker * MINE
+            if B == 128:  # two steps to a block
+                entries = place_ptr + (pn * steps + q) // 2
+            else:
+                entries = place_ptr + (pn * steps + q) * (ROWS * DEEP) + worker * MINE
             rows = ()
             for e in gl.static_range(MINE):
                 rows = rows + (gl.load(entries + e),)
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             bar = full.index(stage)
-            mbarrier.expect(bar, (PIECES_MINE * 64 * 64 + MINE * B * B) * 2)
+            mbarrier.expect(bar, (PIECES_MINE * 64 + 128 // LOADERS) * 64 * 2)
             for p in gl.static_range(PIECES_MINE):
                 tma.async_copy_global_to_shared(
                     a_desc,
@@ -86,16 +89,21 @@ def _load(
                     bar,
                     a_smem.index(stage * PIECES + p * LOADERS + worker),
                 )
-            blocks = w_smem.index(stage)._reinterpret(
-                w_smem.dtype, [ROWS * DEEP, B, B], w_desc.layout
-            )
-            for e in gl.static_range(MINE):
-                tma.async_copy_global_to_shared(
-                    w_desc,
-                    [rows[e], 0],
-                    bar,
-                    blocks.index(_place(worker * MINE + e, ROWS, DEEP, FORWARD)),
+            if B == 128:
+                half = (q % 2) * 64
+                at = [rows[0], half] if FORWARD else [rows[0] + half, 0]
+                tma.async_copy_global_to_shared(w_desc, at, bar, w_smem.index(stage))
+            else:
+                blocks = w_smem.index(stage)._reinterpret(
+                    w_smem.dtype, [ROWS * DEEP, B, B], w_desc.layout
                 )
+                for e in gl.static_range(MINE):
+                    tma.async_copy_global_to_shared(
+                        w_desc,
+                        [rows[e], 0],
+                        bar,
+                        blocks.index(_place(worker * MINE + e, ROWS, DEEP, FORWARD)),
+                    )
             step += 1
 
 
@@ -184,10 +192,10 @@ def _multiply(
 @gluon.jit(do_not_specialize=["N", "units", "steps", "steps_per_part"])
 def whole_weight(
     a_desc,  # x [N, C*B] or dy [N, R*B], in boxes [64, 64]
-    w_desc,  # [R*slots*B, B], in boxes [B, B]
+    w_desc,  # [R*slots*B, B], in boxes [B, B]; of tile 128 [128, 64] or [64, 128]
     y_desc,  # y [N, R*B] or dx [N, C*B], in boxes [64, 128]
     parts_ptr,  # float32 [parts, N, outputs]; unused unless PARTS
-    place_ptr,  # int32 [units, steps, 128/B, 64/B]: the first row of a block in w_desc
+    place_ptr,  # int32 [units, steps, 128/B, 64/B], or [units, steps/2]: first rows in w_desc
     bias_ptr,  # [R*B] or unused
     N,
     outputs,

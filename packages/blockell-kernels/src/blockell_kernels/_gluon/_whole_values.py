@@ -14,14 +14,15 @@ from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._places import places_of
 from blockell_kernels._triton._tiling import ceil_div
 
-COLUMN_STEPS = 4
-"""Steps of places to a tile: 256 columns."""
+COLUMNS = 256
+"""Of a tile."""
+TILES = (16, 32, 64, 128)
 STAGES = 3
 
 
 def takes(dy: Tensor, x: Tensor, B: int) -> bool:
     """Whether the kernel can run on these operands: dy [N, R*B], x [N, C*B]."""
-    return runs_on(x) and B in (16, 32, 64) and describable(dy) and describable(x)
+    return runs_on(x) and B in TILES and describable(dy) and describable(x)
 
 
 @on_its_device
@@ -35,13 +36,13 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
     if N == 0:
         return out.zero_()
     places, row_tiles, steps = places_of(pattern, forward=True)
-    col_tiles = ceil_div(steps, COLUMN_STEPS)
+    col_tiles = ceil_div(pattern.C * B, COLUMNS)
     launch(
         whole_values,
         (min(row_tiles * col_tiles, num_sms(x.device)),),
         descriptor(dy, [64, 64]),
         descriptor(x, [64, 128]),
-        descriptor(out.view(R * slots * B, B), [B, B]),
+        descriptor(out.view(R * slots * B, B), [min(B, 64), B]),
         places,
         N,
         row_tiles,

@@ -129,26 +129,35 @@ def _store(
     GROUP: gl.constexpr,
 ):
     """A storing warp: the blocks of one warpgroup's rows."""
-    ROWS: gl.constexpr = 64 // B
+    ROWS: gl.constexpr = 64 // B if B < 128 else 1
     COLUMNS: gl.constexpr = 128 // B
     tile = 0
     for pid in range(gl.program_id(0), row_tiles * col_tiles, gl.num_programs(0)):
         pr, pc = tile_of(pid, row_tiles, col_tiles, GROUP)
         for half in gl.static_range(2):
-            rows = ()
-            for e in gl.static_range(ROWS * COLUMNS):
-                step = pc * 4 + half * 2 + (e // ROWS) // ROWS
-                entry = (group * ROWS + e % ROWS) * ROWS + (e // ROWS) % ROWS
-                at = place_ptr + (pr * steps + step) * (COLUMNS * ROWS) + entry
-                rows = rows + (gl.load(at, mask=step < steps, other=absent),)
+            if B == 128:
+                step = pc * 2 + half
+                row = gl.load(place_ptr + pr * steps + step, mask=step < steps, other=absent)
+            else:
+                rows = ()
+                for e in gl.static_range(ROWS * COLUMNS):
+                    step = pc * 4 + half * 2 + (e // ROWS) // ROWS
+                    entry = (group * ROWS + e % ROWS) * ROWS + (e // ROWS) % ROWS
+                    at = place_ptr + (pr * steps + step) * (COLUMNS * ROWS) + entry
+                    rows = rows + (gl.load(at, mask=step < steps, other=absent),)
             if half == 0:
                 mbarrier.wait(out_full.index(group), tile & 1)
-            # Panels as wide as a block lie one behind the other.
-            blocks = out_smem.index(group * 2 + half)._reinterpret(
-                out_smem.dtype, [ROWS * COLUMNS, B, B], out_desc.layout
-            )
-            for e in gl.static_range(ROWS * COLUMNS):
-                tma.async_copy_shared_to_global(out_desc, [rows[e], 0], blocks.index(e))
+            if B == 128:
+                tma.async_copy_shared_to_global(
+                    out_desc, [row + group * 64, 0], out_smem.index(group * 2 + half)
+                )
+            else:
+                # Panels as wide as a block lie one behind the other.
+                blocks = out_smem.index(group * 2 + half)._reinterpret(
+                    out_smem.dtype, [ROWS * COLUMNS, B, B], out_desc.layout
+                )
+                for e in gl.static_range(ROWS * COLUMNS):
+                    tma.async_copy_shared_to_global(out_desc, [rows[e], 0], blocks.index(e))
         tma.store_wait(0)
         mbarrier.arrive(out_empty.index(group), count=1)
         tile += 1
@@ -158,12 +167,12 @@ def _store(
 def whole_values(
     dy_desc,  # [N, R*B] in boxes [64, 64]
     x_desc,  # [N, C*B] in boxes [64, 128]
-    out_desc,  # [R*slots*B, B] in boxes [B, B]
-    place_ptr,  # int32 [ceil(R*B / 128), steps, 128/B, 64/B]: the first row of a block in out_desc
+    out_desc,  # [R*slots*B, B] in boxes [B, B]; of tile 128 [64, 128]
+    place_ptr,  # int32 [row_tiles, steps, 128/B, 64/B or 1]: blocks' first rows in out_desc
     N,
     row_tiles,
     col_tiles,
-    steps,  # C*B / 64, rounded up
+    steps,  # C*B / 64 rounded up; of tile 128 C
     absent,
     B: gl.constexpr,
     STAGES: gl.constexpr,

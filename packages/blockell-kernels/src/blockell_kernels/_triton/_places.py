@@ -16,15 +16,16 @@ from blockell_kernels._triton._place_kernels import note_places
 from blockell_kernels._triton._tiling import ceil_div
 
 UNIT, STEP = 128, 64
-"""Features of the result that a tile of the weight covers, and features that are summed over."""
+"""Features of the result that a tile of the weight covers, and features that are summed over, of
+which a step covers a whole block where blocks are wider."""
 
 
 class Places(NamedTuple):
     """What `places_of` notes."""
 
     table: Tensor
-    """int32 [units, steps, UNIT/B, STEP/B]: the first row of a block in values [R*slots*B, B], or
-    R*slots*B, behind the last one, where there is none."""
+    """int32 [units, steps, UNIT/B, blocks to a step]: the first row of a block in values
+    [R*slots*B, B], or R*slots*B, behind the last one, where there is none."""
     units: int
     steps: int
 
@@ -33,8 +34,9 @@ def places_of(pattern: Pattern, forward: bool) -> Places:
     """Units of block rows and steps of block columns if `forward`, else the other way round."""
     R, C, B, slots = pattern.R, pattern.C, pattern.B, pattern.slots
     outputs, depth = (R * B, C * B) if forward else (C * B, R * B)
-    units, steps = ceil_div(outputs, UNIT), ceil_div(depth, STEP)
-    rows_deep = UNIT // B, STEP // B
+    step = max(STEP, B)
+    units, steps = ceil_div(outputs, UNIT), ceil_div(depth, step)
+    rows_deep = UNIT // B, step // B
     across, along = units * rows_deep[0], steps * rows_deep[1]
     rows, columns = (across, along) if forward else (along, across)
     table = torch.empty(
