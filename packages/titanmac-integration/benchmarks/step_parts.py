@@ -68,20 +68,29 @@ def by_kernel(step: Callable[[], object], steps: int) -> list[tuple[str, float, 
 
 def graph_ms(function: Callable[[], object], repeats: int = 10) -> float:
     """Milliseconds of one call, replayed from a graph."""
+    return replay_ms(captured(function), repeats)
+
+
+def captured(function: Callable[[], object]) -> torch.cuda.CUDAGraph:
+    """A graph of one call, replayed once."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(3):
             function()
     torch.cuda.current_stream().wait_stream(side)
-    captured = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(captured):
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
         function()
-    captured.replay()
+    graph.replay()
+    return graph
+
+
+def replay_ms(graph: torch.cuda.CUDAGraph, repeats: int) -> float:
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     for _ in range(repeats):
-        captured.replay()
+        graph.replay()
     end.record()
     torch.cuda.synchronize()
     return round(start.elapsed_time(end) / repeats, 3)
@@ -98,7 +107,8 @@ def forward_and_both(forward: Callable[[], object], both: Callable[[], object], 
     torch.cuda.reset_peak_memory_stats()
     both()
     peak = (torch.cuda.max_memory_allocated() - base) >> 20
-    times = sorted(graph_ms(both, runs) for _ in range(5))
+    graph = captured(both)
+    times = sorted(replay_ms(graph, runs) for _ in range(5))
     return {
         "forward_ms": graph_ms(forward, runs),
         "both_ms": times[2],

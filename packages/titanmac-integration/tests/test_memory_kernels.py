@@ -18,6 +18,7 @@ def poisoned(make):
 for owner, name in ((torch.Tensor, "new_empty"), (torch, "empty"), (torch, "empty_like")):
     setattr(owner, name, poisoned(getattr(owner, name)))
 CASES = ((1, 1, 5, 4, 0), (7, 2, 12, 16, 1), (21, 1, 5, 8, 2), (33, 1, 18, 32, 1))
+CASES += ((19, 1, 70, 16, 1),)
 for T, H, D, chunk, per in CASES:
     torch.manual_seed(T)
     def draw(*shape):

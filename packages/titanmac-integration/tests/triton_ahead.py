@@ -120,24 +120,34 @@ def segment_cases():
 
 
 def memory_cases():
-    """Four memories of width 64 that read 768 channels."""
-    tuned = _chunk_launch.launch("tf32")
-    sizes = {"H": 4, "D": 64, "B": tuned.chunk, "DP": 64, "PRECISION": "tf32"}
-    for module in (_chunk_kernels, _chunk_backward_kernels):
-        for name in vars(module):
-            if not name.startswith("_memory_"):
-                continue
-            kernel = getattr(module, name)
-            columns = min(tuned.scan_columns) if "scan" in name else tuned.columns
-            constants = sizes | ({"BV": columns} if "BV" in kernel.arg_names else {})
-            pointers = {x: FP32 for x in kernel.arg_names if x.endswith("_ptr")}
-            yield name, kernel, pointers, constants, tuned.chunks["num_warps"]
+    """Four memories of width 64 that read 768 channels; chunks also of width 128."""
+    for width in (64, 128):
+        tuned = _chunk_launch.launch("tf32", width)
+        sizes = {"H": 4, "D": width, "B": tuned.chunk, "DP": width, "PRECISION": "tf32"}
+        for module in (_chunk_kernels, _chunk_backward_kernels):
+            for name in vars(module):
+                if not name.startswith("_memory_"):
+                    continue
+                kernel = getattr(module, name)
+                columns = min(tuned.scan_columns) if "scan" in name else tuned.columns
+                constants = sizes | ({"BV": columns} if "BV" in kernel.arg_names else {})
+                pointers = {x: FP32 for x in kernel.arg_names if x.endswith("_ptr")}
+                yield f"{name} {width}", kernel, pointers, constants, tuned.chunks["num_warps"]
     channels = {"H": 4, "D": 64, "DP": 64, "TAPS": 4, "ROWS": _token_kernels.ROWS}
     gates = {"H": 4, "HP": 4, "C": 768, "ROWS": _token_kernels.ROWS, "PAD": 4}
     gates |= {name: getattr(_token_kernels, name) for name in ("MAX_ALPHA", "MIN_LOG_ETA")}
     rows = {"D": 64, "DP": 64, "ROWS": _answer_kernels.ROWS, "BLOCK": _answer_kernels.BLOCK}
     shortest = {"SHORTEST": _token_kernels.SHORTEST}
-    half = ("flat_ptr", "past_ptr", "d_flat_ptr", "d_past_ptr", "y_ptr", "grad_ptr", "beside_ptr")
+    half = (
+        "flat_ptr",
+        "past_ptr",
+        "d_flat_ptr",
+        "d_past_ptr",
+        "d_mixed_ptr",
+        "y_ptr",
+        "grad_ptr",
+        "beside_ptr",
+    )
     for module, named in (
         (_token_kernels, channels | shortest | gates),
         (_answer_kernels, rows),

@@ -12,7 +12,7 @@ from . import _chunk_kernels as forward
 
 
 class Launch(NamedTuple):
-    """How the kernels run for one precision."""
+    """How the kernels run."""
 
     chunk: int
     """Tokens of a chunk at most: more make fewer states, and larger products within a chunk."""
@@ -26,12 +26,20 @@ class Launch(NamedTuple):
     """For the kernels that run for all chunks at once."""
 
 
-def launch(precision: str) -> Launch:
-    """For widths up to 64, by what an H200 measured."""
-    staged = {"num_warps": 4, "num_stages": 3}
-    if precision == "tf32x3":  # takes three times the registers
-        return Launch(32, (8, 8), 16, staged, staged)
-    return Launch(64, (16, 8), 32, staged, {"num_warps": 4, "num_stages": 1})
+def launch(precision: str, width: int) -> Launch:
+    """By what an H200 measured."""
+    wide, exact = width > 64, precision == "tf32x3"  # which takes three times the registers
+    if wide and exact:
+        return Launch(16, (8, 8), 16, _tuned(4, 2), _tuned(4, 1))
+    if wide:
+        return Launch(32, (16, 8), 32, _tuned(8, 2), _tuned(8, 1))
+    if exact:
+        return Launch(32, (8, 8), 16, _tuned(4, 2), _tuned(4, 3))
+    return Launch(64, (16, 8), 32, _tuned(4, 2), _tuned(4, 1))
+
+
+def _tuned(warps: int, stages: int) -> dict:
+    return {"num_warps": warps, "num_stages": stages}
 
 
 class Kept(NamedTuple):
@@ -74,7 +82,7 @@ def read_chunks(
     ``memory`` and ``momentum`` [S, H, D, D] contiguous but for their first dimension.
     """
     N, T, b, n, H, D = _sizes(tokens, chunk)
-    constants, tuned = _constants(H, D, b, precision), launch(precision)
+    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
     new = tokens.new_empty
     inverse, factors = new(N, n, b, b), new(N, n, forward.FACTORS, b)
     forward._memory_prepare[(N, n)](
@@ -143,7 +151,7 @@ def read_chunks_backward(
     All contiguous; ``d_segment`` is of M before the last segment.
     """
     N, T, b, n, H, D = _sizes(tokens, chunk)
-    constants, tuned = _constants(H, D, b, precision), launch(precision)
+    constants, tuned = _constants(H, D, b, precision), launch(precision, D)
     wide = min(tuned.columns, constants["DP"])
     columns = min(tuned.scan_columns[1], constants["DP"])
     d_tokens, d_gates = torch.empty_like(tokens), torch.empty_like(gates)

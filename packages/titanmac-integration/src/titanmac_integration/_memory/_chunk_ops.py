@@ -19,12 +19,12 @@ FACTORS = 5
 """As in `_chunk_kernels`, which needs Triton."""
 
 
-def plan(chunk: int, source: torch.dtype) -> tuple[int, str]:
+def plan(chunk: int, width: int, source: torch.dtype) -> tuple[int, str]:
     """Tokens that the kernels compute at once, and how they multiply what was in ``source``."""
     from ._chunk_launch import launch
 
     products = precision(source)
-    return largest_part(chunk, launch(products).chunk), products
+    return largest_part(chunk, launch(products, width).chunk), products
 
 
 def rows_contiguous(matrices: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ def read(
     """
     from ._chunk_launch import read_chunks
 
-    part, products = plan(chunk, source)
+    part, products = plan(chunk, tokens.shape[-1], source)
     per = segment // part
     states = rows_contiguous(weights), rows_contiguous(momentum)
     answers, retrieved, final, squares, kept = read_chunks(
@@ -77,7 +77,7 @@ def _(
     new = tokens.new_empty
     answers = new(S, T, H, D)
     retrieved, latest = (new(S, T, H, D), new(S, H, D, D)) if segment else (new(0), new(0))
-    b = min(plan(chunk, source)[0], T)
+    b = min(plan(chunk, D, source)[0], T)
     N, n = S * H, -(-T // b)
     kept = new(N, n, FACTORS, b), new(N, n, b, b), new(N, T, D), new(N, n, 2, D, D)
     return answers, retrieved, new(2, N, D, D), latest, new(()), *kept

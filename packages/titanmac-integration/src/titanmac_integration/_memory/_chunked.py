@@ -15,7 +15,7 @@ from ._kernels import gradients_again, largest_part, on_gpu
 from ._linear import linear_memory
 from ._mlp import recall
 
-SMALLEST_CHUNK, LARGEST_WIDTH = 16, 64
+SMALLEST_CHUNK, LARGEST_WIDTH = 16, 128
 """Shorter chunks waste what a program holds, wider memories do not fit into it."""
 
 
@@ -80,7 +80,7 @@ def read(
         if not segment:
             return Read(answers, None, new, speed, None, squares)
         return Read(answers, retrieved, new, speed, last, squares)
-    part, products = _chunk_ops.plan(chunk, source)
+    part, products = _chunk_ops.plan(chunk, tokens.shape[-1], source)
     return Read(*_Read.apply(tokens, gates, weights, momentum, part, segment // part, products))
 
 

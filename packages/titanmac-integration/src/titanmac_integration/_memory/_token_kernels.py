@@ -78,7 +78,7 @@ def _memory_mixed_backward(
     past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
     d_tokens_ptr,  # float32 [S, T, C]
-    d_mixed_ptr,  # float32 [S, T, C]: of what the convolution gives
+    d_mixed_ptr,  # [S, T, C]: of what the convolution gives, in the precision of flat
     T,
     W,
     H: tl.constexpr,
@@ -105,7 +105,7 @@ def _memory_mixed_backward(
     along = tl.where((length > SHORTEST)[:, None], along, 0.0)
     d_y = tl.where(part < 2 * H, (d_y - y * along) / divisor, d_y)
     d_mixed = d_y * gate * (1.0 + mixed * (1.0 - gate))
-    tl.store(d_mixed_ptr + place, d_mixed, inside)
+    tl.store(d_mixed_ptr + place, d_mixed.to(d_mixed_ptr.dtype.element_ty), inside)
 
 
 @triton.jit
@@ -113,7 +113,7 @@ def _memory_flat_backward(
     flat_ptr,  # [S, T, W]
     past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
-    d_mixed_ptr,  # float32 [S, T, C]
+    d_mixed_ptr,  # [S, T, C]
     d_flat_ptr,  # [S, T, W]
     d_past_ptr,  # [S, TAPS - 1, C], or None
     parts_ptr,  # float32 [blocks S, C, TAPS]
@@ -141,7 +141,7 @@ def _memory_flat_backward(
         at = t + ahead
         there = known[None, :] & (at >= 0) & (at < T)
         place = d_mixed_ptr + sequence * T * C + (at * C + channel[None, :])
-        d_mixed = tl.load(place, there, other=0.0)
+        d_mixed = tl.load(place, there, other=0.0).to(tl.float32)
         tap = channel * TAPS + (TAPS - 1 - ahead)
         weight = tl.load(taps_ptr + tap, known, other=0.0)
         d_x += d_mixed * weight[None, :]
@@ -295,7 +295,7 @@ def tokens_and_gates_backward(
     _, _, _, heads, width = d_tokens.shape
     S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps)
     blocks = triton.cdiv(T, ROWS)
-    d_mixed = torch.empty_like(d_tokens)
+    d_mixed = torch.empty_like(d_tokens, dtype=flat.dtype)
     _memory_mixed_backward[(blocks, 3 * heads, S)](
         flat, past, taps, d_tokens, d_mixed, T, W, **of_tokens
     )
