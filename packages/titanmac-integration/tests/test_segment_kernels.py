@@ -47,6 +47,36 @@ for T, P, G, W in CASES:
             x[:, :, first:] = 9.0
         again, _ = _segment_kernels.attend(*later, W, plan.size)
         assert torch.equal(again[:, :, : P + t], out[:, :, : P + t]), ((T, P, G, W), t)
+# turned in place, attended to and turned back
+from titanmac_integration._rotary import rotary_table, rotate
+rotary = rotary_table(P + T, D, 10.0, device=torch.device(device))
+behind = (rotary[0][P:], rotary[1][P:])
+found = []
+for fused, kind in ((True, dtype), (False, torch.float64)):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [
+        torch.randn(S, rows, parts, H, D, generator=generator).to(device, dtype).to(kind)
+        for rows, parts in ((P + T, 3), (T, 2))
+    ]
+    leaves = [x.requires_grad_() for x in leaves]
+    with sdpa_kernel(SDPBackend.MATH):
+        if fused:
+            copies = [x.clone() for x in leaves]
+            out = _window.turned_segment_attention_(*copies, rotary, plan)
+        else:
+            turned = [
+                torch.cat((rotate(x[:, :, :-1], *table), x[:, :, -1:]), 2).transpose(1, 3).unbind(2)
+                for x, table in zip(leaves, (rotary, behind))
+            ]
+            out = _segments_by_torch(*turned[0], turned[1], plan, 0.0)
+        way = grad.to(kind)
+        once = torch.autograd.grad(out, leaves, way, retain_graph=True)
+        first = torch.autograd.grad(out, leaves, way, create_graph=True)
+        total = sum(x.square().sum() for x in first)
+        found.append([out, *once, *first, *torch.autograd.grad(total, leaves)])
+for got, want in zip(*found):
+    error = (got.double() - want).norm() / want.norm()
+    assert error < (3e-2 if device == "cuda" else 1e-5), float(error)
 # gradients that are differentiated in turn
 _window._on_gpu = lambda query, dropout: True
 found = []

@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ._config import TitanMACConfig
 from ._linear import make_linear
-from ._project import has_hooks, project, project_apart
+from ._project import has_hooks, project, project_apart, project_from
 from ._rotary import Rotary, turned_parts
 from ._state import Cache
 from ._window import (
@@ -21,7 +21,9 @@ from ._window import (
     near_mask,
     segment_attention,
     takes_heads,
+    takes_segments,
     turned_attention_,
+    turned_segment_attention_,
     window_attention,
 )
 
@@ -67,17 +69,17 @@ class CausalWindowAttention(nn.Module):
         """
         heads = self._project(x)
         dropout = self.dropout if self.training else 0.0
-        alone = retrieved is None and not run.keep_state and not has_hooks(self.qkv)
-        if alone and run.window is not None and takes_heads(heads, dropout):
-            mixed = turned_attention_(heads, run.rotary, run.window)
-            return *project_apart(self.out, mixed.transpose(1, 2).flatten(2)), None
+        if not run.keep_state and not has_hooks(self.qkv):
+            mixed = self._attend_in_place(heads, run, retrieved, dropout)
+            if mixed is not None:
+                return *project_apart(self.out, mixed.transpose(1, 2).flatten(2)), None
         query, key, value = turned_parts(heads, run.rotary)
         recalled = None
         if retrieved is not None:
             # retrieved tokens are tokens of the attention like any other, at their token's position
             rows = slice(run.rotary[0].shape[0] - retrieved.shape[1], None)
             rotary = (run.rotary[0][rows], run.rotary[1][rows])
-            recalled_key, recalled_value = turned_parts(self._project(retrieved)[:, :, 1:], rotary)
+            recalled_key, recalled_value = turned_parts(self._project_retrieved(retrieved), rotary)
             recalled = (recalled_key, recalled_value)
         if cache is not None:
             mixed, cache = self._continue(query, (key, value), recalled, run, cache, dropout)
@@ -94,6 +96,24 @@ class CausalWindowAttention(nn.Module):
     def _project(self, x: Tensor) -> Tensor:
         """Queries, keys and values: [S, L, 3, H, D]."""
         return project(self.qkv, x).unflatten(-1, (3, self.n_heads, -1))
+
+    def _attend_in_place(
+        self, heads: Tensor, run: Pass, retrieved: Tensor | None, dropout: float
+    ) -> Tensor | None:
+        """[S, H, L, D] of heads that nobody else needs, where kernels take them; otherwise None."""
+        if retrieved is None:
+            if run.window is None or not takes_heads(heads, dropout):
+                return None
+            return turned_attention_(heads, run.rotary, run.window)
+        if run.segments is None or not takes_segments(heads, run.segments, dropout):
+            return None
+        told = self._project_retrieved(retrieved)
+        return turned_segment_attention_(heads, told, run.rotary, run.segments)
+
+    def _project_retrieved(self, retrieved: Tensor) -> Tensor:
+        """Keys and values: [S, T, 2, H, D]."""
+        both = project_from(self.qkv, retrieved, retrieved.shape[-1])
+        return both.unflatten(-1, (2, self.n_heads, -1))
 
     def _first_cache(
         self, pair: tuple[Tensor, Tensor], recalled: tuple[Tensor, Tensor] | None

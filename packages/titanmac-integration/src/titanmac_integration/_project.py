@@ -30,6 +30,17 @@ def project(layer: nn.Module, x: Tensor) -> Tensor:
     return _Biased.apply(_linear(x, layer.weight, layer.bias.detach()), layer.bias)
 
 
+def project_from(layer: nn.Module, x: Tensor, first: int) -> Tensor:
+    """``layer(x)[..., first:]``, alone where ``layer`` is a plain ``nn.Linear``."""
+    if type(layer) is not nn.Linear or layer.bias is None or has_hooks(layer):
+        result: Tensor = layer(x)[..., first:]
+        return result
+    weight, bias = layer.weight[first:], layer.bias[first:]
+    if not _on_gpu(x):
+        return functional.linear(x, weight, bias)
+    return _Biased.apply(_linear(x, weight, bias.detach()), bias)
+
+
 def project_apart(layer: nn.Module, x: Tensor) -> tuple[Tensor, Tensor | None]:
     """``layer(x)`` in two terms, for who adds it to something anyway: the product, and the bias.
 

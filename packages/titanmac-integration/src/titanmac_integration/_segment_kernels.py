@@ -6,6 +6,8 @@ L = P + T rows, D head width, W window, G tokens of a segment, M and N rows of a
 of keys. G is a multiple of M and N, or at least T: so a tile of tokens lies in one segment.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -42,8 +44,13 @@ def _first_seen(token, W, G, N: tl.constexpr):
 
 
 @triton.jit
-def _query_step(q, acc, largest, total, keys, values, seen, scale):
-    scores = tl.where(seen, tl.dot(q, tl.trans(keys)), float("-inf"))
+def _all_seen(token, M: tl.constexpr, other, N: tl.constexpr, W):
+    """Whether M tokens of a segment see all N others from these on; those from T on count as so."""
+    return (other + N - 1 <= token) & (token + M - 1 - other < W)
+
+
+@triton.jit
+def _query_step(acc, largest, total, scores, values, scale):
     new = tl.maximum(largest, tl.max(scores, 1) * scale)
     base = tl.where(new == float("-inf"), 0.0, new)
     p = tl.exp2(scores * scale - base[:, None])
@@ -76,19 +83,24 @@ def _segment_forward(
     for first in range(0, P, N):
         column = first + tl.arange(0, N)
         keys, values = _load(k, column, k_row, P, D), _load(v, column, v_row, P, D)
-        acc, largest, total = _query_step(
-            query, acc, largest, total, keys, values, (column < P)[None, :], scale
-        )
+        scores = tl.where((column < P)[None, :], tl.dot(query, tl.trans(keys)), float("-inf"))
+        acc, largest, total = _query_step(acc, largest, total, scores, values, scale)
     low = tl.where(of_tokens, _first_seen(start - P, W, G, N), 0)
     high = tl.where(of_tokens, tl.minimum(start - P + M, T), 0)
     for first in range(low, high, N):
         other = first + tl.arange(0, N)
-        seen = _seen(token[:, None], other[None, :], T, W)
+        whole = _all_seen(start - P, M, first, N, W)
         keys, values = _load(rk, other, rk_row, T, D), _load(rv, other, rv_row, T, D)
-        acc, largest, total = _query_step(query, acc, largest, total, keys, values, seen, scale)
+        scores = tl.dot(query, tl.trans(keys))
+        if not whole:
+            scores = tl.where(_seen(token[:, None], other[None, :], T, W), scores, float("-inf"))
+        acc, largest, total = _query_step(acc, largest, total, scores, values, scale)
         column = P + other
         keys, values = _load(k, column, k_row, P + T, D), _load(v, column, v_row, P + T, D)
-        acc, largest, total = _query_step(query, acc, largest, total, keys, values, seen, scale)
+        scores = tl.dot(query, tl.trans(keys))
+        if not whole:
+            scores = tl.where(_seen(token[:, None], other[None, :], T, W), scores, float("-inf"))
+        acc, largest, total = _query_step(acc, largest, total, scores, values, scale)
     total = tl.where(row < end, total, 1.0)
     out = out_ptr + batch * o_batch + head * o_head + row[:, None] * o_row + lane[None, :]
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), (row < end)[:, None])
@@ -96,9 +108,7 @@ def _segment_forward(
 
 
 @triton.jit
-def _grad_query_step(query, grad, delta, log, acc, keys, values, seen, scale):
-    scores = tl.dot(query, tl.trans(keys))
-    p = tl.where(seen, tl.exp2(scores * scale - log[:, None]), 0.0)
+def _grad_query_step(p, grad, delta, acc, keys, values):
     grad_p = tl.dot(grad, tl.trans(values))
     grad_s = (p * (grad_p - delta[:, None])).to(keys.dtype)
     return tl.dot(grad_s, keys, acc)
@@ -133,18 +143,25 @@ def _segment_grad_query(
     for first in range(0, P, N):
         column = first + tl.arange(0, N)
         keys, values = _load(k, column, k_row, P, D), _load(v, column, v_row, P, D)
-        seen = (column < P)[None, :] & (row < end)[:, None]
-        acc = _grad_query_step(query, grad, delta, log, acc, keys, values, seen, scale)
+        p = tl.exp2(tl.dot(query, tl.trans(keys)) * scale - log[:, None])
+        p = tl.where((column < P)[None, :], p, 0.0)
+        acc = _grad_query_step(p, grad, delta, acc, keys, values)
     low = tl.where(of_tokens, _first_seen(start - P, W, G, N), 0)
     high = tl.where(of_tokens, tl.minimum(start - P + M, T), 0)
     for first in range(low, high, N):
         other = first + tl.arange(0, N)
-        seen = _seen(token[:, None], other[None, :], T, W) & (row < end)[:, None]
+        whole = _all_seen(start - P, M, first, N, W)
         keys, values = _load(rk, other, rk_row, T, D), _load(rv, other, rv_row, T, D)
-        acc = _grad_query_step(query, grad, delta, log, acc, keys, values, seen, scale)
+        p = tl.exp2(tl.dot(query, tl.trans(keys)) * scale - log[:, None])
+        if not whole:
+            p = tl.where(_seen(token[:, None], other[None, :], T, W), p, 0.0)
+        acc = _grad_query_step(p, grad, delta, acc, keys, values)
         column = P + other
         keys, values = _load(k, column, k_row, P + T, D), _load(v, column, v_row, P + T, D)
-        acc = _grad_query_step(query, grad, delta, log, acc, keys, values, seen, scale)
+        p = tl.exp2(tl.dot(query, tl.trans(keys)) * scale - log[:, None])
+        if not whole:
+            p = tl.where(_seen(token[:, None], other[None, :], T, W), p, 0.0)
+        acc = _grad_query_step(p, grad, delta, acc, keys, values)
     into = grad_q_ptr + batch * d_batch + head * d_head + row[:, None] * d_row + lane[None, :]
     tl.store(into, (acc * natural).to(grad_q_ptr.dtype.element_ty), (row < end)[:, None])
 
@@ -180,10 +197,10 @@ def _segment_grad_key(
         grad = _load(g, row, g_row, P + T, D)
         log = tl.load(log_ptr + pair * (P + T) + row, row < P + T, other=0.0)
         delta = tl.load(delta_ptr + pair * (P + T) + row, row < P + T, other=0.0)
-        scores = tl.dot(keys, tl.trans(query))  # [N, M]
-        seen = _seen((row - P)[None, :], other[:, None], T, W) | (not of_tokens)
-        seen = seen & (column < end)[:, None] & (row < P + T)[None, :]
-        p = tl.where(seen, tl.exp2(scores * scale - log[None, :]), 0.0)
+        p = tl.exp2(tl.dot(keys, tl.trans(query)) * scale - log[None, :])  # [N, M]
+        # a persistent key is seen by all rows
+        if of_tokens & (not _all_seen(first - P, M, token, N, W)):
+            p = tl.where(_seen((row - P)[None, :], other[:, None], T, W), p, 0.0)
         grad_v = tl.dot(p.to(grad.dtype), grad, grad_v)
         grad_p = tl.dot(values, tl.trans(grad))
         grad_s = (p * (grad_p - delta[None, :])).to(query.dtype)
@@ -233,13 +250,17 @@ def attend_backward(
     log: Tensor,
     window: int,
     segment: int,
+    into: Sequence[Tensor] | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of queries, keys, values, retrieved keys and retrieved values."""
+    """Gradients of queries, keys, values, retrieved keys and retrieved values.
+
+    Written to ``into``, if given, whose keys and values lie alike: rows contiguous.
+    """
     S, H, L, D = q.shape
     T = rk.shape[2]
     P = L - T
     grad, q, k, v, rk, rv = (_ready(x) for x in (grad, q, k, v, rk, rv))
-    grads = [_rows_first(x) for x in (q, k, v, rk, rv)]
+    grads = [_rows_first(x) for x in (q, k, v, rk, rv)] if into is None else into
     delta = torch.empty_like(log)
     natural = D**-0.5
     scale = natural * LOG2_E

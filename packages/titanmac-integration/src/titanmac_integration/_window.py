@@ -6,6 +6,7 @@ Rows of queries, keys and values are the P persistent tokens, then the T tokens.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import _window_ops
 from ._rotary import Rotary, rotate
-from ._segment import TILE, attend_segments
+from ._segment import TILE, attend_segments, turned_segments_
 
 DENSE_UP_TO = {"cpu": 256, "cuda": 2048}
 """Tokens up to which one call with an [L, L] mask is faster than blocks, by type of device."""
@@ -243,14 +244,38 @@ def segment_attention(
     Token i of a segment sees the persistent tokens, what tokens up to i retrieved, and tokens up to
     i, of its own segment and window. Persistent tokens see each other.
     """
-    whole = plan.size >= retrieved[0].shape[2] or plan.size % TILE == 0
-    if whole and _on_gpu(query, dropout):
-
-        def plain(q: Tensor, k: Tensor, v: Tensor, *recalled: Tensor) -> Tensor:
-            return _segments_by_torch(q, k, v, (recalled[0], recalled[1]), plan, 0.0)
-
+    if _whole(plan, retrieved[0].shape[2]) and _on_gpu(query, dropout):
+        plain = functools.partial(_segments_plainly, plan)
         return attend_segments(query, key, value, retrieved, plan.window, plan.size, plain)
     return _segments_by_torch(query, key, value, retrieved, plan, dropout)
+
+
+def takes_segments(heads: Tensor, plan: SegmentPlan, dropout: float) -> bool:
+    """Whether :func:`turned_segment_attention_` takes these heads [S, L, 3, H, D]."""
+    return _whole(plan, heads.shape[1] - plan.n_persistent) and takes_heads(heads, dropout)
+
+
+def turned_segment_attention_(
+    heads: Tensor, retrieved: Tensor, rotary: Rotary, plan: SegmentPlan
+) -> Tensor:
+    """`segment_attention` of heads [S, L, 3, H, D], ``retrieved`` keys and values [S, T, 2, H, D].
+
+    As :func:`turned_attention_`: both are the caller's own, and turned in place.
+    """
+    behind = (rotary[0][plan.n_persistent :], rotary[1][plan.n_persistent :])
+    plain = functools.partial(_segments_plainly, plan)
+    return turned_segments_(heads, retrieved, (rotary, behind), plan.window, plan.size, plain)
+
+
+def _whole(plan: SegmentPlan, tokens: int) -> bool:
+    """Whether tiles of the kernels lie in one segment each."""
+    return plan.size >= tokens or plan.size % TILE == 0
+
+
+def _segments_plainly(
+    plan: SegmentPlan, query: Tensor, key: Tensor, value: Tensor, *retrieved: Tensor
+) -> Tensor:
+    return _segments_by_torch(query, key, value, (retrieved[0], retrieved[1]), plan, 0.0)
 
 
 def _segments_by_torch(
