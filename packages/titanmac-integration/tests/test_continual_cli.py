@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from blockell_format.snapshots import open_run
 from titanmac_integration import load_checkpoint
@@ -72,7 +73,15 @@ def test_a_sequence_is_recorded_and_gone_on_with(
 def test_seeds_and_a_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
     command = ["continual", "--out", str(out), "--steps", "1", "--no-record", *TASKS, *SMALL]
-    assert main([*command, "--methods", "fine-tuning", "--seeds", "3", "5"]) == 0
+    matmul = torch.backends.cuda.matmul
+    assert not matmul.allow_tf32
+    try:
+        flags = ["--methods", "fine-tuning", "--seeds", "3", "5", "--tf32"]
+        assert main([*command, *flags]) == 0
+        assert matmul.allow_tf32
+    finally:
+        matmul.allow_tf32 = False
+    assert read_records([out])[0]["tf32"] is False, "on a CPU there is no such thing"
     assert [r["seed"] for r in read_records([out])] == [3, 5]
     capsys.readouterr()
     assert main([*command, "--methods", "l2", "--seeds", "3", "--time-limit", "0"]) == 0

@@ -98,6 +98,9 @@ def add_parser(commands: Any) -> None:
         "for the dashboard (default: yes)",
     )
     parser.add_argument("--device", default="auto", help='"auto", "cpu", "cuda", "cuda:1", ...')
+    parser.add_argument(
+        "--tf32", action="store_true", help="products of float32 matrices in TF32 on a GPU"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar, only the results")
     add_fields(parser.add_argument_group("training, all tasks"), TrainingConfig)
     add_fields(parser.add_argument_group("model, all architectures"), TitanMACConfig)
@@ -126,6 +129,8 @@ def run(arguments: argparse.Namespace) -> int:
     for task in protocol.tasks:
         _check_vocabulary(setting.config(asked[0].arch), task.name, task.min_vocab_size)
     _prepare(out, setting, asked, seeds, force=arguments.force, record=arguments.record)
+    if arguments.tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(seeds[0])  # dropout draws from the global generator
     try:
         complete = protocol.run(asked, seeds, time_limit_s=arguments.time_limit)

@@ -211,8 +211,20 @@ def _figures(moments: list[Scores], phases: list[Phase]) -> dict[str, Any]:
     }
 
 
-def _where(device: torch.device) -> dict[str, str]:
+def _tf32() -> bool:
+    matmul = torch.backends.cuda.matmul
+    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later
+        return bool(matmul.fp32_precision == "tf32")
+    return bool(matmul.allow_tf32)
+
+
+def _where(device: torch.device) -> dict[str, Any]:
     name = platform.processor() or platform.machine()
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-    return {"device": name, "torch": torch.__version__, "python": platform.python_version()}
+    return {
+        "device": name,
+        "tf32": device.type == "cuda" and _tf32(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
