@@ -236,3 +236,23 @@ def test_compiled_blocks_keep_the_kernels(tiny_config: Make, variant: str) -> No
     torch.testing.assert_close(results[1][0], results[0][0], rtol=0.05, atol=0.05)
     for name, plain in results[0][1].items():
         assert (results[1][1][name] - plain).norm() < 0.08 * plain.norm(), name
+
+
+@pytest.mark.parametrize("variant", ["MAC", "MAG"])
+def test_rows_in_front_are_no_tokens(tiny_config: Make, variant: str) -> None:
+    """As persistent tokens are none: they change nothing, and get no gradient."""
+    memory, x = module(tiny_config, variant), sequences(300)
+    results = []
+    for skipped in (0, 5):
+        rows = torch.cat((x.new_ones(3, skipped, 96), x), dim=1).requires_grad_()
+        beside = torch.zeros_like(rows)
+        with torch.autocast("cuda", torch.bfloat16):
+            said = memory(rows, None, 0, skipped)
+            total = said.behind(skipped, beside.bfloat16()).sin().sum()
+            if said.retrieved is not None:
+                total = total + said.retrieved.float().cos().sum()
+        grads = torch.autograd.grad(total, [rows, *memory.parameters()])
+        assert not grads[0][:, :skipped].any()
+        results.append([said.read, grads[0][:, skipped:], *grads[1:]])
+    for got, wanted in zip(*results, strict=True):
+        assert (got - wanted).float().norm() < 0.01 * wanted.float().norm()

@@ -136,7 +136,8 @@ def memory_cases():
     channels = {"H": 4, "D": 64, "DP": 64, "TAPS": 4, "ROWS": _token_kernels.ROWS}
     gates = {"H": 4, "HP": 4, "C": 768, "ROWS": _token_kernels.ROWS, "PAD": 4}
     gates |= {name: getattr(_token_kernels, name) for name in ("MAX_ALPHA", "MIN_LOG_ETA")}
-    rows = {"D": 64, "DP": 64, "ROWS": _answer_kernels.ROWS, "BLOCK": _answer_kernels.BLOCK}
+    rows = {"D": 64, "DP": 64, "ROWS": _answer_kernels.ROWS}
+    rows["COLUMNS"] = _answer_kernels.COLUMNS
     shortest = {"SHORTEST": _token_kernels.SHORTEST}
     half = (
         "flat_ptr",

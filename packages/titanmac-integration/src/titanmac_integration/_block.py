@@ -85,12 +85,12 @@ class TitanBlock(nn.Module):
 
         if self.variant == "MAL":
             x, normed = self.norm_memory.after_adding(x, *(added or (None,)))
-            said = self.memory(normed[:, skipped:], past, run.position)
+            said = self.memory(normed, past, run.position, skipped)
             memory, loss = said.state, said.loss
             added = Addend(self.dropout(said.behind(skipped)))
         x, normed = self.norm_attention.after_adding(x, *(added or (None,)))
         if self.variant in ("MAC", "MAG"):
-            said = self.memory(normed[:, skipped:], past, run.position)
+            said = self.memory(normed, past, run.position, skipped)
             memory, loss = said.state, said.loss
             if self.variant == "MAC":
                 retrieved = self.norm_memory(said.retrieved)

@@ -14,7 +14,8 @@ from .._project_kernels import sum_parts
 ROWS = 32
 PROGRAMS = 528
 """At most, of the norm's backward pass; each gathers a share of the weight's gradient."""
-BLOCK = 2048
+COLUMNS = 128
+"""With ROWS the tile of the gate's kernels."""
 
 
 @triton.jit
@@ -70,23 +71,37 @@ def _memory_norm_backward(
 
 
 @triton.jit
+def load_gate(logits_ptr, bias_ptr, place, column, inside, C):
+    """sigmoid(logits + bias) [rows, columns]."""
+    logits = tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32)
+    if bias_ptr is not None:
+        logits += tl.load(bias_ptr + column, column < C, other=0.0).to(tl.float32)
+    return tl.sigmoid(logits)
+
+
+@triton.jit
 def _memory_gate(
     x_ptr,  # [S, T, C]
-    logits_ptr,  # [S, T, C]
+    logits_ptr,  # [S, A + T, C]
+    bias_ptr,  # [C], or None
     beside_ptr,  # [S, P + T, C], or None
     y_ptr,  # [S, P + T, C]
-    skipped,  # P C
-    N,  # T C
-    BLOCK: tl.constexpr,
+    skipped,  # P
+    ahead,  # A
+    T,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    sequence = tl.program_id(1).to(tl.int64)
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    there, inside = lane < skipped + N, (lane >= skipped) & (lane < skipped + N)
-    place = sequence * N + (lane - skipped)
-    x = tl.load(x_ptr + place, inside, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32))
-    y = gate * x
-    place = sequence * (skipped + N) + lane
+    sequence = tl.program_id(2).to(tl.int64)
+    t = (tl.program_id(0) * ROWS - skipped + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    there = (t < T) & (column < C)
+    inside = there & (t >= 0)
+    x = tl.load(x_ptr + (sequence * T + t) * C + column, inside, other=0.0).to(tl.float32)
+    place = (sequence * (ahead + T) + (ahead + t)) * C + column
+    y = load_gate(logits_ptr, bias_ptr, place, column, inside, C) * x
+    place = (sequence * (skipped + T) + (skipped + t)) * C + column
     if beside_ptr is not None:
         y += tl.load(beside_ptr + place, there, other=0.0).to(tl.float32)
     tl.store(y_ptr + place, y.to(y_ptr.dtype.element_ty), there)
@@ -96,24 +111,36 @@ def _memory_gate(
 def _memory_gate_backward(
     grad_ptr,  # [S, P + T, C]
     x_ptr,  # [S, T, C]
-    logits_ptr,  # [S, T, C]
+    logits_ptr,  # [S, A + T, C]
+    bias_ptr,  # [C], or None
     grad_x_ptr,  # [S, T, C]
-    grad_logits_ptr,  # [S, T, C]
-    skipped,  # P C
-    N,  # T C
-    BLOCK: tl.constexpr,
+    grad_logits_ptr,  # [S, A + T, C]
+    parts_ptr,  # float32 [S blocks, C], or None without a bias
+    skipped,  # P
+    ahead,  # A
+    T,
+    C,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
-    sequence = tl.program_id(1).to(tl.int64)
-    lane = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    inside = lane < N
-    grad = tl.load(grad_ptr + sequence * (skipped + N) + (skipped + lane), inside, other=0.0)
-    grad = grad.to(tl.float32)
-    place = sequence * N + lane
-    x = tl.load(x_ptr + place, inside, other=0.0).to(tl.float32)
-    gate = tl.sigmoid(tl.load(logits_ptr + place, inside, other=0.0).to(tl.float32))
-    tl.store(grad_x_ptr + place, (grad * gate).to(grad_x_ptr.dtype.element_ty), inside)
-    grad_logits = grad * x * gate * (1.0 - gate)
-    tl.store(grad_logits_ptr + place, grad_logits.to(grad_logits_ptr.dtype.element_ty), inside)
+    sequence = tl.program_id(2).to(tl.int64)
+    t = (tl.program_id(0) * ROWS - ahead + tl.arange(0, ROWS))[:, None]
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS))[None, :]
+    there = (t < T) & (column < C)
+    inside = there & (t >= 0)
+    place = (sequence * (skipped + T) + (skipped + t)) * C + column
+    grad = tl.load(grad_ptr + place, inside, other=0.0).to(tl.float32)
+    of_x = (sequence * T + t) * C + column
+    x = tl.load(x_ptr + of_x, inside, other=0.0).to(tl.float32)
+    place = (sequence * (ahead + T) + (ahead + t)) * C + column
+    gate = load_gate(logits_ptr, bias_ptr, place, column, inside, C)
+    tl.store(grad_x_ptr + of_x, (grad * gate).to(grad_x_ptr.dtype.element_ty), inside)
+    grad_logits = grad * x * gate * (1.0 - gate)  # zero in rows ahead
+    tl.store(grad_logits_ptr + place, grad_logits.to(grad_logits_ptr.dtype.element_ty), there)
+    if parts_ptr is not None:
+        part = sequence * tl.num_programs(0) + tl.program_id(0)
+        total = tl.sum(grad_logits, 0)[None, :]
+        tl.store(parts_ptr + part * C + column, total, column < C)
 
 
 def normalise(x: Tensor, weight: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
@@ -140,24 +167,44 @@ def normalise_backward(
     return grad_x, sum_parts(parts).to(weight.dtype)
 
 
-def gate(x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
-    """``beside`` (or zeros) [S, P + T, C] plus, behind P ``skipped`` rows, sigmoid(logits) x.
+def gate(
+    x: Tensor, logits: Tensor, bias: Tensor | None, skipped: int, beside: Tensor | None
+) -> Tensor:
+    """sigmoid(logits + bias) x behind P (``skipped``) rows of zeros, added to ``beside``.
 
-    ``x`` and ``logits`` [S, T, C]; all contiguous.
+    ``x`` [S, T, C]; of ``logits`` [S, A + T, C] the last T rows; ``bias`` [C]; ``beside``
+    [S, P + T, C]; all contiguous.
     """
     S, T, C = x.shape
     y = x.new_empty(S, skipped + T, C)
-    grid = (triton.cdiv((skipped + T) * C, BLOCK), S)
-    _memory_gate[grid](x, logits, beside, y, skipped * C, T * C, BLOCK=BLOCK)
+    grid = (triton.cdiv(skipped + T, ROWS), triton.cdiv(C, COLUMNS), S)
+    ahead = logits.shape[1] - T
+    _memory_gate[grid](x, logits, bias, beside, y, skipped, ahead, T, C, ROWS=ROWS, COLUMNS=COLUMNS)
     return y
 
 
-def gate_backward(grad: Tensor, x: Tensor, logits: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` and ``logits``; contiguous."""
+def gate_backward(
+    grad: Tensor, x: Tensor, logits: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Gradients of ``x``, ``logits`` and ``bias``; contiguous."""
     S, T, C = x.shape
     grad_x, grad_logits = torch.empty_like(x), torch.empty_like(logits)
-    skipped = (grad.shape[1] - T) * C
-    _memory_gate_backward[(triton.cdiv(T * C, BLOCK), S)](
-        grad, x, logits, grad_x, grad_logits, skipped, T * C, BLOCK=BLOCK
+    skipped, ahead = grad.shape[1] - T, logits.shape[1] - T
+    blocks = triton.cdiv(ahead + T, ROWS)
+    parts = None if bias is None else x.new_empty(S * blocks, C, dtype=torch.float32)
+    _memory_gate_backward[(blocks, triton.cdiv(C, COLUMNS), S)](
+        grad,
+        x,
+        logits,
+        bias,
+        grad_x,
+        grad_logits,
+        parts,
+        skipped,
+        ahead,
+        T,
+        C,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
     )
-    return grad_x, grad_logits
+    return grad_x, grad_logits, None if parts is None else sum_parts(parts).to(bias.dtype)

@@ -24,16 +24,30 @@ def normalised(norm: nn.RMSNorm, answers: Tensor) -> Tensor:
     return normed
 
 
-def gated(x: Tensor, logits: Tensor, skipped: int = 0, beside: Tensor | None = None) -> Tensor:
-    """sigmoid(logits) x [S, T, d_model] behind ``skipped`` rows of zeros, added to ``beside``."""
+def gated(
+    x: Tensor,
+    logits: Tensor,
+    bias: Tensor | None = None,
+    skipped: int = 0,
+    beside: Tensor | None = None,
+) -> Tensor:
+    """sigmoid(logits + bias) x behind ``skipped`` rows of zeros, added to ``beside``.
+
+    ``x`` [S, T, C]; of ``logits`` [S, T or more, C] the last T rows; ``bias`` [C].
+    """
     dtypes = {x.dtype, logits.dtype, x.dtype if beside is None else beside.dtype}
     if not on_gpu(x) or len(dtypes) > 1:
-        return _gated(x, logits, skipped, beside)
-    result: Tensor = _Gated.apply(x, logits, skipped, beside)
+        return _gated(x, logits, bias, skipped, beside)
+    result: Tensor = _Gated.apply(x, logits, bias, skipped, beside)
     return result
 
 
-def _gated(x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
+def _gated(
+    x: Tensor, logits: Tensor, bias: Tensor | None, skipped: int, beside: Tensor | None
+) -> Tensor:
+    logits = logits[:, logits.shape[1] - x.shape[1] :]
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
     read = torch.sigmoid(logits) * x
     if skipped:
         read = functional.pad(read, (0, 0, skipped, 0))
@@ -65,25 +79,32 @@ class _Norm(torch.autograd.Function):
 
 class _Gated(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, logits: Tensor, skipped: int, beside: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        logits: Tensor,
+        bias: Tensor | None,
+        skipped: int,
+        beside: Tensor | None,
+    ) -> Tensor:
         from ._answer_kernels import gate
 
-        ctx.save_for_backward(x, logits)
+        ctx.save_for_backward(x, logits, bias)
         ctx.skipped = skipped
         beside = None if beside is None else beside.contiguous()
-        return gate(x.contiguous(), logits.contiguous(), skipped, beside)
+        return gate(x.contiguous(), logits.contiguous(), bias, skipped, beside)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, logits = ctx.saved_tensors
-        beside = grad if ctx.needs_input_grad[3] else None
+        x, logits, bias = ctx.saved_tensors
+        beside = grad if ctx.needs_input_grad[4] else None
         if torch.is_grad_enabled():
 
-            def plain(x: Tensor, logits: Tensor) -> tuple[Tensor]:
-                return (_gated(x, logits, ctx.skipped, None),)
+            def plain(x: Tensor, logits: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+                return (_gated(x, logits, bias, ctx.skipped, None),)
 
-            return *gradients_again(plain, (x, logits), (grad,)), None, beside
+            return *gradients_again(plain, (x, logits, bias), (grad,)), None, beside
         from ._answer_kernels import gate_backward
 
-        found = gate_backward(grad.contiguous(), x.contiguous(), logits.contiguous())
+        found = gate_backward(grad.contiguous(), x.contiguous(), logits.contiguous(), bias)
         return *found, None, beside

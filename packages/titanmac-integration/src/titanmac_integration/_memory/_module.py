@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from .._config import TitanMACConfig
 from .._linear import init_linear
-from .._project import has_hooks, project
+from .._project import has_hooks, project_apart
 from ._answers import gated, normalised
 from ._chunked import kernels_take, read, recall_segments
 from ._gates import MAX_ALPHA, MAX_STEP, START_ALPHA, START_ETA, START_STEP, Gates
@@ -33,7 +33,9 @@ class MemoryOutput(NamedTuple):
     answers: Tensor
     """[S, T, d_model]: M_t(q_t), not gated; token t itself is part of M_t."""
     gate: Tensor
-    """[S, T, d_model]: logits of the gate that answers go through."""
+    """[S, T, d_model], or more rows in front: logits of the gate that answers go through."""
+    gate_bias: Tensor | None
+    """[d_model], still to be added to ``gate``."""
     retrieved: Tensor | None
     """[S, T, d_model]: M(q_t) as M was before the segment of t; for MAC only."""
     loss: Tensor
@@ -44,11 +46,11 @@ class MemoryOutput(NamedTuple):
     @property
     def read(self) -> Tensor:
         """[S, T, d_model]: the answers, gated."""
-        return gated(self.answers, self.gate)
+        return gated(self.answers, self.gate, self.gate_bias)
 
     def behind(self, skipped: int, beside: Tensor | None = None) -> Tensor:
         """`read` behind ``skipped`` rows of zeros, added to ``beside`` [S, L, d_model]."""
-        return gated(self.answers, self.gate, skipped, beside)
+        return gated(self.answers, self.gate, self.gate_bias, skipped, beside)
 
 
 class NeuralMemory(nn.Module):
@@ -112,14 +114,15 @@ class NeuralMemory(nn.Module):
         return weights, tuple(torch.zeros_like(matrix) for matrix in weights)
 
     def forward(
-        self, x: Tensor, state: MemoryState | None = None, position: int = 0
+        self, x: Tensor, state: MemoryState | None = None, position: int = 0, skipped: int = 0
     ) -> MemoryOutput:
         """Read tokens, answer each.
 
         Args:
-            x: [S, T, d_model], T at least 1.
+            x: [S, skipped + T, d_model], T at least 1.
             state: after the tokens before; None at the start.
             position: number of tokens before. With a state, MAC takes tokens of one segment only.
+            skipped: rows of ``x`` in front that are none of the memory's tokens.
 
         Returns:
             :class:`MemoryOutput`; the memory computes in float32 at least, whatever autocast says.
@@ -128,13 +131,15 @@ class NeuralMemory(nn.Module):
         if on_gpu(x):  # once, not in every projection
             half = torch.is_autocast_enabled(device)
             x = x.to(torch.get_autocast_dtype(device) if half else x.dtype).contiguous()
+        elif skipped:  # kernels pass over them
+            x, skipped = x[:, skipped:], 0
         flat, bias = self._project(x)
         past = None if state is None else state.convolution
         with torch.autocast(device, enabled=False):
             tokens, gates = tokens_and_gates(
-                flat, past, self.taps, bias, self.heads, self.width, self.max_step
+                flat, past, self.taps, bias, self.heads, self.width, self.max_step, skipped
             )
-            latest = self._past(flat, past)
+            latest = self._past(flat[:, skipped:], past)
             if state is None:
                 weights, momentum = self._initial(x.shape[0])
                 state = MemoryState(weights, momentum, weights, weights, latest)
@@ -145,8 +150,9 @@ class NeuralMemory(nn.Module):
             )
         if retrieved is not None:
             retrieved = self._merge(retrieved)
-        gate = project(self.out_gate, x)
-        return MemoryOutput(self._merge(answers), gate, retrieved, loss, state)
+        return MemoryOutput(
+            self._merge(answers), *project_apart(self.out_gate, x), retrieved, loss, state
+        )
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """[S, T, 3 H D + 3 H or more]: query, key, value, logits of gates; a bias of these."""

@@ -2,7 +2,7 @@
 """Triton kernels between the projections and a memory: convolution, SiLU, normalisation; gates.
 
 Legend: S sequences, T tokens, H heads, D width; C = 3 H D channels, W features of a projection:
-C channels, then 3 H logits of gates, then nothing.
+C channels, then 3 H logits of gates, then nothing. Projections have A rows ahead of the tokens.
 """
 
 import torch
@@ -19,11 +19,16 @@ SHORTEST = 1e-12
 
 
 @triton.jit
-def load_row(flat_ptr, past_ptr, sequence, at, channel, inside, T, W, C, TAPS: tl.constexpr):
+def first_token(flat_ptr, sequence, T, W, ahead):
+    """Where the tokens of a sequence begin in [S, A + T, W]."""
+    return flat_ptr + (sequence * (ahead + T) + ahead) * W
+
+
+@triton.jit
+def load_row(flat, past_ptr, sequence, at, channel, inside, T, W, C, TAPS: tl.constexpr):
     """Inputs of tokens ``at`` [rows, channels], 0 where there are none."""
     there = inside & (at < T)
-    place = sequence * T * W + (at * W + channel)
-    x = tl.load(flat_ptr + place, there & (at >= 0), other=0.0).to(tl.float32)
+    x = tl.load(flat + (at * W + channel), there & (at >= 0), other=0.0).to(tl.float32)
     if past_ptr is not None:
         place = sequence * (TAPS - 1) * C + ((at + TAPS - 1) * C + channel)
         before = there & (at < 0) & (at > -TAPS)
@@ -32,26 +37,27 @@ def load_row(flat_ptr, past_ptr, sequence, at, channel, inside, T, W, C, TAPS: t
 
 
 @triton.jit
-def mix(flat_ptr, past_ptr, taps_ptr, sequence, t, channel, known, T, W, C, TAPS: tl.constexpr):
+def mix(flat, past_ptr, taps_ptr, sequence, t, channel, known, T, W, C, TAPS: tl.constexpr):
     """The convolution: inputs of a token and of the TAPS - 1 before it, weighted."""
     mixed = tl.zeros((t.shape[0], channel.shape[0]), tl.float32)
     inside = known[None, :] & (t < T)
     for tap in tl.static_range(TAPS):
         weight = tl.load(taps_ptr + channel * TAPS + tap, known, other=0.0)
         at = t - (TAPS - 1) + tap
-        x = load_row(flat_ptr, past_ptr, sequence, at, channel[None, :], inside, T, W, C, TAPS)
+        x = load_row(flat, past_ptr, sequence, at, channel[None, :], inside, T, W, C, TAPS)
         mixed += x * weight[None, :]
     return mixed
 
 
 @triton.jit
 def _memory_tokens(
-    flat_ptr,  # [S, T, W]
+    flat_ptr,  # [S, A + T, W]
     past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
     tokens_ptr,  # float32 [S, T, C]
     T,
     W,
+    ahead,  # A
     H: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -65,7 +71,8 @@ def _memory_tokens(
     lane = tl.arange(0, DP)
     channel = part * D + lane
     inside = (lane < D)[None, :] & (t < T)
-    mixed = mix(flat_ptr, past_ptr, taps_ptr, sequence, t, channel, lane < D, T, W, C, TAPS)
+    flat = first_token(flat_ptr, sequence, T, W, ahead)
+    mixed = mix(flat, past_ptr, taps_ptr, sequence, t, channel, lane < D, T, W, C, TAPS)
     y = mixed * tl.sigmoid(mixed)
     length = tl.maximum(tl.sqrt(tl.sum(y * y, 1)), SHORTEST)
     y = y / tl.where(part < 2 * H, length, 1.0)[:, None]
@@ -74,13 +81,14 @@ def _memory_tokens(
 
 @triton.jit
 def _memory_mixed_backward(
-    flat_ptr,  # [S, T, W]
+    flat_ptr,  # [S, A + T, W]
     past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
     d_tokens_ptr,  # float32 [S, T, C]
     d_mixed_ptr,  # [S, T, C]: of what the convolution gives, in the precision of flat
     T,
     W,
+    ahead,  # A
     H: tl.constexpr,
     D: tl.constexpr,
     DP: tl.constexpr,
@@ -94,7 +102,8 @@ def _memory_mixed_backward(
     lane = tl.arange(0, DP)
     channel = part * D + lane
     inside = (lane < D)[None, :] & (t < T)
-    mixed = mix(flat_ptr, past_ptr, taps_ptr, sequence, t, channel, lane < D, T, W, C, TAPS)
+    flat = first_token(flat_ptr, sequence, T, W, ahead)
+    mixed = mix(flat, past_ptr, taps_ptr, sequence, t, channel, lane < D, T, W, C, TAPS)
     gate = tl.sigmoid(mixed)
     y = mixed * gate
     place = sequence * T * C + (t * C + channel[None, :])
@@ -110,15 +119,16 @@ def _memory_mixed_backward(
 
 @triton.jit
 def _memory_flat_backward(
-    flat_ptr,  # [S, T, W]
+    flat_ptr,  # [S, A + T, W]
     past_ptr,  # [S, TAPS - 1, C], or None
     taps_ptr,  # [C, TAPS]
     d_mixed_ptr,  # [S, T, C]
-    d_flat_ptr,  # [S, T, W]
+    d_flat_ptr,  # [S, A + T, W]
     d_past_ptr,  # [S, TAPS - 1, C], or None
     parts_ptr,  # float32 [blocks S, C, TAPS]
     T,
     W,
+    ahead,  # A
     first,  # token of the first row
     H: tl.constexpr,
     D: tl.constexpr,
@@ -133,20 +143,21 @@ def _memory_flat_backward(
     channel = part * D + lane
     known = lane < D
     inside = known[None, :] & (t < T)
-    x = load_row(flat_ptr, past_ptr, sequence, t, channel[None, :], inside, T, W, C, TAPS)
+    flat = first_token(flat_ptr, sequence, T, W, ahead)
+    x = load_row(flat, past_ptr, sequence, t, channel[None, :], inside, T, W, C, TAPS)
     parts = parts_ptr + (sequence * tl.num_programs(0) + block) * C * TAPS
     d_x = tl.zeros((ROWS, DP), tl.float32)
     # an input is part of its own token and of the TAPS - 1 that follow
-    for ahead in tl.static_range(TAPS):
-        at = t + ahead
+    for later in tl.static_range(TAPS):
+        at = t + later
         there = known[None, :] & (at >= 0) & (at < T)
         place = d_mixed_ptr + sequence * T * C + (at * C + channel[None, :])
         d_mixed = tl.load(place, there, other=0.0).to(tl.float32)
-        tap = channel * TAPS + (TAPS - 1 - ahead)
+        tap = channel * TAPS + (TAPS - 1 - later)
         weight = tl.load(taps_ptr + tap, known, other=0.0)
         d_x += d_mixed * weight[None, :]
         tl.store(parts + tap, tl.sum(d_mixed * x, 0), known)
-    place = d_flat_ptr + sequence * T * W + (t * W + channel[None, :])
+    place = first_token(d_flat_ptr, sequence, T, W, ahead) + (t * W + channel[None, :])
     tl.store(place, d_x.to(d_flat_ptr.dtype.element_ty), inside & (t >= 0))
     if d_past_ptr is not None:
         place = d_past_ptr + sequence * (TAPS - 1) * C + ((t + TAPS - 1) * C + channel[None, :])
@@ -164,11 +175,12 @@ def load_logits(logits_ptr, bias_ptr, head, inside, H: tl.constexpr):
 
 @triton.jit
 def _memory_gates(
-    flat_ptr,  # [S, T, W]
+    flat_ptr,  # [S, A + T, W]
     bias_ptr,  # [3 H], added to the logits, or None
     gates_ptr,  # float32 [3, S, H, T]
     T,
     W,
+    ahead,  # A
     max_step,
     H: tl.constexpr,
     HP: tl.constexpr,
@@ -181,7 +193,7 @@ def _memory_gates(
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     head = tl.arange(0, HP)[None, :]
     inside = (t < T) & (head < H)
-    logits = flat_ptr + sequence * T * W + t * W + C + head
+    logits = first_token(flat_ptr, sequence, T, W, ahead) + t * W + C + head
     place = gates_ptr + sequence * H * T + head * T + t
     third = count.to(tl.int64) * H * T
     alpha = MAX_ALPHA * tl.sigmoid(load_logits(logits, bias_ptr, head, inside, H))
@@ -208,13 +220,14 @@ def gate_sums(parts_ptr, grad, gate, head, H: tl.constexpr):
 
 @triton.jit
 def _memory_gates_backward(
-    flat_ptr,  # [S, T, W]
+    flat_ptr,  # [S, A + T, W]
     bias_ptr,  # [3 H], or None
     d_gates_ptr,  # float32 [3, S, H, T]
-    d_flat_ptr,  # [S, T, W]
+    d_flat_ptr,  # [S, A + T, W]
     parts_ptr,  # float32 [blocks S, 3 H], or None without a bias
     T,
     W,
+    ahead,  # A
     max_step,
     H: tl.constexpr,
     HP: tl.constexpr,
@@ -228,8 +241,9 @@ def _memory_gates_backward(
     t = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
     head = tl.arange(0, HP)[None, :]
     inside = (t < T) & (head < H)
-    logits = flat_ptr + sequence * T * W + t * W + C + head
-    d_logits = d_flat_ptr + sequence * T * W + t * W + C + head
+    logits = first_token(flat_ptr, sequence, T, W, ahead) + t * W + C + head
+    d_flat = first_token(d_flat_ptr, sequence, T, W, ahead)
+    d_logits = d_flat + t * W + C + head
     place = d_gates_ptr + sequence * H * T + head * T + t
     third = count.to(tl.int64) * H * T
     dtype = d_flat_ptr.dtype.element_ty
@@ -249,12 +263,14 @@ def _memory_gates_backward(
     tl.store(d_logits + 2 * H, grad.to(dtype), inside)
     gate_sums(parts_ptr, grad, 2, head, H)
     nothing = tl.arange(0, PAD)[None, :]
-    rest = d_flat_ptr + sequence * T * W + t * W + C + 3 * H + nothing
+    rest = d_flat + t * W + C + 3 * H + nothing
     tl.store(rest, tl.zeros((ROWS, PAD), dtype), (t < T) & (C + 3 * H + nothing < W))
 
 
-def _shapes(flat: Tensor, heads: int, width: int, taps: Tensor) -> tuple[int, int, int, dict, dict]:
-    S, T, W = flat.shape
+def _shapes(
+    flat: Tensor, heads: int, width: int, taps: Tensor, skipped: int
+) -> tuple[int, int, int, dict, dict]:
+    S, T, W = flat.shape[0], flat.shape[1] - skipped, flat.shape[2]
     C = 3 * heads * width
     of_tokens = {"H": heads, "D": width, "DP": triton.next_power_of_2(width), "ROWS": ROWS}
     of_tokens |= {"TAPS": taps.shape[1], "SHORTEST": SHORTEST}
@@ -271,14 +287,18 @@ def tokens_and_gates(
     heads: int,
     width: int,
     max_step: float,
+    skipped: int,
 ) -> tuple[Tensor, Tensor]:
-    """Tokens [S, T, 3, H, D] and gates [3, S, H, T], float32, out of projections [S, T, W]."""
-    S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps)
+    """Tokens [S, T, 3, H, D] and gates [3, S, H, T], float32, out of projections [S, A + T, W].
+
+    A rows are ``skipped``.
+    """
+    S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps, skipped)
     tokens = flat.new_empty(S, T, 3, heads, width, dtype=torch.float32)
     gates = flat.new_empty(3, S, heads, T, dtype=torch.float32)
     blocks = triton.cdiv(T, ROWS)
-    _memory_tokens[(blocks, 3 * heads, S)](flat, past, taps, tokens, T, W, **of_tokens)
-    _memory_gates[(blocks, S)](flat, bias, gates, T, W, max_step, **of_gates)
+    _memory_tokens[(blocks, 3 * heads, S)](flat, past, taps, tokens, T, W, skipped, **of_tokens)
+    _memory_gates[(blocks, S)](flat, bias, gates, T, W, skipped, max_step, **of_gates)
     return tokens, gates
 
 
@@ -290,23 +310,25 @@ def tokens_and_gates_backward(
     d_tokens: Tensor,
     d_gates: Tensor,
     max_step: float,
+    skipped: int,
 ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
     """Gradients of ``flat``, ``past``, ``taps`` and ``bias``; all contiguous."""
     _, _, _, heads, width = d_tokens.shape
-    S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps)
+    S, T, W, of_tokens, of_gates = _shapes(flat, heads, width, taps, skipped)
     blocks = triton.cdiv(T, ROWS)
     d_mixed = torch.empty_like(d_tokens, dtype=flat.dtype)
     _memory_mixed_backward[(blocks, 3 * heads, S)](
-        flat, past, taps, d_tokens, d_mixed, T, W, **of_tokens
+        flat, past, taps, d_tokens, d_mixed, T, W, skipped, **of_tokens
     )
     first = 0 if past is None else 1 - taps.shape[1]
     rows = triton.cdiv(T - first, ROWS)
     d_flat = torch.empty_like(flat)
+    d_flat[:, :skipped].zero_()
     d_past = None if past is None else torch.empty_like(past)
     parts = flat.new_empty(S * rows, *taps.shape, dtype=torch.float32)
     del of_tokens["SHORTEST"]
     _memory_flat_backward[(rows, 3 * heads, S)](
-        flat, past, taps, d_mixed, d_flat, d_past, parts, T, W, first, **of_tokens
+        flat, past, taps, d_mixed, d_flat, d_past, parts, T, W, skipped, first, **of_tokens
     )
     d_taps = sum_parts(parts.flatten(1)).view_as(taps).to(taps.dtype)
     rest = max(1, W - 3 * heads * (width + 1))
@@ -319,6 +341,7 @@ def tokens_and_gates_backward(
         parts,
         T,
         W,
+        skipped,
         max_step,
         PAD=triton.next_power_of_2(rest),
         **of_gates,

@@ -25,21 +25,24 @@ def tokens_and_gates(
     heads: int,
     width: int,
     max_step: float,
+    skipped: int = 0,
 ) -> tuple[Tensor, Tensor]:
     """Queries, keys, values [S, T, 3, H, D] and gates [3, S, H, T], in float32 at least.
 
     Args:
-        flat: projections [S, T, W].
+        flat: projections [S, skipped + T, W].
         past: channels of the tokens before [S, TAPS - 1, C]; None for zeros.
         taps: weights of the convolution [C, TAPS], the token's own last.
         bias: [3 H] to add to the logits, or None.
         heads: H.
         width: D.
         max_step: see `Gates`.
+        skipped: rows of ``flat`` in front that are no tokens.
     """
     if not on_gpu(flat):
-        return _plain(flat, past, taps, bias, heads, width, max_step)
-    made: tuple[Tensor, Tensor] = _Tokens.apply(flat, past, taps, bias, heads, width, max_step)
+        return _plain(flat, past, taps, bias, heads, width, max_step, skipped)
+    sizes = heads, width, max_step, skipped
+    made: tuple[Tensor, Tensor] = _Tokens.apply(flat, past, taps, bias, *sizes)
     return made
 
 
@@ -51,7 +54,9 @@ def _plain(
     heads: int,
     width: int,
     max_step: float,
+    skipped: int,
 ) -> tuple[Tensor, Tensor]:
+    flat = flat[:, skipped:]
     channels, logits = flat[..., : len(taps)], flat[..., len(taps) :][..., : 3 * heads]
     before = (0, 0, TAPS - 1, 0)
     if past is None:
@@ -85,28 +90,28 @@ class _Tokens(torch.autograd.Function):
         heads: int,
         width: int,
         max_step: float,
+        skipped: int,
     ) -> tuple[Tensor, Tensor]:
         from . import _token_kernels as kernels
 
         ctx.save_for_backward(flat, past, taps, bias)
-        ctx.sizes = heads, width, max_step
+        ctx.sizes = heads, width, max_step, skipped
         past = None if past is None else past.contiguous()
         made: tuple[Tensor, Tensor] = kernels.tokens_and_gates(
-            flat.contiguous(), past, taps, bias, heads, width, max_step
+            flat.contiguous(), past, taps, bias, *ctx.sizes
         )
         return made
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         flat, past, taps, bias = ctx.saved_tensors
-        heads, width, max_step = ctx.sizes
         found: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
 
             def plain(
                 flat: Tensor, past: Tensor | None, taps: Tensor, bias: Tensor | None
             ) -> tuple[Tensor, Tensor]:
-                return _plain(flat, past, taps, bias, heads, width, max_step)
+                return _plain(flat, past, taps, bias, *ctx.sizes)
 
             found = gradients_again(plain, ctx.saved_tensors, grads)
         else:
@@ -115,9 +120,9 @@ class _Tokens(torch.autograd.Function):
             past = None if past is None else past.contiguous()
             d_tokens, d_gates = (grad.contiguous() for grad in grads)
             found = kernels.tokens_and_gates_backward(
-                flat.contiguous(), past, taps, bias, d_tokens, d_gates, max_step
+                flat.contiguous(), past, taps, bias, d_tokens, d_gates, *ctx.sizes[2:]
             )
-        return *found, None, None, None
+        return *found, None, None, None, None
 
 
 def at_least_single(x: Tensor) -> Tensor:
