@@ -131,9 +131,13 @@ writes what it rehearses: one of twenty sequences was of a second task in the sy
 
 
 def written_by(
-    model: nn.Module, batch: Mapping[str, Tensor], rows: int, beginning: int = 1
+    model: nn.Module,
+    batch: Mapping[str, Tensor],
+    rows: int,
+    beginning: int = 1,
+    length: int | None = None,
 ) -> Tensor:
-    """Sequences that the model writes itself: int64 [rows, T], T as in ``batch``.
+    """Sequences that the model writes itself: int64 [rows, length], as long as in ``batch``.
 
     Drawn token by token from its predictions, after the first ``beginning`` tokens of a sequence of
     the batch, and only from tokens that occur in the batch: what follows a token that the task
@@ -153,7 +157,7 @@ def written_by(
     training = model.training
     model.eval()
     try:
-        length = batch["input_ids"].shape[1]
+        length = batch["input_ids"].shape[1] if length is None else length
         return sample_tokens(model, first[chosen], length, logits_fn=logits_of, generator=generator)
     finally:
         model.train(training)

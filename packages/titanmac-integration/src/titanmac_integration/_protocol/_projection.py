@@ -178,9 +178,9 @@ class RehearsingProjection(GrowingProjection):
     def remember(self, model: nn.Module, task: RetentionTask, sampling: Sampling) -> None:
         super().remember(model, task, sampling)
         batch = task_batches(task, sampling, 1, device_of(model))[0]
-        self.kept = [*self.kept, self._write(model, batch)]
+        self.kept = [*self.kept, self._write(model, batch, sampling.seq_len)]
 
-    def _write(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _write(self, model: nn.Module, batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
         tokens = written_by(model, batch, SelfRehearsal.rows)
         return {"input_ids": tokens, "labels": tokens}
 
@@ -213,8 +213,9 @@ class RecallingProjection(RehearsingProjection):
     keeps = "covariance and answers"
     weight = 3.0
 
-    def _write(self, model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        tokens = written_by(model, batch, SelfRehearsal.rows, BEGINNING)
+    def _write(self, model: nn.Module, batch: dict[str, Tensor], length: int) -> dict[str, Tensor]:
+        # of one length, so that all tasks are gone over in one pass
+        tokens = written_by(model, batch, SelfRehearsal.rows, BEGINNING, length)
         return with_answers(model, {"input_ids": tokens})
 
 
