@@ -367,3 +367,10 @@ def test_function_transforms_while_candidates_are_collected(score: str) -> None:
 def test_a_scalar_is_refused() -> None:
     with pytest.raises(ValueError, match=r"last dimension of x \(=none, a scalar\)"):
         CMSBlockLinear(32, 16, tile_size=8)(torch.tensor(1.0))
+
+
+def test_a_cast_layer_may_go_through_a_transform_first() -> None:
+    """Indices are checked anew after a cast, here inside the transform."""
+    layer = CMSBlockLinear(32, 16, tile_size=8).double()
+    x = torch.randn(3, 32, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))

@@ -141,7 +141,7 @@ def _consolidate_on(rank: int, folder: Path) -> None:
 
 
 def test_what_one_rank_used_is_used(tmp_path: Path) -> None:
-    mp.start_processes(_consolidate_on, args=(tmp_path,), nprocs=2, start_method="fork")
+    mp.start_processes(_consolidate_on, args=(tmp_path,), nprocs=2, start_method="spawn")
     first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in range(2))
     assert first == second
     assert "heads.a.bias" in first.split()

@@ -458,7 +458,10 @@ class CMSBlockLinear(nn.Module):
     def _refresh_if_stale(self) -> None:
         """Notice writes to `col_indices` that went around this class (some loaders do that)."""
         if _version(self.col_indices) != self._index_version:
-            self._check_topology()
+            # indices are nobody's input, but inside a transform of torch.func even their copy on
+            # the host would be one of its wrapped tensors, which cannot be read
+            with torch._C._DisableFuncTorch():
+                self._check_topology()
 
     def _check_topology(self) -> None:
         """Validate indices that came from outside and rebuild what depends on them."""
