@@ -108,6 +108,9 @@ def backward(
         a, h, _ = hidden(first, x, activation, keep_pre=True)
         last = True
     forked = need_first and _forks(first, second)
+    # Beside the gradients of layer 1, too? a is in memory longer then, while dx is: no more than h
+    # and dh were before, if dx is no wider.
+    long = forked and first.plan.C * first.plan.B <= first.plan.R * first.plan.B
     only2 = (False, needs.values2, False)
     again = need_a and a is None
     dvalues2 = dprobe2 = None
@@ -133,12 +136,14 @@ def backward(
     # a step took 3% longer (H200, 8192 tokens, 640 -> 2560, by `h200-mlp-orders.csv`).
     dbias1 = None if sums is None else sum_over_tokens(sums, dy.dtype)
     sums = None
-    with _beside(forked, dy):
+    if forked and not long:
+        join(dy.device)
+    with _beside(long, dy):
         if again or not forked:
             _, dvalues2, _, dprobe2 = second.plan.backward(
                 dy, a, None, second.pattern, only2, samples[1]
             )
-    if not forked:
+    if not long:
         a = None
     dx = dvalues1 = dprobe1 = None
     if need_first:
@@ -147,7 +152,7 @@ def backward(
         dx, dvalues1, _, dprobe1 = first.plan.backward(
             dh, x, first.values, first.pattern, only1, samples[0], weight1
         )
-    if forked:  # only now may the memory of a and dy be used again
+    if long:  # only now may the memory of a and dy be used again
         join(dy.device)
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
 
@@ -158,13 +163,9 @@ def _beside(forked: bool, dy: Tensor) -> AbstractContextManager[Any]:
 
 
 def _forks(first: Layer, second: Layer) -> bool:
-    """Whether the weight gradient of layer 2 is computed beside the gradients of layer 1.
-
-    a is in memory longer then, while dx is, too: no more than h and dh were before.
-    """
-    one, two = first.plan, second.plan
-    narrow = one.C * one.B <= one.R * one.B
-    return one.forks and two.forks and narrow and torch.cuda.is_current_stream_capturing()
+    """Whether the weight gradient of layer 2 is computed beside other gradients."""
+    both = first.plan.forks and second.plan.forks
+    return both and torch.cuda.is_current_stream_capturing()
 
 
 def _middle(

@@ -36,13 +36,13 @@ def poisoned_memory():
 
 
 class MLP(torch.nn.Module):
-    """width -> 4 width -> width, with spare slots in the first layer."""
+    """width -> hidden -> width, with spare slots in the first layer."""
 
-    def __init__(self, B1, G1, B2, G2, width=256, dtype=torch.bfloat16, backend=None):
+    def __init__(self, B1, G1, B2, G2, width=256, hidden=1024, dtype=torch.bfloat16, backend=None):
         super().__init__()
         g = torch.Generator().manual_seed(0)
         self.dtype, self.backend, self.width, self.groups = dtype, backend, width, (G1, G2)
-        self.sizes = [(4 * width // B1, width // B1, B1), (width // B2, 4 * width // B2, B2)]
+        self.sizes = [(hidden // B1, width // B1, B1), (width // B2, hidden // B2, B2)]
         tensors, self.cols, self.live = [torch.randn(8, width, generator=g)], [], []
         for (R, C, B), G, spare in zip(self.sizes, self.groups, (1, 0), strict=True):
             K = max(1, C // 2)
@@ -113,7 +113,7 @@ def test_layouts_and_odd_sizes(error, layout, N):
 @pytest.mark.parametrize("activation", ["none", "gelu", "gelu_tanh", "relu", "silu"])
 def test_activations_are_as_accurate_as_torch(error, activation):
     """Not above the error of the same MLP in dense bfloat16 by more than a tenth."""
-    mlp = MLP(128, 1, 128, 1, width=512, backend="triton")
+    mlp = MLP(128, 1, 128, 1, width=512, hidden=2048, backend="triton")
     x, dy = mlp.random(1000)
     want = mlp.expected(x, dy, activation)
     got = gradients(lambda x: mlp(x, activation), x, dy, mlp)
@@ -196,12 +196,13 @@ def test_compiled_captured_and_under_autocast(error):
 
 
 @pytest.mark.parametrize("recompute", ["none", "activation", "hidden"])
+@pytest.mark.parametrize("sizes", [(256, 1024), (512, 256)], ids=["wider inside", "narrower"])
 @pytest.mark.parametrize("layout", ["tile 128", "tile 16"])
-def test_a_captured_step_computes_gradients_side_by_side(monkeypatch, layout, recompute):
+def test_a_captured_step_computes_gradients_side_by_side(monkeypatch, layout, sizes, recompute):
     """Branches of the graph, the same bits, replayed on new data."""
     monkeypatch.setattr(_plan, "MIN_FORKED", 0)
     monkeypatch.setattr(_plan, "_plans", {})
-    mlp = MLP(*LAYOUTS[layout])
+    mlp = MLP(*LAYOUTS[layout], *sizes)
     x, dy = mlp.random(1024)
     inputs, forked = [x.requires_grad_(), *mlp.parameters_], []
     monkeypatch.setattr(_mlp_core, "branch", lambda d: forked.append(d) or _plan.branch(d))

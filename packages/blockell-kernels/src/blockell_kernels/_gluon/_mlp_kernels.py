@@ -24,8 +24,10 @@ from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
+    let_the_next_one_start,
     mbarrier,
     tma,
+    wait_for_the_one_before,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -153,6 +155,7 @@ def forward_by_turns(
     KEEP_PRE: gl.constexpr,
     ACTIVATION: gl.constexpr,
     ARITHMETIC: gl.constexpr,
+    OVERLAPS: gl.constexpr = False,
 ):
     """a = f(x W^T + bias), and the sum itself if asked."""
     dtype: gl.constexpr = x_desc.dtype
@@ -171,6 +174,9 @@ def forward_by_turns(
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     fence_async_shared()
+    if OVERLAPS:
+        let_the_next_one_start()
+        wait_for_the_one_before()
     # fmt: off
     gl.warp_specialize(
         [
