@@ -51,6 +51,7 @@ CONTROLS: dict[str, dict[str, Any]] = {
     "drift + eps, every step": {"drift": 1e-3, "eps": 0.1, "every": 1},
     "drift + eps, every 10": {"drift": 1e-3, "eps": 0.1, "every": 10},
     "probes + eps, every 10": {"drift": "auto", "eps": 0.1, "every": 10},
+    "gradients too": {"drift": "auto", "eps": 0.1, "every": 10, "gradients": True},
     "the same, small budget": {"drift": "small", "eps": 0.1, "every": 10},
     "the same, asked in bf16": {"drift": "auto", "eps": 0.1, "every": 10, "logits_fn": in_bf16},
 }
@@ -153,6 +154,7 @@ class Training:
     def guard_ten_times(self) -> None:
         assert self.guard is not None
         for _ in range(10):
+            self.guard.before_step()
             self.guard.step()
 
 
