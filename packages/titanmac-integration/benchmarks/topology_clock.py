@@ -91,6 +91,14 @@ def measure(options: argparse.Namespace, on_gpu: bool) -> dict[str, object]:
         train(tokens, tokens)
         manager.step()
 
+    def still() -> list[float]:
+        """Steps without the clock, which are as if they had not been: blocks age by the clock."""
+        steps = [state["step"] for state in optimizer.state.values()]
+        before = [step.clone() for step in steps]
+        times = step_ms(fixed, TURN, on_gpu)
+        torch._foreach_copy_(steps, before)
+        return times
+
     def until(place: int) -> None:
         while manager.global_step % PERIODS[-1] != place:
             moving()
@@ -106,13 +114,13 @@ def measure(options: argparse.Namespace, on_gpu: bool) -> dict[str, object]:
     host = 0.0
     for _ in range(options.turns):
         until(1)
-        still = step_ms(fixed, TURN, on_gpu)
+        alone = still()
         before = manager.overhead_seconds
         around = step_ms(moving, PERIODS[-1], on_gpu)  # the last but one decides
         host += manager.overhead_seconds - before
-        still += step_ms(fixed, TURN, on_gpu)
-        pairs.append(round(mean(around) / mean(still) - 1, 4))
-        plain += still
+        alone += still()
+        pairs.append(round(mean(around) / mean(alone) - 1, 4))
+        plain += alone
         level_0_steps += around[:-2]
         decisions.append(around[-2])
     steps = options.turns * PERIODS[-1]

@@ -5,6 +5,7 @@ Legend: R block rows, K slots per row, B tile side.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -190,9 +191,8 @@ class NewbornStepCorrection:
                 slots = row * aged.known.values.shape[1] + slot
             chosen.append((aged.known.values.flatten(0, 1), slots))
             blocks.append([x.flatten(0, 1).index_select(0, slots) for x in aged.known[:3]])
-        w, m, v = (torch.cat(of_layers) for of_layers in zip(*blocks, strict=True))
-        age = age[young].clamp_(min=1)[:, None, None]
-        corrected = (w + _lacking(m, v, torch.tensor(t), age, group)).to(w.dtype)
+        w, m, v = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*blocks, strict=True))
+        corrected = _corrected(w, m, v, t, age[young].clamp_(min=1), group).to(w.dtype)
         parts = corrected.split([len(slots) for _, slots in chosen])
         for (values, slots), part in zip(chosen, parts, strict=True):
             values.index_copy_(0, slots, part)
@@ -241,10 +241,24 @@ def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]
     return group["lr"] * (made - meant)
 
 
+def _corrected(
+    w: Tensor, m: Tensor, v: Tensor, t: float, age: Tensor, group: dict[str, Any]
+) -> Tensor:
+    """`w + _lacking(...)` in few passes, on a CPU: blocks [n, B, B], ages [n]."""
+    (beta1, beta2), eps, lr = group["betas"], group["eps"], float(group["lr"])
+    kind = torch.promote_types(w.dtype, torch.float32)
+    w, m, root = w.to(kind), m.to(kind), v.to(kind).sqrt_()
+    # (m / b1) / (root / b2 + eps) = m (b2 / b1) / (root + eps b2), where b2 is a root, too
+    b1, b2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
+    w = torch.addcdiv(w, m, root + eps * b2, value=lr * b2 / b1)
+    years = age.double()[:, None, None]  # powers in single depend on where a number stands
+    b1_own, b2_own = 1 - beta1**years, (1 - beta2**years).sqrt()
+    scaled = m * (b2_own / b1_own).to(kind)
+    return w.addcdiv_(scaled, root.add_((eps * b2_own).to(kind)), value=-lr)
+
+
 def _bias(beta: float, steps: Tensor) -> Tensor:
-    # a CPU's powers in single precision depend on where in the tensor a number stands
-    exact = steps.double() if steps.device.type == "cpu" else steps
-    return (1 - beta**exact).float()
+    return 1 - beta**steps
 
 
 def _batches(members: Iterable[_Aged], elements: int = 1 << 20) -> Iterable[list[_Aged]]:
