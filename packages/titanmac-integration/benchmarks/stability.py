@@ -139,7 +139,11 @@ def main() -> None:
         for group in optimizer.param_groups:
             group["lr"] = schedule.lr_at(step, args.steps)
         batch = task.batch(args.batch, args.length, data)
-        loss = backward(batch.input_ids.to(args.device), batch.labels.to(args.device))
+        # a blocking copy would wait for the steps before
+        tokens, labels = (
+            x.to(args.device, non_blocking=True) for x in (batch.input_ids, batch.labels)
+        )
+        loss = backward(tokens, labels)
         optimizer.record_loss(loss)
         report = optimizer.step()
         optimizer.zero_grad()
