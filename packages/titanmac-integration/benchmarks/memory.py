@@ -33,8 +33,8 @@ CELLS = [
     ("MAG", 1, 1, 8192, 640, 64, 64, True),
     ("MAG", 1, 8, 1024, 640, 32, 64, True),
     ("MAG", 1, 8, 1024, 640, 128, 64, True),
-    ("MAG", 1, 8, 1024, 640, 128, 64, False),
-    ("MAG", 1, 8, 1024, 640, 256, 64, True),  # the recurrence in torch's operators both times
+    ("MAG", 1, 8, 1024, 640, 128, 64, False),  # from here on the recurrence by operators both times
+    ("MAG", 1, 8, 1024, 640, 256, 64, True),
     ("MAG", 2, 8, 1024, 640, 64, 64, True),
 ]
 PARTS = ("_answers", "_chunked", "_module", "_tokens")

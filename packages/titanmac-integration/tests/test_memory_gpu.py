@@ -17,8 +17,8 @@ pytestmark = [
 
 Make = Callable[..., TitanMACConfig]
 SEGMENT = 128
-SHAPES = [(64, 64, 300), (64, 48, 129), (32, 64, 63), (16, 16, 257), (32, 80, 65), (64, 128, 200)]
-"""Chunk, width, tokens."""
+SHAPES = [(64, 64, 300), (64, 48, 129), (32, 64, 63), (16, 16, 257), (32, 80, 65)]
+"""Chunk, width, tokens; in float32 a width of 80 is left to torch's operators."""
 
 
 def module(make: Make, variant: str, chunk: int = 64, width: int = 64) -> NeuralMemory:

@@ -8,7 +8,7 @@ d_R = Z^T d_E is the gradient of the values, and d_A = -d_R E^T that of the lowe
 import triton
 import triton.language as tl
 
-from ._chunk_kernels import apart, both, load_before, load_gates, ratios, start_of
+from ._chunk_kernels import load_gates, ratios, start_of
 
 
 @triton.jit
@@ -207,9 +207,6 @@ def _memory_scan_backward(
         d_M += tl.load(d_memory_ptr + program * D * D + entry, square, other=0.0)
     if d_momentum_ptr is not None:
         d_S += tl.load(d_momentum_ptr + program * D * D + entry, square, other=0.0)
-    d_X = both(d_M, d_S)
-    column_of = tl.arange(0, 2 * BV)
-    which, twice = (column_of % 2)[None, :], (slab * BV + column_of // 2)[None, :]
     for index in range(n):
         chunk = n - 1 - index
         token = chunk * b + row
@@ -226,41 +223,42 @@ def _memory_scan_backward(
         )
         factors = factors_ptr + (program * n + chunk) * 5 * b
         last = tl.minimum(b, T - chunk * b) - 1
-        before = load_before(factors, row[:, None], b, which)
-        now = tl.load(factors + which * b + row[:, None], (row < b)[:, None], other=0.0)
-        into = tl.load(factors + (3 + which) * b + row[:, None], (row < b)[:, None], other=0.0)
+        keeps = tl.load(factors + row, row < b, other=0.0)
+        carries = tl.load(factors + b + row, row < b, other=0.0)
+        keep_before = tl.load(factors + row - 1, (row > 0) & (row < b), other=1.0)
+        carry_before = tl.load(factors + b + row - 1, (row > 0) & (row < b), other=0.0)
+        in_memory = tl.load(factors + 3 * b + row, row < b, other=0.0)
+        in_momentum = tl.load(factors + 4 * b + row, row < b, other=0.0)
         keep, carry = tl.load(factors + last), tl.load(factors + b + last)
         decay = tl.load(factors + 2 * b + last)
         mask = inside[:, None] & (out[None, :] < D)
         place = token[:, None] * (H * D) + out[None, :]
-        of_answer = own + (token[:, None] * (H * D) + twice)
-        d_answer = tl.load(d_answers_ptr + of_answer, inside[:, None] & (twice < D), other=0.0)
+        d_answer = tl.load(d_answers_ptr + own + place, mask, other=0.0)
         of_value = d_values + (token[:, None] * (3 * H * D) + out[None, :])
         d_error = tl.load(of_value, mask, other=0.0)
         state = d_states_ptr + (program * (n + 1) + chunk + 1) * 2 * D * D + entry
-        d_M, d_S = apart(d_X)
         tl.store(state, d_M, square)
         tl.store(state + D * D, d_S, square)
 
-        of_memory, of_momentum = apart(tl.dot(key, d_X, input_precision=PRECISION) * into)
-        d_error += of_memory + of_momentum
+        d_error += in_memory[:, None] * tl.dot(key, d_M, input_precision=PRECISION)
+        d_error += in_momentum[:, None] * tl.dot(key, d_S, input_precision=PRECISION)
         d_right = tl.dot(inverse, d_error, input_precision=PRECISION)
         tl.store(of_value, d_right, mask)
-        d_X = both(keep * d_M, carry * d_M + decay * d_S)
-        d_X = tl.dot(tl.trans(query), d_answer * now, d_X, input_precision=PRECISION)
-        d_right = both(d_right, d_right) * -before
-        d_X = tl.dot(tl.trans(key), d_right, d_X, input_precision=PRECISION)
+        d_S = carry * d_M + decay * d_S
+        d_S += tl.dot(tl.trans(query * carries[:, None]), d_answer, input_precision=PRECISION)
+        d_S -= tl.dot(tl.trans(key * carry_before[:, None]), d_right, input_precision=PRECISION)
+        d_M = keep * d_M
+        d_M += tl.dot(tl.trans(query * keeps[:, None]), d_answer, input_precision=PRECISION)
+        d_M -= tl.dot(tl.trans(key * keep_before[:, None]), d_right, input_precision=PRECISION)
         if d_retrieved_ptr is not None:
             d_retrieved = tl.load(d_retrieved_ptr + own + place, mask, other=0.0)
             d_segment += tl.dot(tl.trans(query), d_retrieved, input_precision=PRECISION)
             first = (chunk % per_segment) == 0
-            d_M = tl.where(first, d_segment, 0.0)
+            d_M += tl.where(first, d_segment, 0.0)
             d_segment = tl.where(first, 0.0, d_segment)
             if d_segment_ptr is not None:
                 latest = square & (chunk == (n - 1) // per_segment * per_segment)
                 d_M += tl.load(d_segment_ptr + program * D * D + entry, latest, other=0.0)
-            d_X += both(d_M, tl.zeros((DP, BV), tl.float32))
-    d_M, d_S = apart(d_X)
     state = d_states_ptr + program * (n + 1) * 2 * D * D + entry
     tl.store(state, d_M, square)
     tl.store(state + D * D, d_S, square)

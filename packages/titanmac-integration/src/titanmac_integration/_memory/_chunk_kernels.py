@@ -2,8 +2,8 @@
 """Triton kernels of a matrix memory, forward: chunks in parallel, their states one after another.
 
 Legend: N sequences times heads, T tokens, b chunk, n chunks, D width; B, DP the powers of two that
-hold b and D. Formulas and names are those of `_linear` and `_gates`; in memory M and S lie one
-after the other as X [2, D, D]. Tokens come as [S, T, 3, H, D]: query, key, value.
+hold b and D. Formulas and names are those of `_linear` and `_gates`; M and S lie one after the
+other as X [2, D, D]. Tokens come as [S, T, 3, H, D]: query, key, value.
 """
 
 import triton
@@ -119,27 +119,6 @@ def _memory_prepare(
 
 
 @triton.jit
-def both(M, S):
-    """[.., n] and [.., n] -> [.., 2 n], column by column: one product for M and S takes its other
-    operand once, and is wide enough for Hopper's wgmma."""
-    return tl.reshape(tl.join(M, S), (M.shape[0], 2 * M.shape[1]))
-
-
-@triton.jit
-def apart(X):
-    """The inverse of `both`."""
-    return tl.split(tl.reshape(X, (X.shape[0], X.shape[1] // 2, 2)))
-
-
-@triton.jit
-def load_before(factors, row, b, which):
-    """What M (``which`` 0) and S (1) weigh in what a token reads: [tokens, columns of `both`]."""
-    inside = (row > 0) & (row < b)
-    factor = tl.load(factors + which * b + row - 1, inside & (which >= 0), other=0.0)
-    return tl.where(row > 0, factor, tl.where(which == 0, 1.0, 0.0))
-
-
-@triton.jit
 def _memory_scan(
     tokens_ptr,  # [S, T, 3, H, D]
     factors_ptr,  # [N, n, FACTORS, b]
@@ -170,8 +149,6 @@ def _memory_scan(
     entry = column[:, None] * D + out[None, :]
     M = tl.load(memory_ptr + sequence * memory_batch + head * D * D + entry, square, other=0.0)
     S = tl.load(momentum_ptr + sequence * momentum_batch + head * D * D + entry, square, other=0.0)
-    X = both(M, S)
-    which = (tl.arange(0, 2 * BV) % 2)[None, :]
     total = tl.zeros((B, BV), tl.float32)
     tokens = tokens_ptr + start_of(0, 3, T, H, D)
     for chunk in range(n):
@@ -191,24 +168,26 @@ def _memory_scan(
         )
         factors = factors_ptr + (program * n + chunk) * 5 * b
         last = tl.minimum(b, T - chunk * b) - 1
-        before = load_before(factors, row[:, None], b, which)
-        into = tl.load(factors + (3 + which) * b + row[:, None], (row < b)[:, None], other=0.0)
+        keep_before = tl.load(factors + row - 1, (row > 0) & (row < b), other=1.0)
+        carry_before = tl.load(factors + b + row - 1, (row > 0) & (row < b), other=0.0)
+        in_memory = tl.load(factors + 3 * b + row, row < b, other=0.0)
+        in_momentum = tl.load(factors + 4 * b + row, row < b, other=0.0)
         keep, carry = tl.load(factors + last), tl.load(factors + b + last)
         decay = tl.load(factors + 2 * b + last)
         state = states_ptr + (program * n + chunk) * 2 * D * D + entry
-        M, S = apart(X)
         tl.store(state, M, square)
         tl.store(state + D * D, S, square)
 
-        of_memory, of_momentum = apart(tl.dot(key, X, input_precision=PRECISION) * before)
-        right = value - of_memory - of_momentum
+        right = value - keep_before[:, None] * tl.dot(key, M, input_precision=PRECISION)
+        right -= carry_before[:, None] * tl.dot(key, S, input_precision=PRECISION)
         error = tl.dot(inverse, right, input_precision=PRECISION)
         place = token[:, None] * D + out[None, :]
         tl.store(errors_ptr + program * T * D + place, error, mask)
         total += error * error
-        X = both(keep * M + carry * S, decay * S)
-        X = tl.dot(tl.trans(key), both(error, error) * into, X, input_precision=PRECISION)
-    M, S = apart(X)
+        M = keep * M + carry * S
+        M += tl.dot(tl.trans(key * in_memory[:, None]), error, input_precision=PRECISION)
+        S = decay * S
+        S += tl.dot(tl.trans(key * in_momentum[:, None]), error, input_precision=PRECISION)
     final = final_ptr + program * D * D + entry
     tl.store(final, M, square)
     tl.store(final + tl.num_programs(0).to(tl.int64) * D * D, S, square)

@@ -28,18 +28,12 @@ class Launch(NamedTuple):
 
 def launch(precision: str, width: int) -> Launch:
     """By what an H200 measured."""
-    wide, exact = width > 64, precision == "tf32x3"  # which takes three times the registers
-    if wide and exact:
-        return Launch(16, (8, 8), 16, _tuned(4, 2), _tuned(4, 1))
-    if wide:
-        return Launch(32, (16, 8), 32, _tuned(8, 2), _tuned(8, 1))
-    if exact:
-        return Launch(32, (8, 8), 16, _tuned(4, 2), _tuned(4, 3))
-    return Launch(64, (16, 8), 32, _tuned(4, 2), _tuned(4, 1))
-
-
-def _tuned(warps: int, stages: int) -> dict:
-    return {"num_warps": warps, "num_stages": stages}
+    plain, staged = ({"num_warps": 4, "num_stages": stages} for stages in (1, 3))
+    if precision == "tf32x3":  # takes three times the registers
+        return Launch(32, (8, 8), 16, staged, staged)
+    if width > 64:
+        return Launch(32, (16, 8), 32, plain, plain)
+    return Launch(64, (16, 8), 32, staged, plain)
 
 
 class Kept(NamedTuple):

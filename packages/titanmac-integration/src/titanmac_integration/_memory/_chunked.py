@@ -15,8 +15,10 @@ from ._kernels import gradients_again, largest_part, on_gpu
 from ._linear import linear_memory
 from ._mlp import recall
 
-SMALLEST_CHUNK, LARGEST_WIDTH = 16, 128
-"""Shorter chunks waste what a program holds, wider memories do not fit into it."""
+SMALLEST_CHUNK = 16
+"""Shorter chunks waste what a program holds."""
+LARGEST_WIDTH, LARGEST_EXACT_WIDTH = 128, 64
+"""Wider memories do not fit into a program; exact products take three times the registers."""
 
 
 class Read(NamedTuple):
@@ -36,9 +38,10 @@ class Read(NamedTuple):
     """Sum of the squared errors of all tokens, cut off from the graph."""
 
 
-def kernels_take(tokens: Tensor, chunk: int) -> bool:
+def kernels_take(tokens: Tensor, chunk: int, source: torch.dtype) -> bool:
     """Whether `read` runs for these tokens [S, T, 3, H, D]."""
-    wide = tokens.shape[-1] > LARGEST_WIDTH
+    most = LARGEST_EXACT_WIDTH if source == torch.float32 else LARGEST_WIDTH
+    wide = tokens.shape[-1] > most
     if wide or tokens.dtype != torch.float32 or not on_gpu(tokens, compiled=True):
         return False
     if tokens.is_cuda and (torch.version.hip or _generation(tokens) < 8):

@@ -179,7 +179,7 @@ class NeuralMemory(nn.Module):
         self, tokens: Tensor, gates: Tensor, state: MemoryState, position: int, source: torch.dtype
     ) -> tuple[Tensor, Tensor | None, Tensor, MemoryState]:
         """Answers and retrieved answers [S, T, H, D], the loss, the state after the tokens."""
-        if self.depth == 1 and kernels_take(tokens, self.chunk):
+        if self.depth == 1 and kernels_take(tokens, self.chunk, source):
             return self._learn_by_kernels(tokens, gates, state, position, source)
         query, key, value = tokens.permute(2, 0, 3, 1, 4).unbind(0)
         answers, errors, starts, state = self._learn_plainly(
