@@ -48,8 +48,10 @@ def by_whole_weight(rows: list[dict[str, str]]) -> dict[str, dict[tuple[int, ...
     for (direction, tile, *sizes), us in times.items():
         B, N, inp, out = int(tile), *map(int, sizes)
         outputs, depth = (out, inp) if direction == "forward" else (inp, out)
-        pieces, parts = _whole.cut(N, outputs, depth, B, SMS)
-        way = "values" if direction == "grad_values" else f"{pieces}x{parts}"
+        ways = ["values"]
+        if direction != "grad_values":
+            ways = [f"{c.pieces}x{c.parts}" for c in _whole.cuts(N, outputs, depth, B, SMS)]
+        way = next(way for way in ways if way in us)
         found[f"{direction} half {B}"][N, inp, out] = share(us[way], us["dense"])
     return found
 

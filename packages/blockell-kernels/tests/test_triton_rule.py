@@ -158,6 +158,19 @@ def test_near_shapes_weigh_more_than_far_ones(measured):
     assert not rule.verdict(case("forward", 1024, 640, 2560, 16)).wins
 
 
+def test_a_density_that_was_not_measured_sends_a_case_to_other_shapes(measured):
+    """At 25 and 50% the own shape wins, which says little of 100%, where another was measured."""
+    own, other = (
+        [1024, 640, 2560, [[0.25, -1, 0], [0.5, -0.4, 0]]],
+        [1024, 1024, 2560, [[1.0, 1, 1]]],
+    )
+    measured(own, other)
+    assert rule.verdict(case("forward", 1024, 640, 2560, 16, density=0.6)).wins
+    dense = rule.verdict(case("forward", 1024, 640, 2560, 16, density=1.0))
+    assert not dense.wins
+    assert "1024 -> 2560" in dense.why
+
+
 def test_a_gpu_not_measured_gets_half(monkeypatch, measured):
     measured([8192, 640, 2560, [[0.1, -1, -1], [0.9, 0.6, 1]]])  # breaks even at 0.6
     monkeypatch.setattr(rule, "capability", lambda device: (8, 0))
@@ -184,7 +197,8 @@ def test_a_gpu_that_cannot_walk_is_not_told_to(monkeypatch, measured):
 def test_a_copy_made_for_one_product_serves_the_other_where_that_is_faster(monkeypatch):
     density_alone = {"forward": (0.6, 0.3), "grad_input": (0.4, 0.3)}
     alone = rule.Shape(512, 640, 2560, [[0.2, -1, -0.1], [0.4, -1, 0.1]])
-    monkeypatch.setattr(rule, "nearest", lambda case, kind: ([(1.0, alone)], 128))
+    monkeypatch.setattr(rule, "nearest", lambda case, kind, density=None: ([(1.0, alone)], 128))
+    monkeypatch.setattr(rule, "takes_whole", lambda case: False)
 
     def shared(density):
         # 20 columns; the forward product wins up to 0.6, grad_input up to 0.4, both alone to 0.3

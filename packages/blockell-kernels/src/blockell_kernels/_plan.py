@@ -32,10 +32,13 @@ from blockell_kernels._dense import WHOLE_GRADIENT_BYTES
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
-MIN_FORKED, MAX_FORKED = 2**20, 2**27
-"""Elements of input and output between which computing both gradients at a time gains: up to 19%
-at 2**25 (68 -> 59 us) and 16% at 2**27 (791 -> 666 us), most where blocks are few and large.
-Beyond, the time changed by -4 to +2%."""
+MAX_FORKED = 2**27
+"""Elements of input and output up to which both gradients are computed at a time: that gains 6% of
+a step on the mean of 60 layers of 1 to 256 tokens, 19% at 2**25 (68 -> 59 us) and 16% at 2**27 (791
+-> 666 us), most where blocks are few and large. Beyond, the time changed by -4 to +2%."""
+FORKED_TOKENS, FORKED_WEIGHT = 512, 2**24
+"""Weights of more elements, for fewer tokens, take all of the memory's bandwidth one after the
+other: side by side they took 4% less to 16% more."""
 KEPT_DENSITY = 2 / 3
 """Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
@@ -282,6 +285,12 @@ def forget() -> None:
     _plans.clear()
 
 
+def _gains_by_forks(N: int, R: int, C: int, B: int) -> bool:
+    """Whether both gradients had better be computed at a time."""
+    small = N >= FORKED_TOKENS or R * C * B * B <= FORKED_WEIGHT
+    return small and 0 < N * (R + C) * B <= MAX_FORKED
+
+
 def _make(
     dtype: torch.dtype,
     device: torch.device,
@@ -296,7 +305,7 @@ def _make(
     # A large dense copy must be gone before the weight's gradient is computed, for memory.
     small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES
     lean = small or not (keeps or "dense" in (choices[1].backend, choices[2].backend))
-    forks = device.type == "cuda" and lean and MIN_FORKED <= N * (R + C) * B <= MAX_FORKED
+    forks = device.type == "cuda" and lean and _gains_by_forks(N, R, C, B)
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
     return Plan(

@@ -251,7 +251,6 @@ def test_a_captured_step_computes_both_gradients_at_a_time(
     make_problem, monkeypatch, backend, sample
 ):
     """Two branches of the graph, the same bits, replayed on new data."""
-    monkeypatch.setattr(_plan, "MIN_FORKED", 0)
     monkeypatch.setattr(_plan, "_plans", {})
     problem = make_problem(B=16, R=8, C=6, K=3, N=200, dtype=torch.bfloat16)
     x, values, bias = leaves(problem)

@@ -200,7 +200,6 @@ def test_compiled_captured_and_under_autocast(error):
 @pytest.mark.parametrize("layout", ["tile 128", "tile 16"])
 def test_a_captured_step_computes_gradients_side_by_side(monkeypatch, layout, sizes, recompute):
     """Branches of the graph, the same bits, replayed on new data."""
-    monkeypatch.setattr(_plan, "MIN_FORKED", 0)
     monkeypatch.setattr(_plan, "_plans", {})
     mlp = MLP(*LAYOUTS[layout], *sizes)
     x, dy = mlp.random(1024)

@@ -30,17 +30,18 @@ from blockell_kernels._triton._places import STEP, UNIT, places_of
 from blockell_kernels._triton._tiling import ceil_div
 
 SHARED_BYTES = 226 * 1024
-LOADERS = {16: 4, 32: 2, 64: 1, 128: 1}
+LOADERS = {16: 8, 32: 4, 64: 2, 128: 1}
 """Loading warps, by tile: blocks to a step divided so that one warp can issue its share."""
 PIECES, PARTS = (2, 4, 5), (1, 2, 3, 4, 6, 8)
 """Of 64 tokens to a program, and of the sums."""
 ROW_CLOCKS, PIECE_CLOCKS = 1.6, 256
 """What the copy engine takes per row of a box, and the tensor cores per 64 tokens of a step."""
+L2_BYTES = 45
+"""To a clock and multiprocessor."""
 TILE_CLOCKS = 4000
 """Filling the pipeline and storing a tile."""
-PARTS_CLOCKS = 2500
-"""Of the kernel that adds up parts of the sums, and 3000 bytes to a clock that it moves."""
-PARTS_BYTES = 3000
+PARTS_CLOCKS, PARTS_BYTES = 5000, 2000
+"""Of the kernel that adds up parts of the sums, and bytes to a clock that it moves."""
 
 
 class Cut(NamedTuple):
@@ -78,7 +79,9 @@ def cuts(N: int, outputs: int, depth: int, B: int, sms: int) -> list[Cut]:
 
     def clocks(cut: Cut) -> float:
         engine = ROW_CLOCKS * (UNIT * STEP // min(B, STEP) + 64 * cut.pieces)
-        step = max(PIECE_CLOCKS * cut.pieces, engine)
+        step = max(
+            PIECE_CLOCKS * cut.pieces, engine, (64 * cut.pieces + UNIT) * STEP * 2 / L2_BYTES
+        )
         tiles = ceil_div(N, 64 * cut.pieces) * units * cut.parts
         taken = ceil_div(tiles, sms) * (ceil_div(steps, cut.parts) * step + TILE_CLOCKS)
         if cut.parts > 1:

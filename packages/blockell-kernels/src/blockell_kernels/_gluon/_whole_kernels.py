@@ -263,7 +263,7 @@ def whole_weight(
             [4, 1, 1],
             [168, 56, 56],
         )
-    else:
+    elif LOADERS == 4:
         gl.warp_specialize(
             [
                 (_multiply, (0, PIECES0, y_desc, parts_ptr, bias_ptr, a_smem, w_smem, out0, full,
@@ -283,5 +283,34 @@ def whole_weight(
             ],
             [4, 1, 1, 1, 1],
             [168, 56, 56, 56, 56],
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (0, PIECES0, y_desc, parts_ptr, bias_ptr, a_smem, w_smem, out0, full,
+                             empty, N, outputs, units, steps, steps_per_part, FORWARD, PIECES,
+                             STAGES, GROUP_M, HAS_BIAS, PARTS)),
+                (_multiply, (PIECES0, PIECES1, y_desc, parts_ptr, bias_ptr, a_smem, w_smem, out1,
+                             full, empty, N, outputs, units, steps, steps_per_part, FORWARD,
+                             PIECES, STAGES, GROUP_M, HAS_BIAS, PARTS)),
+                (_load, (0, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (1, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (2, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (3, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (4, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (5, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (6, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+                (_load, (7, a_desc, w_desc, place_ptr, a_smem, w_smem, full, empty, N, units, steps,
+                         steps_per_part, B, FORWARD, LOADERS, PIECES, STAGES, GROUP_M)),
+            ],
+            [4, 1, 1, 1, 1, 1, 1, 1, 1],
+            [168, 56, 56, 56, 56, 56, 56, 56, 56],
         )
     # fmt: on

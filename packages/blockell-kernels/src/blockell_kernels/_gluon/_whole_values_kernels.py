@@ -5,7 +5,7 @@
 Legend: R block rows, C block columns, B tile side, N tokens.
 
 A dense product dy^T x in tiles of 128 x 256; there is no dense gradient in memory. One warp loads,
-two warpgroups multiply, 64 rows each, and leave their sums in shared memory, from where two more
+two warpgroups multiply, 64 rows each, and leave their sums in shared memory, from where four more
 warps have the copy engine store them block by block, while the next tile is multiplied. Where a
 block belongs was noted before (`_triton._places`); an absent one is stored behind the last block,
 that is nowhere.
@@ -116,6 +116,7 @@ def _multiply(
 @gluon.jit
 def _store(
     group: gl.constexpr,
+    half: gl.constexpr,
     out_desc,
     place_ptr,
     out_smem,
@@ -128,36 +129,30 @@ def _store(
     B: gl.constexpr,
     GROUP: gl.constexpr,
 ):
-    """A storing warp: the blocks of one warpgroup's rows."""
+    """A storing warp: the blocks of one warpgroup's rows in half of a tile's columns."""
     ROWS: gl.constexpr = 64 // B if B < 128 else 1
     COLUMNS: gl.constexpr = 128 // B
     tile = 0
     for pid in range(gl.program_id(0), row_tiles * col_tiles, gl.num_programs(0)):
         pr, pc = tile_of(pid, row_tiles, col_tiles, GROUP)
-        for half in gl.static_range(2):
-            if B == 128:
-                step = pc * 2 + half
-                row = gl.load(place_ptr + pr * steps + step, mask=step < steps, other=absent)
-            else:
-                rows = ()
-                for e in gl.static_range(ROWS * COLUMNS):
-                    step = pc * 4 + half * 2 + (e // ROWS) // ROWS
-                    entry = (group * ROWS + e % ROWS) * ROWS + (e // ROWS) % ROWS
-                    at = place_ptr + (pr * steps + step) * (COLUMNS * ROWS) + entry
-                    rows = rows + (gl.load(at, mask=step < steps, other=absent),)
-            if half == 0:
-                mbarrier.wait(out_full.index(group), tile & 1)
-            if B == 128:
-                tma.async_copy_shared_to_global(
-                    out_desc, [row + group * 64, 0], out_smem.index(group * 2 + half)
-                )
-            else:
-                # Panels as wide as a block lie one behind the other.
-                blocks = out_smem.index(group * 2 + half)._reinterpret(
-                    out_smem.dtype, [ROWS * COLUMNS, B, B], out_desc.layout
-                )
-                for e in gl.static_range(ROWS * COLUMNS):
-                    tma.async_copy_shared_to_global(out_desc, [rows[e], 0], blocks.index(e))
+        sums = out_smem.index(group * 2 + half)
+        if B == 128:
+            step = pc * 2 + half
+            row = gl.load(place_ptr + pr * steps + step, mask=step < steps, other=absent)
+            mbarrier.wait(out_full.index(group), tile & 1)
+            tma.async_copy_shared_to_global(out_desc, [row + group * 64, 0], sums)
+        else:
+            rows = ()
+            for e in gl.static_range(ROWS * COLUMNS):
+                step = pc * 4 + half * 2 + (e // ROWS) // ROWS
+                entry = (group * ROWS + e % ROWS) * ROWS + (e // ROWS) % ROWS
+                at = place_ptr + (pr * steps + step) * (COLUMNS * ROWS) + entry
+                rows = rows + (gl.load(at, mask=step < steps, other=absent),)
+            mbarrier.wait(out_full.index(group), tile & 1)
+            # Panels as wide as a block lie one behind the other.
+            blocks = sums._reinterpret(out_smem.dtype, [ROWS * COLUMNS, B, B], out_desc.layout)
+            for e in gl.static_range(ROWS * COLUMNS):
+                tma.async_copy_shared_to_global(out_desc, [rows[e], 0], blocks.index(e))
         tma.store_wait(0)
         mbarrier.arrive(out_empty.index(group), count=1)
         tile += 1
@@ -193,7 +188,7 @@ def whole_values(
         mbarrier.init(empty.index(i), count=2)
     for i in gl.static_range(2):
         mbarrier.init(out_full.index(i), count=1)
-        mbarrier.init(out_empty.index(i), count=1)
+        mbarrier.init(out_empty.index(i), count=2)
     fence_async_shared()
     if OVERLAPS:
         let_the_next_one_start()
@@ -207,12 +202,16 @@ def whole_values(
                          row_tiles, col_tiles, STAGES)),
             (_load, (dy_desc, x_desc, dy_smem, x_smem, full, empty, N, row_tiles, col_tiles,
                      STAGES, GROUP)),
-            (_store, (0, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles, col_tiles,
-                      steps, absent, B, GROUP)),
-            (_store, (1, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles, col_tiles,
-                      steps, absent, B, GROUP)),
+            (_store, (0, 0, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles,
+                      col_tiles, steps, absent, B, GROUP)),
+            (_store, (0, 1, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles,
+                      col_tiles, steps, absent, B, GROUP)),
+            (_store, (1, 0, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles,
+                      col_tiles, steps, absent, B, GROUP)),
+            (_store, (1, 1, out_desc, place_ptr, out_smem, out_full, out_empty, row_tiles,
+                      col_tiles, steps, absent, B, GROUP)),
         ],
-        [4, 1, 1, 1],
-        [168, 56, 88, 88],
+        [4, 1, 1, 1, 1, 1],
+        [168, 56, 72, 72, 72, 72],
     )
     # fmt: on

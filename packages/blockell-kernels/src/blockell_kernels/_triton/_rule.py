@@ -41,6 +41,8 @@ BOUND = 0.5
 """Octaves by which one measurement may win or lose: far shapes then cannot outvote near ones. These
 five numbers decided best about the measured shapes, each left out of the table in turn: for 4% of
 the products they chose a way that is slower by more than 5%, the nearest shape alone for 8%."""
+COVERED = 0.5
+"""Octaves of density beyond the measured ones that a line through these still tells of."""
 STEP = 0.05
 
 
@@ -81,11 +83,18 @@ def arithmetic(case: Case) -> str:
     return "float32" if _halves.available(case.device) else "3xtf32"
 
 
-def distance(case: Case, shape: Shape) -> float:
-    """In octaves."""
+def distance(case: Case, shape: Shape, density: float | None = None) -> float:
+    """In octaves; a density outside of those measured at the shape counts, too, if one is given."""
     N = abs(math.log2(max(case.N, 1) / shape.N))
     inputs = abs(math.log2(case.C * case.B / shape.in_features))
-    return N + FEATURES * (inputs + abs(math.log2(case.R * case.B / shape.out_features)))
+    outputs = abs(math.log2(case.R * case.B / shape.out_features))
+    if density is None:
+        beyond = 0.0
+    else:
+        low, high = math.log2(shape.points[0][0]), math.log2(shape.points[-1][0])
+        octaves = math.log2(density)
+        beyond = max(0.0, octaves - high - COVERED, low - COVERED - octaves)
+    return N + FEATURES * (inputs + outputs) + beyond
 
 
 def interpolated(shape: Shape, density: float, column: int) -> float:
@@ -99,19 +108,25 @@ def interpolated(shape: Shape, density: float, column: int) -> float:
     return low[column] + slope * (density - low[0])
 
 
-def nearest(case: Case, kind: str) -> tuple[list[tuple[float, Shape]], int] | None:
+def nearest(
+    case: Case, kind: str, density: float | None = None
+) -> tuple[list[tuple[float, Shape]], int] | None:
     """(weight, shape) of the nearest shapes, and their width: the widest not above the case's."""
     prefix, width = f"{case.direction} {kind} {case.B}x", case.row_group * case.B
     widths = [int(key[len(prefix) :]) for key in table()["rows"] if key.startswith(prefix)]
     fitting = [w for w in widths if w <= width]
     if not fitting:
         return None
-    return _nearest(case, table()["rows"][f"{prefix}{max(fitting)}"]), max(fitting)
+    at = case.density if density is None else density
+    return _nearest(case, table()["rows"][f"{prefix}{max(fitting)}"], at), max(fitting)
 
 
-def _nearest(case: Case, rows: list[list[Any]]) -> list[tuple[float, Shape]]:
+def _nearest(
+    case: Case, rows: list[list[Any]], density: float | None = None
+) -> list[tuple[float, Shape]]:
     """(weight, shape) of the nearest of some rows; of the first alone if it is the case's own."""
-    near = sorted((distance(case, Shape(*row)), Shape(*row)) for row in rows)[:NEIGHBOURS]
+    shapes = [Shape(*row) for row in rows]
+    near = sorted((distance(case, shape, density), shape) for shape in shapes)[:NEIGHBOURS]
     if near[0][0] <= SAME:
         near = near[:1]
     return [((octaves + CLOSE) ** -2, shape) for octaves, shape in near]
@@ -133,7 +148,7 @@ def expected(
 
     At another density than the case's, if one is given.
     """
-    found = nearest(case, kind)
+    found = nearest(case, kind, density)
     if found is None:
         return None
     near, width = found
