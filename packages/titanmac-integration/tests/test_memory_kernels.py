@@ -47,14 +47,13 @@ for T, H, D, chunk, per in CASES:
     d_wanted = torch.autograd.grad(total, exact)
 
     memory = inputs[2][:1].expand(S, H, D, D)
-    got_answers, got_retrieved, final, squares, kept = _chunk_launch.read_chunks(
+    got_answers, got_retrieved, final, latest, squares, kept = _chunk_launch.read_chunks(
         inputs[0], inputs[1], memory, inputs[3], chunk, per, "ieee" if device == "cpu" else "tf32x3"
     )
     got = {"answers": got_answers, "errors": kept.errors, "M": final[0], "S": final[1]}
     if per:
-        last = (starts.shape[2] - 1) // per * per
-        got |= {"retrieved": got_retrieved, "segment": kept.states[:, last, 0]}
-    got["squares"], wanted["squares"] = squares.sum(), errors.square().sum()
+        got |= {"retrieved": got_retrieved, "segment": latest}
+    got["squares"], wanted["squares"] = squares, errors.square().sum()
     singles = {
         name: grad.float().reshape(got[name].shape).contiguous() for name, grad in grads.items()
     }

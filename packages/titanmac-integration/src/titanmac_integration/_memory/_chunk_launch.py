@@ -68,13 +68,15 @@ def read_chunks(
     chunk: int,
     per_segment: int,
     precision: str,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Kept]:
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None, Tensor, Kept]:
     """Answers [S, T, H, D], what segments retrieve (or None), M and S after the last token
-    [2, N, D, D], sums of squared errors, `Kept`.
+    [2, N, D, D], M before the last segment [S, H, D, D] (or None), the sum of squared errors and
+    `Kept`.
 
-    ``per_segment`` chunks of a segment, 0 for none; ``tokens`` and ``gates`` contiguous,
-    ``memory`` and ``momentum`` [S, H, D, D] contiguous but for their first dimension.
+    ``per_segment`` chunks of a segment, 0 for none.
     """
+    tokens, gates = tokens.contiguous(), gates.contiguous()
+    memory, momentum = _rows_contiguous(memory), _rows_contiguous(momentum)
     N, T, b, n, H, D = _sizes(tokens, chunk)
     constants, tuned = _constants(H, D, b, precision), launch(precision, D)
     new = tokens.new_empty
@@ -123,14 +125,24 @@ def read_chunks(
         **constants,
         **tuned.chunks,
     )
-    return answers, retrieved, final, squares, Kept(factors, inverse, errors, states)
+    latest = None
+    if per_segment:
+        last = (n - 1) // per_segment * per_segment
+        latest = states[:, last, 0].clone().view(memory.shape)
+    kept = Kept(factors, inverse, errors, states)
+    return answers, retrieved, final, latest, squares.sum(), kept
+
+
+def _rows_contiguous(matrices: Tensor) -> Tensor:
+    """[S, H, D, D], contiguous but for the first dimension, which may be an expanded one."""
+    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
 
 
 def read_chunks_backward(
     tokens: Tensor,
     gates: Tensor,
     kept: Kept,
-    d_answers: Tensor,
+    d_answers: Tensor | None,
     d_retrieved: Tensor | None,
     d_errors: Tensor | None,
     d_segment: Tensor | None,
@@ -142,8 +154,15 @@ def read_chunks_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of tokens, of gates, and of X before the first token [N, 2, D, D].
 
-    All contiguous; ``d_segment`` is of M before the last segment.
+    ``d_segment`` is of M before the last segment.
     """
+    tokens, gates = tokens.contiguous(), gates.contiguous()
+    if d_answers is None:
+        d_answers = torch.zeros_like(tokens[:, :, 0])
+    d_answers, d_retrieved, d_errors, d_segment, d_memory, d_momentum = (
+        None if grad is None else grad.contiguous()
+        for grad in (d_answers, d_retrieved, d_errors, d_segment, d_memory, d_momentum)
+    )
     N, T, b, n, H, D = _sizes(tokens, chunk)
     constants, tuned = _constants(H, D, b, precision), launch(precision, D)
     wide = min(tuned.columns, constants["DP"])

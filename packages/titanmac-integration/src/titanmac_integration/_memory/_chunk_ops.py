@@ -27,11 +27,6 @@ def plan(chunk: int, width: int, source: torch.dtype) -> tuple[int, str]:
     return largest_part(chunk, launch(products, width).chunk), products
 
 
-def rows_contiguous(matrices: Tensor) -> Tensor:
-    """[S, H, D, D], contiguous but for the first dimension, which may be an expanded one."""
-    return matrices if matrices[0].is_contiguous() else matrices.contiguous()
-
-
 @torch.library.custom_op("titanmac::memory_read", mutates_args=())
 def read(
     tokens: Tensor,
@@ -50,17 +45,12 @@ def read(
     from ._chunk_launch import read_chunks
 
     part, products = plan(chunk, tokens.shape[-1], source)
-    per = segment // part
-    states = rows_contiguous(weights), rows_contiguous(momentum)
-    answers, retrieved, final, squares, kept = read_chunks(
-        tokens.contiguous(), gates.contiguous(), *states, part, per, products
+    answers, retrieved, final, latest, squares, kept = read_chunks(
+        tokens, gates, weights, momentum, part, segment // part, products
     )
-    if retrieved is None:
+    if retrieved is None or latest is None:
         retrieved, latest = tokens.new_empty(0), tokens.new_empty(0)
-    else:
-        last = (kept.states.shape[1] - 1) // per * per
-        latest = kept.states[:, last, 0].clone().reshape(weights.shape)
-    return answers, retrieved, final, latest, squares.sum(), *kept
+    return answers, retrieved, final, latest, squares, *kept
 
 
 @read.register_fake
@@ -101,19 +91,16 @@ def read_backward(
     """Gradients of tokens, gates, and of M and S before the first token [S, H, D, D]."""
     from ._chunk_launch import Kept, read_chunks_backward
 
-    if d_answers is None:
-        d_answers = torch.zeros_like(tokens[:, :, 0])
-    d_final = None if d_final is None else d_final.contiguous()
     S, _, _, H, D = tokens.shape
     chunk = inverse.shape[-1]
     d_tokens, d_gates, d_first = read_chunks_backward(
-        tokens.contiguous(),
-        gates.contiguous(),
+        tokens,
+        gates,
         Kept(factors, inverse, errors, states),
-        d_answers.contiguous(),
-        None if d_retrieved is None else d_retrieved.contiguous(),
+        d_answers,
+        d_retrieved,
         None,
-        None if d_latest is None else d_latest.contiguous(),
+        d_latest,
         None if d_final is None else d_final[0],
         None if d_final is None else d_final[1],
         chunk,

@@ -101,26 +101,15 @@ class _Read(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         from ._chunk_launch import read_chunks
 
-        answers, retrieved, final, squares, kept = read_chunks(
-            tokens.contiguous(),
-            gates.contiguous(),
-            _chunk_ops.rows_contiguous(weights),
-            _chunk_ops.rows_contiguous(momentum),
-            chunk,
-            per_segment,
-            precision,
+        answers, retrieved, final, latest, squares, kept = read_chunks(
+            tokens, gates, weights, momentum, chunk, per_segment, precision
         )
         ctx.save_for_backward(tokens, gates, weights, momentum, *kept)
         ctx.set_materialize_grads(False)
         ctx.options = chunk, per_segment, precision
-        segment = None
-        if per_segment:
-            last = (kept.states.shape[1] - 1) // per_segment * per_segment
-            segment = kept.states[:, last, 0].clone().view_as(weights)
-        squares = squares.sum()
         ctx.mark_non_differentiable(squares)
         new = (part.view_as(weights) for part in final.unbind(0))
-        return answers, retrieved, *new, segment, squares
+        return answers, retrieved, *new, latest, squares
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -135,18 +124,15 @@ class _Read(torch.autograd.Function):
         from ._chunk_launch import Kept, read_chunks_backward
 
         tokens, gates, weights, _ = inputs
-        answers, *others = (None if grad is None else grad.contiguous() for grad in grads[:5])
-        if answers is None:
-            answers = torch.zeros_like(tokens[:, :, 0])
-        retrieved, d_weights, d_momentum, segment = others
+        d_answers, d_retrieved, d_weights, d_momentum, d_segment = grads[:5]
         d_tokens, d_gates, d_states = read_chunks_backward(
-            tokens.contiguous(),
-            gates.contiguous(),
+            tokens,
+            gates,
             Kept(*kept),
-            answers,
-            retrieved,
+            d_answers,
+            d_retrieved,
             None,
-            segment,
+            d_segment,
             d_weights,
             d_momentum,
             chunk,
