@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from titanmac_integration import TitanMACConfig
+from titanmac_integration import TitanMACConfig, create_titanmac_model
 from titanmac_integration._memory import NeuralMemory
 
 pytestmark = [
@@ -187,6 +187,12 @@ def test_a_captured_step_computes_what_it_computed(tiny_config: Make) -> None:
         assert torch.equal(got, wanted)
 
 
+def small(make: Make, variant: str, **changes: object) -> TitanMACConfig:
+    sizes = {"memory_heads": 2, "memory_width": 32, "memory_chunk_size": 32, "segment_size": 64}
+    memory = {"use_neural_memory": True, "titans_variant": variant}
+    return make(d_model=64, n_heads=4, max_seq_len=256, **{**sizes, **memory, **changes})
+
+
 def count_and_run(calls: list[str], name: str, run: Callable, *args: object) -> object:
     calls.append(name)
     return run(*args)
@@ -196,21 +202,10 @@ def count_and_run(calls: list[str], name: str, run: Callable, *args: object) -> 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_blocks_keep_the_kernels(tiny_config: Make, variant: str) -> None:
     """The recurrence's and MAC's attention's, forward and backward; without a graph break."""
-    from titanmac_integration import _segment_kernels, create_titanmac_model
+    from titanmac_integration import _segment_kernels
     from titanmac_integration._memory import _chunk_launch
 
-    config = tiny_config(
-        d_model=64,
-        n_heads=4,
-        max_seq_len=256,
-        use_neural_memory=True,
-        titans_variant=variant,
-        memory_heads=2,
-        memory_width=32,
-        memory_chunk_size=32,
-        segment_size=64,
-    )
-    model = create_titanmac_model(config, device="cuda")
+    model = create_titanmac_model(small(tiny_config, variant), device="cuda")
     tokens = torch.randint(256, (2, 150), device="cuda")
     watched = [(_chunk_launch, "read_chunks"), (_chunk_launch, "read_chunks_backward")]
     if variant == "MAC":
@@ -256,3 +251,30 @@ def test_rows_in_front_are_no_tokens(tiny_config: Make, variant: str) -> None:
         results.append([said.read, grads[0][:, skipped:], *grads[1:]])
     for got, wanted in zip(*results, strict=True):
         assert (got - wanted).float().norm() < 0.01 * wanted.float().norm()
+
+
+@pytest.mark.parametrize("sparse", [False, True])
+@pytest.mark.parametrize("variant", ["MAC", "MAG", "MAL"])
+def test_checkpointing_and_hooks_change_nothing(
+    tiny_config: Make, variant: str, sparse: bool
+) -> None:
+    """Heads are turned in place where nobody else sees them, also when they are computed again."""
+    parts = {"use_block_sparse": True, "block_sparse_components": ("mlp", "attention")}
+    tokens = torch.randint(256, (2, 150), generator=torch.Generator().manual_seed(0)).cuda()
+    results = []
+    for recompute, hooked in ((False, False), (True, False), (False, True)):
+        changes = {"activation_checkpointing": recompute, **(parts if sparse else {})}
+        model = create_titanmac_model(small(tiny_config, variant, **changes), device="cuda")
+        if hooked:  # so heads are left as they are, and turned copies attend
+            for block in model.blocks:
+                block.attention.qkv.register_forward_hook(lambda *_: None)
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(tokens, tokens)["loss"]
+        loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        results.append((loss.detach(), grads))
+    (loss, grads), *others = results
+    for again, found in others:
+        torch.testing.assert_close(again, loss, rtol=1e-3, atol=1e-3)
+        for name, wanted in grads.items():
+            assert (found[name] - wanted).norm() < 0.05 * wanted.norm(), name
