@@ -16,6 +16,9 @@ from torch import Tensor
 from cms_topology._blocks import kernels_for
 from cms_topology._newborn_launch import YoungLaunch, grown_up
 
+_PIECE = 1 << 17
+"""Elements that a CPU corrects at a time: what its caches hold."""
+
 
 class _Known(NamedTuple):
     """What stays from step to step of a layer's `values`."""
@@ -128,8 +131,7 @@ class NewbornStepCorrection:
             if len(members) == len(layers):
                 self._kept[id(optimizer)] = launch
         for (_, t), members in together.items():
-            for batch in _batches(members):
-                self._correct_on_cpu(batch, t)
+            self._correct_on_cpu(members, t)
 
     def _notice_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget what was known when the optimizer's groups change."""
@@ -179,23 +181,28 @@ class NewbornStepCorrection:
         group = members[0].known.group
         limit = min(t, grown_up(group["betas"]))
         ages = [aged.age[:, : aged.live].reshape(-1) for aged in members]
-        age = torch.cat(ages)
-        young = age < limit
+        counts = [len(its) for its in ages]
+        young = torch.cat(ages) < limit
         if limit <= 1 or not young.any():
             return
-        chosen, blocks = [], []
-        for aged, mask in zip(members, young.split([len(one) for one in ages]), strict=True):
+        pieces = []
+        for aged, mask, its in zip(members, young.split(counts), ages, strict=True):
+            flat = [x.flatten(0, 1) for x in aged.known[:3]]
             slots = mask.nonzero().squeeze(1)
-            if aged.live < aged.known.values.shape[1]:  # behind the live ones there are spare ones
-                row, slot = slots // aged.live, slots % aged.live
-                slots = row * aged.known.values.shape[1] + slot
-            chosen.append((aged.known.values.flatten(0, 1), slots))
-            blocks.append([x.flatten(0, 1).index_select(0, slots) for x in aged.known[:3]])
-        w, m, v = (x[0] if len(x) == 1 else torch.cat(x) for x in zip(*blocks, strict=True))
-        corrected = _corrected(w, m, v, t, age[young].clamp_(min=1), group).to(w.dtype)
-        parts = corrected.split([len(slots) for _, slots in chosen])
-        for (values, slots), part in zip(chosen, parts, strict=True):
-            values.index_copy_(0, slots, part)
+            its = its[slots].clamp_(min=1)
+            if aged.live < aged.age.shape[1]:  # behind the live ones there are spare ones
+                slots += slots // aged.live * (aged.age.shape[1] - aged.live)
+            size = max(1, _PIECE // flat[0][0].numel())
+            pieces += [(flat, *of) for of in zip(slots.split(size), its.split(size), strict=True)]
+        # what is small is corrected together
+        few = sum(slots.numel() * flat[0][0].numel() for flat, slots, _ in pieces) <= _PIECE
+        for together in [pieces] if few else [[piece] for piece in pieces]:
+            taken = [[x.index_select(0, at) for x in flat] for flat, at, _ in together]
+            w, m, v = map(torch.cat, zip(*taken, strict=True)) if few else taken[0]
+            age = torch.cat([its for _, _, its in together])
+            parts = _corrected(w, m, v, t, age, group).split([len(at) for _, at, _ in together])
+            for ((values, *_), at, _), part in zip(together, parts, strict=True):
+                values.index_copy_(0, at, part)
 
     def _correct(self, aged: _Aged) -> None:
         """Computes a correction for every block, and waits for no device."""
@@ -244,30 +251,18 @@ def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]
 def _corrected(
     w: Tensor, m: Tensor, v: Tensor, t: float, age: Tensor, group: dict[str, Any]
 ) -> Tensor:
-    """`w + _lacking(...)` in few passes, on a CPU: blocks [n, B, B], ages [n]."""
+    """`w + _lacking(...)` in few passes, of blocks [n, B, B], ages [n]; changes all three."""
     (beta1, beta2), eps, lr = group["betas"], group["eps"], float(group["lr"])
-    kind = torch.promote_types(w.dtype, torch.float32)
+    kind, kept = torch.promote_types(w.dtype, torch.float32), w.dtype
     w, m, root = w.to(kind), m.to(kind), v.to(kind).sqrt_()
     # (m / b1) / (root / b2 + eps) = m (b2 / b1) / (root + eps b2), where b2 is a root, too
     b1, b2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
-    w = torch.addcdiv(w, m, root + eps * b2, value=lr * b2 / b1)
+    w.addcdiv_(m, root + eps * b2, value=lr * b2 / b1)
     years = age.double()[:, None, None]  # powers in single depend on where a number stands
     b1_own, b2_own = 1 - beta1**years, (1 - beta2**years).sqrt()
-    scaled = m * (b2_own / b1_own).to(kind)
-    return w.addcdiv_(scaled, root.add_((eps * b2_own).to(kind)), value=-lr)
+    m.mul_((b2_own / b1_own).to(kind))
+    return w.addcdiv_(m, root.add_((eps * b2_own).to(kind)), value=-lr).to(kept)
 
 
 def _bias(beta: float, steps: Tensor) -> Tensor:
     return 1 - beta**steps
-
-
-def _batches(members: Iterable[_Aged], elements: int = 1 << 20) -> Iterable[list[_Aged]]:
-    """Together what is small: large layers gain nothing by it, and would need memory at once."""
-    batch: list[_Aged] = []
-    for aged in members:
-        if batch and sum(x.known.values.numel() for x in (*batch, aged)) > elements:
-            yield batch
-            batch = []
-        batch.append(aged)
-    if batch:
-        yield batch
