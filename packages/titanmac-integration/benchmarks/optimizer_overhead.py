@@ -82,20 +82,21 @@ class Variant:
     def steps(self, count: int, tokens: torch.Tensor) -> tuple[float, float]:
         """Seconds per training step, and of host time in the optimizer per step."""
         half = torch.autocast("cuda", torch.bfloat16, enabled=self.args.device == "cuda")
+        clock = time.process_time if self.args.cpu_time else time.perf_counter
         synchronise(self.args.device)
-        started, inside = time.perf_counter(), 0.0
+        started, inside = clock(), 0.0
         for _ in range(count):
             with half:
                 loss = self.model(tokens, tokens)["loss"]
             loss.backward()
-            before = time.perf_counter()
+            before = clock()
             self.optimizer.step()
             if self.manager is not None:
                 self.manager.step()
-            inside += time.perf_counter() - before
+            inside += clock() - before
             self.optimizer.zero_grad()
         synchronise(self.args.device)
-        return (time.perf_counter() - started) / count, inside / count
+        return (clock() - started) / count, inside / count
 
 
 def synchronise(device: str) -> None:
@@ -113,6 +114,9 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=64)
     parser.add_argument("--block", type=int, default=100, help="steps of a variant in a row")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="not wall time; for a busy machine, one thread"
+    )
     parser.add_argument("--variants", nargs="+", default=NAMES, choices=NAMES)
     args = parser.parse_args()
     names = [name for name in NAMES if name in args.variants]
@@ -132,7 +136,8 @@ def main() -> None:
     device = torch.cuda.get_device_name() if args.device == "cuda" else platform.machine()
     print(
         f"{args.preset}, {model.num_parameters:,} parameters, {args.batch} x {args.length} tokens; "
-        f"{device}, {torch.get_num_threads()} thread(s), torch {torch.__version__}, commit "
+        f"{device}, {torch.get_num_threads()} thread(s), "
+        f"{'CPU time' if args.cpu_time else 'wall time'}, torch {torch.__version__}, commit "
         f"{commit}, {time.strftime('%Y-%m-%d')}\n"
     )
     print("| variant | training step, ms | in the optimizer, ms | step against base | clock |")
