@@ -115,7 +115,8 @@ def test_what_was_touched_survives_a_file() -> None:
 
 def test_weights_that_cannot_be_guarded_are_named_once() -> None:
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv1d(2, 8, 3, padding=1), nn.Flatten(), nn.Linear(8 * 8, 4))
+    grouped = nn.Conv1d(2, 8, 3, padding=1, groups=2)
+    model = nn.Sequential(grouped, nn.Flatten(), nn.Linear(8 * 8, 4))
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
         result: Tensor = model(x).square().mean()

@@ -16,10 +16,13 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cms_topology._linear import CMSBlockLinear
+from cms_topology._retention._convolution import DIMENSIONS, Convolution
 from cms_topology._retention._touched import parameters_in
 
-OnLinear = Callable[[Tensor, Tensor, Tensor], None]
-"""Called with the weight parameter, its input [..., n] and its output [..., m]."""
+Rows = Callable[[Tensor], Tensor]
+"""From the input of a product to its tokens [N, n]; what makes them larger is done when asked."""
+OnLinear = Callable[[Tensor, Tensor, Tensor, Rows], None]
+"""Called with the weight parameter, its input, its output [..., m], and how to read the input."""
 OnRows = Callable[[Tensor, Tensor], None]
 """Called with an embedding's weight parameter and the indices that were looked up."""
 OnUse = Callable[[Tensor], None]
@@ -27,7 +30,7 @@ OnUse = Callable[[Tensor], None]
 
 
 class _Products(TorchFunctionMode):
-    """Sees every `functional.linear` and `functional.embedding`, whoever calls it.
+    """Sees every `functional.linear`, convolution and embedding, whoever calls it.
 
     So an embedding matrix that also serves as the head is found although no `nn.Linear` holds it.
     """
@@ -48,6 +51,8 @@ class _Products(TorchFunctionMode):
                 return func(*args, **kwargs)
         if func is functional.linear:
             return self._seen_linear(*args, **kwargs)
+        if func in DIMENSIONS:
+            return self._seen_convolution(func, Convolution(*args, **kwargs))
         result = func(*args, **kwargs)
         if func is functional.embedding:
             weight = args[1] if len(args) > 1 else kwargs["weight"]
@@ -59,8 +64,17 @@ class _Products(TorchFunctionMode):
         result = _LINEAR(input, weight, bias)
         if isinstance(weight, nn.Parameter):
             result = _own(result)
-            self.on_linear(weight, input, result)
+            self.on_linear(weight, input, result, _flat)
         return result
+
+    def _seen_convolution(self, func: Any, call: Convolution) -> Tensor:
+        result: Tensor = func(*call)
+        if call.groups != 1 or not isinstance(call.weight, nn.Parameter):
+            return result
+        channels = -1 - DIMENSIONS[func]
+        moved = _own(result.movedim(channels, -1))
+        self.on_linear(call.weight, call.input, moved, call.windows)
+        return moved.movedim(-1, channels)
 
 
 _LINEAR = functional.linear
@@ -89,7 +103,7 @@ def captured(
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, CMSBlockLinear)
         output = _own(output)
-        on_linear(layer.values, args[0], output)
+        on_linear(layer.values, args[0], output, _flat)
         return output
 
     sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
@@ -100,6 +114,10 @@ def captured(
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _flat(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.shape[-1])
 
 
 def _own(output: Tensor) -> Tensor:

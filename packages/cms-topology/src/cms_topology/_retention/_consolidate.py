@@ -5,13 +5,13 @@ Legend: N tokens of a pass, n inputs and m outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from cms_topology._retention._capture import captured, undisturbed
+from cms_topology._retention._capture import Rows, captured, undisturbed
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
 from cms_topology._retention._probes import LogitsFn, Probes, default_logits, known_answers
@@ -45,7 +45,8 @@ def consolidate(
 
     Runs the model over `batches` in evaluation mode and accumulates, for every weight matrix that
     is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear`, so also a
-    head that is tied to the embedding), the covariance of the inputs; which embedding rows are
+    head that is tied to the embedding; convolutions without groups, whose tokens are the positions
+    of their output), the covariance of the inputs; which embedding rows are
     looked up; from the gradients of the loss, the usage of every block; and which parameters were
     used at all: others, such as a head for a new task, train freely later (with usage="none" that
     is not known, and all stay). Weights, gradients, modes and random number generators are left as
@@ -112,9 +113,9 @@ def consolidate(
         if not stats.layers:
             raise ValueError(
                 f"batches (={len(kept)} seen) of task {task!r} reached no weight matrix of "
-                f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear or another "
-                "functional.linear; pass at least one batch, and a loss_fn that calls the model it "
-                "is given."
+                f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear, a convolution or "
+                "another functional.linear; pass at least one batch, and a loss_fn that calls the "
+                "model it is given."
             )
         stats.check_finite(task)
         memory = Consolidation(
@@ -198,15 +199,15 @@ def _observe(
 
 def _products(
     model: nn.Module, stats: TaskStatistics, run: Callable[[], Any], *, differentiate: bool
-) -> list[tuple[Tensor, Tensor, Tensor | None]]:
+) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
     """Weight, input [N, n] and gradient by the output [N, m] of every product of one pass."""
-    inputs: list[tuple[Tensor, Tensor]] = []
+    inputs: list[tuple[Tensor, Tensor, Rows]] = []
     edges: list[Any] = []
 
-    def on_linear(weight: Tensor, x: Tensor, y: Tensor) -> None:
+    def on_linear(weight: Tensor, x: Tensor, y: Tensor, rows: Rows) -> None:
         if weight not in stats.names or x.numel() == 0:  # a parameter from elsewhere
             return
-        inputs.append((weight, x.detach().reshape(-1, x.shape[-1])))
+        inputs.append((weight, x.detach(), rows))
         if differentiate:
             # the edge, not the tensor: what follows may change it in place
             edges.append(torch.autograd.graph.get_gradient_edge(y))
@@ -214,14 +215,14 @@ def _products(
     grad = torch.set_grad_enabled(differentiate)
     with grad, captured(model, on_linear, stats.use_rows, stats.use):
         result = run()
-    if not differentiate:
-        return [(weight, x, None) for weight, x in inputs]
-    for parameter in parameters_behind(result):
-        stats.use(parameter)
-    # outside the capture: recomputation (activation checkpointing) must not count twice
-    found = torch.autograd.grad(result, edges, allow_unused=True) if edges else ()
-    flat = [g if g is None else g.reshape(-1, g.shape[-1]) for g in found]
-    return [(weight, x, g) for (weight, x), g in zip(inputs, flat, strict=True)]
+    found: Sequence[Tensor | None] = [None] * len(inputs)
+    if differentiate:
+        for parameter in parameters_behind(result):
+            stats.use(parameter)
+        # outside the capture: recomputation (activation checkpointing) must not count twice
+        found = torch.autograd.grad(result, edges, allow_unused=True) if edges else ()
+    for (weight, x, rows), g in zip(inputs, found, strict=True):
+        yield weight, rows(x), None if g is None else g.reshape(-1, g.shape[-1])
 
 
 def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

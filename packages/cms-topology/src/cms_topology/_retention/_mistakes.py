@@ -56,8 +56,8 @@ def warn_of_still_weights(model: nn.Module, still: set[str]) -> None:
         named = ", ".join(f"{kind} (first {name!r})" for kind, name in kinds.items())
         warnings.warn(
             f"weights of {named} stay as they are: the inputs of the old tasks are seen where "
-            "linear layers and embeddings multiply, not there, so nothing says which changes would "
-            "harm. guard.still lists all that stays; train the new task on what is left, or make "
-            "these layers linear ones.",
+            "linear layers, embeddings and convolutions without groups multiply, not there, so "
+            "nothing says which changes would harm. guard.still lists all that stays; train the "
+            "new task on what is left, or make these layers linear ones.",
             stacklevel=3,
         )

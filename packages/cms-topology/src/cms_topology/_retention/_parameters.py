@@ -57,7 +57,7 @@ def sort_parameters(
 
 def _inputs(weight: ProtectedWeight) -> int:
     layer = weight.layer
-    return weight.parameter.shape[1] if layer is None else layer.in_features
+    return weight.shape[2] if layer is None else layer.in_features
 
 
 def by_shape(weights: list[ProtectedWeight]) -> list[list[ProtectedWeight]]:

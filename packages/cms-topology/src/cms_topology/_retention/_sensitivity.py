@@ -91,7 +91,7 @@ def _unit_displacements(
 
 def _dense(values: Tensor, layer: CMSBlockLinear | None) -> Tensor:
     if layer is None:
-        return values
+        return values.flatten(1)
     live = layer.num_live
     columns = layer.col_indices[:, :live]
     return fmt.to_dense(values[:, :live], columns, layer.R, layer.C, live, layer.B)

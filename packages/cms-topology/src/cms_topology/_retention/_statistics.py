@@ -116,7 +116,7 @@ class TaskStatistics:
             grid = (
                 (layer.in_features, layer.R, layer.B, layer.B)
                 if layer is not None
-                else (weight.shape[1], weight.shape[0], weight.shape[1], 1)
+                else (weight[0].numel(), weight.shape[0], weight[0].numel(), 1)
             )
             self.layers[name] = LayerStatistics(*grid, weight.device)
         return self.layers[name]

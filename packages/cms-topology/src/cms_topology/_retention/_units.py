@@ -1,8 +1,8 @@
 """Weight matrices as stacks of independent units: rows that read the same inputs.
 
 Legend: R block rows, K live blocks per row, B tile side, G units of a layer, m rows of a unit, n
-inputs of a unit. A dense matrix is one unit of all its rows; a block-sparse layer has one unit per
-row group, of m = row_group * B rows that read n = K * B inputs.
+inputs of a unit. A dense matrix, or a convolution's kernels as one, is one unit of all its rows; a
+block-sparse layer has one unit per row group, of m = row_group * B rows that read n = K * B inputs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class ProtectedWeight:
     def shape(self) -> tuple[int, int, int]:
         """(G, m, n)."""
         if self.layer is None:
-            return (1, *self.parameter.shape)
+            return (1, len(self.parameter), self.parameter[0].numel())
         group = self.layer.row_group
         return self.layer.R // group, group * self.layer.B, self.layer.num_live * self.layer.B
 
@@ -59,7 +59,7 @@ class ProtectedWeight:
     def read_into(self, units: Tensor) -> Tensor:
         """Write the weights to a contiguous [G, m, n]; returns it."""
         if self.layer is None:
-            units[0].copy_(self.parameter)
+            units[0].copy_(self.parameter.flatten(1))
             return units
         R, K, B = self.layer.R, self.layer.num_live, self.layer.B
         units.view(R, B, K, B).copy_(self.parameter[:, :K].permute(0, 2, 1, 3))
@@ -69,7 +69,7 @@ class ProtectedWeight:
     def write(self, units: Tensor) -> None:
         """The inverse of `read`."""
         if self.layer is None:
-            self.parameter.copy_(units[0])
+            self.parameter.copy_(units[0].view(self.parameter.shape))
             return
         R, K, B = self.layer.R, self.layer.num_live, self.layer.B
         self.parameter[:, :K].copy_(units.reshape(R, B, K, B).permute(0, 2, 1, 3))
