@@ -223,7 +223,7 @@ class ReleasingProjection(RecallingProjection):
     """That with weak damping which lets go in the course of every task."""
 
     name = "ours-releasing"
-    default_dial = 1.0
+    default_dial = 0.3
 
     def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
         self._steps = steps
