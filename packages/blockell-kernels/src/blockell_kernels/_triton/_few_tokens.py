@@ -106,7 +106,7 @@ def _several_tiles(case: Case) -> Strip | None:
         return None
     results = case.C * case.B
     if results < 12 * sms:
-        if case.B >= 32 and N <= 128 and case.dtype.itemsize == 4:
+        if case.B >= 64 and N <= 128 and case.dtype.itemsize == 4:
             return Strip(BN=32, BK=64, parts=8)
         if case.B >= 64:
             return Strip(BN=64, BK=64, parts=4, stages=3) if N <= 256 else Strip(BN=32, BK=128)

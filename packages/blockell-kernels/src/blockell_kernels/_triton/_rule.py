@@ -41,7 +41,7 @@ DENSITIES = 1.0
 """What an octave of density counts, beyond those measured at a shape."""
 BOUND = 0.5
 """Octaves by which one measurement may win or lose: far shapes then cannot outvote near ones. These
-six numbers decided best about the measured shapes, each left out of the table in turn: for 4% of
+six numbers decided best about the measured shapes, each left out of the table in turn: for 5% of
 the products they chose a way that is slower by more than 5%, the nearest shape alone for 8%. Where
 one density of a shape is left out, it is 2.8%."""
 STEP = 0.05
