@@ -19,10 +19,11 @@ class Rehearsal:
     then no data need be kept (self-generated replay: Robins 1995, "Catastrophic forgetting,
     rehearsal and pseudorehearsal"). By itself rehearsal repairs what was forgotten, it does not
     prevent it: the old tasks dip while the new one begins. With the updates damped along the old
-    tasks' inputs they hardly do, and the damping may be weak, because what leaks is repaired:
+    tasks' inputs they hardly do, and the damping may be weak and let go in the course of the new
+    task, because what leaks is repaired:
 
     ```python
-    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.1)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.3, release=steps)
     rehearsal = Rehearsal(model, [with_answers(model, {"input_ids": written})])
     ...
     (loss + rehearsal.loss()).backward()
@@ -33,7 +34,7 @@ class Rehearsal:
         model: wrapped by DDP or torch.compile or not.
         kept: one entry per old task: tensors by name, whose first dimension counts sequences.
         weight: of the loss of each old task. Default: 3 where answers are kept, which ask for
-            nothing as long as nothing has changed, else 0.3.
+            nothing as long as nothing has changed, else 0.3. Less leaves more to the new task.
         rows: sequences per task and step, drawn with replacement.
         loss_fn: (model, batch) -> scalar, the mean over tokens. Default: the divergence from the
             answers, where they are kept (`with_answers`), else `model(**batch)["loss"]`.
