@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).parent / "triton_ahead.py"
-ALONE = ("index_column", "token_square_sums")
+ALONE = ("activate_elements", "gradient_tiles", "index_column", "token_square_sums")
 """Kernels that are launched when the one before them has ended."""
 SHARED_MEMORY_BYTES = {70: 96 * 1024, 80: 163 * 1024, 90: 227 * 1024}
 

@@ -8,12 +8,15 @@ results; "short" for 16-bit ones, with a polynomial for the error function; "ptx
 instructions of NVIDIA's that Triton does not emit itself. It matters: a tile of 128 x 128 outputs
 takes a hundred cycles for every instruction per element, and a product 320 deep 2600.
 
+The passes alone do not overlap with the launches around them: programs of a small product that
+start early crowd on the multiprocessors that are free first, and a step of the MLP of 300 tokens
+took 2 to 6% longer, of 128 tokens as long (H200, `h200-mlp-few.csv`).
+
 Constants stand on the right: on the left the interpreter takes the product for a constant.
 """
 
 import triton
 import triton.language as tl
-from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # Phi(h) - 1/2 = h*P(h^2) for |h| <= 4.25: minimax (Lawson's algorithm), Phi off by at most 3.3e-5
 # and h*Phi(h) by 4.5e-5, a tenth of float16's spacing at 1. Beyond, the argument of P stays and the
@@ -135,12 +138,8 @@ def activate_elements(
     ACTIVATION: tl.constexpr,
     ARITHMETIC: tl.constexpr,
     BLOCK: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """a = f(h) over contiguous tensors."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     h = tl.load(h_ptr + i, i < elements, other=0.0).to(tl.float32)
     a = activated(h, ACTIVATION, ARITHMETIC)
@@ -160,12 +159,8 @@ def gradient_tiles(
     ARITHMETIC: tl.constexpr,
     BT: tl.constexpr,
     BW: tl.constexpr,
-    OVERLAPS: tl.constexpr = False,
 ):
     """dh = da f'(h) of a tile, and if asked a = f(h) and the sums of dh over its tokens."""
-    if OVERLAPS:
-        gdc_launch_dependents()
-        gdc_wait()
     cols = tl.program_id(0) * BW + tl.arange(0, BW)
     tokens = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
     inside = (tokens < N)[:, None] & (cols < width)[None, :]
