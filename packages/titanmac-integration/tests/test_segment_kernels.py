@@ -5,6 +5,7 @@ from collections.abc import Callable
 CHECK = """
 import sys, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 from titanmac_integration import _segment_kernels, _segment_ops, _window
 from titanmac_integration._window import _segments_by_torch, plan_segments
 device, dtype = sys.argv[1], torch.float32
@@ -79,6 +80,14 @@ for got, want in zip(*found):
     assert error < (3e-2 if device == "cuda" else 1e-5), float(error)
 # gradients that are differentiated in turn
 _window._on_gpu = lambda query, dropout: True
+leaves = [x.detach().requires_grad_() for x in inputs]
+found = []
+for again in (False, True):
+    def attend(q, k, v, rk, rv):
+        return _window.segment_attention(q, k, v, (rk, rv), plan, 0.0)
+    out = checkpoint(attend, *leaves, use_reentrant=False) if again else attend(*leaves)
+    found.append(torch.autograd.grad(out, leaves, grad))
+assert all(torch.equal(a, b) for a, b in zip(*found))
 found = []
 for kernels, kind in ((True, dtype), (False, torch.float64)):
     leaves = [x.detach().to(kind).requires_grad_() for x in inputs]

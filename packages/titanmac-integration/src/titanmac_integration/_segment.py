@@ -63,7 +63,8 @@ class _Attend(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        inputs, (out, log) = ctx.saved_tensors[:5], ctx.saved_tensors[5:]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        inputs, (out, log) = saved[:5], saved[5:]
         window, segment, plain = ctx.options
         if torch.is_grad_enabled():  # the gradient is to be differentiated in turn
             with sdpa_kernel(SDPBackend.MATH):

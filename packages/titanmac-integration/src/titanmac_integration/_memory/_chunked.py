@@ -113,7 +113,8 @@ class _Read(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        inputs, kept = ctx.saved_tensors[:4], ctx.saved_tensors[4:]
+        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        inputs, kept = saved[:4], saved[4:]
         chunk, per_segment, precision = ctx.options
         if torch.is_grad_enabled():
 

@@ -104,7 +104,8 @@ class _Tokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        flat, past, taps, bias = ctx.saved_tensors
+        saved = ctx.saved_tensors  # once: checkpointing computes them again
+        flat, past, taps, bias = saved
         found: tuple[Tensor | None, ...]
         if torch.is_grad_enabled():
 
@@ -113,7 +114,7 @@ class _Tokens(torch.autograd.Function):
             ) -> tuple[Tensor, Tensor]:
                 return _plain(flat, past, taps, bias, *ctx.sizes)
 
-            found = gradients_again(plain, ctx.saved_tensors, grads)
+            found = gradients_again(plain, saved, grads)
         else:
             from . import _token_kernels as kernels
 
