@@ -33,6 +33,7 @@ from blockell_kernels._triton._grad_values_kernels import (
     reduce_parts,
 )
 from blockell_kernels._triton._mlp_kernels import grad_input_activated
+from blockell_kernels._triton._place_kernels import note_places
 from blockell_kernels._triton._sum_kernels import sum_rows
 from blockell_kernels._triton._walk_kernels import (
     walk_forward,
@@ -159,7 +160,9 @@ def block_cases(arch, dtype, B):
     yield blocks.scatter_blocks, {"B": B, "LINES": 4, "KB": 1024 // B, "ZEROS": 4096}, tensors
     expanding = {"B": B, "LINES": min(B, 8), "CB": max(1, 512 // B), "KB": 256}
     yield blocks.expand_blocks, expanding, tensors | {"map_ptr": "i32"}
-    indices = dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr"), "i32")
+    indices = dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr", "places_ptr"), "i32")
+    noted = {"B": B, "ROWS": 128 // B, "DEEP": max(1, 64 // B), "FORWARD": False, "BLOCK": 256}
+    yield note_places, noted, indices
     yield blocks.index_column, {"BLOCK": 1024}, indices
     yield blocks.gather_blocks, {"B": B, "KB": max(1, 4096 // B**2)}, tensors
     yield blocks.square_sums, {"B": B, "MB": max(1, 128 // B), "BT": 32}, tensors
