@@ -16,8 +16,8 @@ from titanmac_integration._protocol._records import read_records
 from titanmac_integration._protocol._summary import describe, summarise
 from titanmac_integration._protocol._tables import dial_text, retention_tables
 
-WIDTH, HEIGHT = 880, 520
-LEFT, RIGHT, TOP, BOTTOM = 70, 270, 30, 60
+WIDTH, HEIGHT = 920, 520
+LEFT, RIGHT, TOP, BOTTOM = 70, 310, 30, 60
 COLOURS = {
     "ours": "#d62728",
     "ours-grown": "#ff7f0e",
