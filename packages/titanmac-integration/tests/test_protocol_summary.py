@@ -209,3 +209,17 @@ def test_a_text_as_the_first_task_is_measured_in_bits() -> None:
         "2.600",
         "2.700",
     ]
+
+
+def test_a_method_that_learned_little_is_pointed_to_rehearsal() -> None:
+    def table(nats: float, method: str = "ours") -> str:
+        records = [record("fine-tuning", None, 0, 0.0, 1.6), record(method, None, 0, 1.0, nats)]
+        return retention_tables(summarise(records))
+
+    assert "ours learned little of the new task" in table(3.0)
+    assert "--methods ours-releasing" in table(3.0)
+    assert "learned little" not in table(1.9)
+    assert "learned little" not in table(3.0, "ours-releasing")
+    assert "learned little" not in retention_tables(
+        summarise([record("ours", None, 0, 1.0, 3.0)])  # nothing to compare with
+    )

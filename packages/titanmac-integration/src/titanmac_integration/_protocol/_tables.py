@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from titanmac_integration._report import format_table
@@ -10,6 +10,11 @@ from titanmac_integration._report import format_table
 from ._summary import GAPS, KEPT, LEARNED
 
 Statistic = Mapping[str, Any]
+
+REHEARSING = ("ours-rehearsing", "ours-recalling", "ours-releasing")
+HELD_BACK = 0.5
+"""Nats behind fine-tuning from which a new task counts as hardly learned: with other symbols at
+most 0.3 were seen, with the same ones 0.5 and more."""
 
 
 def retention_tables(summary: Mapping[str, Any]) -> str:
@@ -32,7 +37,31 @@ def retention_tables(summary: Mapping[str, Any]) -> str:
                 f"Void: {first} was not learned to {LEARNED:.0%} before the next task by "
                 f"{'; '.join(void)}. Train it longer (--steps)."
             )
+        held_back = _held_back(group["rows"])
+        if held_back:
+            parts.append(
+                f"{', '.join(held_back)} learned little of the new task. Tasks written in the same "
+                "symbols, such as two texts, leave a trust region no room: try --methods "
+                'ours-releasing, which rehearses instead (docs/retention.md, "Which method '
+                'when").'
+            )
     return "\n\n".join(parts)
+
+
+def _held_back(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Trust-region methods far behind fine-tuning on the new task."""
+    plain = [row["new_nats"]["mean"] for row in rows if row["method"] == "fine-tuning"]
+    if not plain:
+        return []
+    return sorted(
+        {
+            row["method"]
+            for row in rows
+            if row["method"].startswith("ours")
+            and row["method"] not in REHEARSING
+            and row["new_nats"]["mean"] > min(plain) + HELD_BACK
+        }
+    )
 
 
 def method_table(group: Mapping[str, Any]) -> str:
