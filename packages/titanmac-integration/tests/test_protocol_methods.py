@@ -275,7 +275,7 @@ def test_damping_lets_go_in_the_course_of_a_task(
 
     monkeypatch.setattr(METHODS["ours-releasing"], "_strength", spy)
     cell(setting, "ours-releasing", "spare")
-    assert asked == [{"drift": None, "eps": 1.0, "release": setting.steps[1]}]
+    assert asked == [{"drift": None, "eps": 0.3, "release": setting.steps[1]}]
 
 
 def test_frozen_blocks_stay_and_others_grow(
