@@ -28,7 +28,8 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def layers(candidate_score: str = "gradient", **kwargs: Any) -> nn.ModuleList:
-    scoring = ScoringConfig(candidate_score=candidate_score)  # type: ignore[arg-type]
+    keep_score = "loss" if candidate_score == "loss" else "gradient"
+    scoring = ScoringConfig(candidate_score=candidate_score, keep_score=keep_score)  # type: ignore[arg-type]
     kwargs = {"tile_size": 8, "density": 0.5, "max_density": 0.75, "scoring": scoring} | kwargs
     return nn.ModuleList((CMSBlockLinear(48, 96, **kwargs), CMSBlockLinear(96, 32, **kwargs)))
 
@@ -44,6 +45,8 @@ def step(mlp: nn.ModuleList, x: Tensor, separate: bool) -> dict[str, Tensor | No
         found[name] = p.grad
     for i, layer in enumerate(mlp):
         found[f"probe {i}"] = layer._probe.grad
+        if layer._fisher_probe is not None:
+            found[f"fisher probe {i}"] = layer._fisher_probe.grad
     return found
 
 
@@ -87,6 +90,21 @@ def test_indices_changed_behind_its_back_are_noticed() -> None:
     torch.testing.assert_close(
         step(mlp, x, separate=False)["x"], step(copy.deepcopy(mlp), x, separate=True)["x"]
     )
+
+
+def test_scores_in_nats_are_collected_as_by_two_layers(fused_calls: list[str]) -> None:
+    """Between the layers, so in these steps they are not fused; before, nothing was collected."""
+    mlp, x = layers("loss"), torch.randn(3, 7, 48)
+    want, got = step(copy.deepcopy(mlp), x, separate=True), step(mlp, x, separate=False)
+    assert fused_calls == []
+    assert not mlp_is_fused(mlp[0], mlp[1])
+    for name, expected in want.items():
+        assert expected is not None
+        torch.testing.assert_close(got[name], expected, msg=name)
+    for layer in mlp:
+        layer.collect_candidates = False
+    step(mlp, x, separate=False)
+    assert fused_calls == ["fused"]
 
 
 class Subclass(CMSBlockLinear):

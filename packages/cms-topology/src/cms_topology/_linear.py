@@ -225,10 +225,7 @@ class CMSBlockLinear(nn.Module):
             )
         if not torch.compiler.is_compiling():
             self._refresh_if_stale()
-        sample: Literal["none", "norms", "gradient"] = "none"
-        if self.collect_candidates and self.training and torch.is_grad_enabled():
-            outer = self.scorer.config.candidate_score == "outer"
-            sample = "norms" if outer else "gradient"
+        sample = self._sample()
         y = block_ell_linear(
             x,
             self.values,
@@ -244,6 +241,12 @@ class CMSBlockLinear(nn.Module):
         if sample == "gradient" and self._fisher_probe is not None:
             y = tap_fisher(y, x, self._fisher_probe, self.B)
         return y
+
+    def _sample(self) -> Literal["none", "norms", "gradient"]:
+        """What the backward pass of a call made now collects about absent blocks."""
+        if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
+            return "none"
+        return "norms" if self.scorer.config.candidate_score == "outer" else "gradient"
 
     @property
     def density(self) -> float:

@@ -5,7 +5,7 @@ Legend: x [..., fc1.in_features], result [..., fc2.out_features].
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from blockell_kernels import block_ell_mlp
 from cms_topology._linear import CMSBlockLinear
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def block_sparse_mlp(
@@ -32,7 +31,8 @@ def block_sparse_mlp(
 
     Results, gradients and collected statistics are those of the three calls. The layers are called
     one by one whenever something hangs on their being called: forward or backward hooks (of a
-    layer or global), a subclass, a `forward` of its own, different backends, or another layer type.
+    layer or global), a subclass, a `forward` of its own, different backends, another layer type, or
+    scores in nats (`candidate_score="loss"`) in the steps that collect them.
 
     Args:
         x: [..., fc1.in_features].
@@ -59,6 +59,10 @@ def block_sparse_mlp(
         return _one_by_one(x, fc1, fc2, activation)
     assert isinstance(fc1, CMSBlockLinear)
     assert isinstance(fc2, CMSBlockLinear)
+    if not torch.compiler.is_compiling():  # as in `CMSBlockLinear.forward`
+        fc1._refresh_if_stale()
+        fc2._refresh_if_stale()
+    sample1, sample2 = fc1._sample(), fc2._sample()
     return block_ell_mlp(
         x,
         fc1.values,
@@ -68,18 +72,26 @@ def block_sparse_mlp(
         fc2.col_indices,
         fc2.bias if add_bias else None,
         activation,
+        row_group1=fc1.row_group,
+        row_group2=fc2.row_group,
+        num_live1=fc1.num_live,
+        num_live2=fc2.num_live,
+        index1=fc1._index,
+        index2=fc2._index,
+        probe1=None if sample1 == "none" else fc1._probe,
+        probe2=None if sample2 == "none" else fc2._probe,
+        sample1=sample1,
+        sample2=sample2,
         recompute=recompute,
         backend=fc1.backend,
-        **_options(fc1, 1),
-        **_options(fc2, 2),
     )
 
 
 def mlp_is_fused(fc1: nn.Module, fc2: nn.Module) -> bool:
-    """Whether `block_sparse_mlp` runs these layers as one function."""
+    """Whether `block_sparse_mlp` runs these layers as one function if it is called now."""
     if not (_plain(fc1) and _plain(fc2)) or _global_hooks():
         return False
-    return fc1.backend == fc2.backend
+    return bool(fc1.backend == fc2.backend)
 
 
 def _one_by_one(x: Tensor, fc1: nn.Module, fc2: nn.Module, activation: Activation) -> Tensor:
@@ -97,11 +109,18 @@ def _one_by_one(x: Tensor, fc1: nn.Module, fc2: nn.Module, activation: Activatio
 
 
 def _plain(layer: nn.Module) -> bool:
-    """Whether calling the layer does what `CMSBlockLinear.forward` does, and nothing else."""
-    return (
-        type(layer) is CMSBlockLinear
-        and "forward" not in vars(layer)
-        and not any(getattr(layer, name) for name in _HOOKS)
+    """Whether a call does what `block_ell_linear` does for a `CMSBlockLinear`, and nothing else."""
+    if type(layer) is not CMSBlockLinear:
+        return False
+    held = layer.__dict__  # a module's attributes take several times as long
+    return not (
+        held["_forward_hooks"]
+        or held["_forward_pre_hooks"]
+        or held["_backward_hooks"]
+        or held["_backward_pre_hooks"]
+        or "forward" in held
+        # scores in nats are collected between the layer and the activation
+        or (held["_fisher_probe"] is not None and layer._sample() != "none")
     )
 
 
@@ -112,25 +131,3 @@ def _global_hooks() -> bool:
         or nn_module._global_backward_hooks
         or nn_module._global_backward_pre_hooks
     )
-
-
-def _options(layer: CMSBlockLinear, position: int) -> dict[str, Any]:
-    """What `CMSBlockLinear.forward` hands to the kernels besides its tensors, for one layer of two.
-
-    As there, indices that changed behind the layer's back are noticed, and statistics of absent
-    blocks are collected only while training.
-    """
-    if not torch.compiler.is_compiling():
-        layer._refresh_if_stale()
-    sample, probe = "none", None
-    if layer.collect_candidates and layer.training and torch.is_grad_enabled():
-        exact = layer.scorer.config.candidate_score == "gradient"
-        sample, probe = "gradient" if exact else "norms", layer._probe
-    options = {
-        "row_group": layer.row_group,
-        "num_live": layer.num_live,
-        "index": layer._index,
-        "probe": probe,
-        "sample": sample,
-    }
-    return {f"{name}{position}": value for name, value in options.items()}
