@@ -20,7 +20,7 @@ from step_parts import forward_and_both
 from torch.nn import functional
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from titanmac_integration._window import (
+from titanmac_integration._attention._window import (
     WindowPlan,
     _by_torch,
     attention_mask,

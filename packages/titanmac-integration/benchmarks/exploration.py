@@ -31,7 +31,7 @@ from titanmac_integration import (
     create_titanmac_model,
     make_task,
 )
-from titanmac_integration._arithmetic import IGNORE_INDEX, ArithmeticTask
+from titanmac_integration._data._arithmetic import IGNORE_INDEX, ArithmeticTask
 
 DECIDE_EVERY = 50
 SCHEDULE = TrainingConfig(lr=3e-3, warmup_steps=100, batch_size=24, seq_len=64)

@@ -28,7 +28,7 @@ from torch.nn import functional
 
 from cms_topology import TopologyManager, sparse_layers
 from titanmac_integration import TitanMACConfig, create_titanmac_model
-from titanmac_integration._prose import load_prose
+from titanmac_integration._data._prose import load_prose
 
 SEQUENCE, DROPOUT, WEIGHT_DECAY = 512, 0.1, 0.1
 MODELS = ["gpt", "none", "MAC", "MAG", "MAL"]

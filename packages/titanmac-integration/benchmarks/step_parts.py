@@ -21,9 +21,9 @@ import torch
 from graphed import adamw, training_step
 
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
-from titanmac_integration._linear_loss import linear_loss
-from titanmac_integration._losses import language_model_loss
-from titanmac_integration._window import window_attention
+from titanmac_integration._attention._window import window_attention
+from titanmac_integration._layers._linear_loss import linear_loss
+from titanmac_integration._layers._losses import language_model_loss
 
 KINDS = {
     "AdamW": ("adam", "fusedopti"),

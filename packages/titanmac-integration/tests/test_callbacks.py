@@ -217,7 +217,7 @@ def test_lightning(tmp_path: Path, accumulation: int) -> None:
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from titanmac_integration import callbacks
 
-    for module in ("_callbacks_hf", "_callbacks_lightning"):
+    for module in ("_callbacks._hf", "_callbacks._lightning"):
         monkeypatch.delitem(sys.modules, f"titanmac_integration.{module}", raising=False)
     for library in ("transformers", "lightning", "lightning.pytorch", "pytorch_lightning"):
         monkeypatch.setitem(sys.modules, library, None)

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch.nn.functional import scaled_dot_product_attention
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration._attention._window import attention_mask, plan_window, window_attention
 from titanmac_integration._memory import Gates, Kernel, NeuralMemory, momentum_kernel
-from titanmac_integration._window import attention_mask, plan_window, window_attention
 
 LENGTH = 24
 BLOCKS = 300
@@ -130,7 +130,7 @@ def test_a_leak_would_be_seen(
         mask[:n_persistent] = True
         return mask
 
-    monkeypatch.setattr("titanmac_integration._window.attention_mask", leaking)
+    monkeypatch.setattr("titanmac_integration._attention._window.attention_mask", leaking)
     model = create_titanmac_model(tiny_config()).eval()
     tokens = torch.randint(256, (1, LENGTH), generator=torch.Generator().manual_seed(0))
     changed = tokens.clone()

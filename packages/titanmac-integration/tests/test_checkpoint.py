@@ -10,11 +10,11 @@ from safetensors.torch import load_file
 
 from titanmac_integration import (
     TitanMACConfig,
-    _checkpoint,
     create_titanmac_model,
     load_checkpoint,
     save_checkpoint,
 )
+from titanmac_integration._model import _checkpoint
 
 Make = Callable[..., TitanMACConfig]
 TOKENS = torch.arange(20)[None]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from cms_topology import ScoringConfig
 from titanmac_integration import TitanMACConfig, TrainingConfig
-from titanmac_integration._config_checks import MAX_SWAP_FRAC
+from titanmac_integration._config._checks import MAX_SWAP_FRAC
 
 
 @pytest.mark.parametrize(

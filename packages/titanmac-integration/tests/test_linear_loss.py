@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from titanmac_integration import TitanMACConfig, create_titanmac_model
-from titanmac_integration._linear_loss import linear_loss, softmax_gradient_
-from titanmac_integration._losses import language_model_loss
+from titanmac_integration._layers._linear_loss import linear_loss, softmax_gradient_
+from titanmac_integration._layers._losses import language_model_loss
 
 Make = Callable[..., TitanMACConfig]
 V, D = 37, 16
@@ -125,7 +125,7 @@ def test_neither_logits_nor_loss_is_an_error(tiny_config: Make) -> None:
 
 CHECK = """
 import sys, torch
-from titanmac_integration import _linear_loss, _loss_kernels
+from titanmac_integration._layers import _linear_loss, _loss_kernels
 _loss_kernels.BLOCK = 16
 device = sys.argv[1]
 for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):

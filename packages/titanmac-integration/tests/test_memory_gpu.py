@@ -202,7 +202,7 @@ def count_and_run(calls: list[str], name: str, run: Callable, *args: object) -> 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 def test_compiled_blocks_keep_the_kernels(tiny_config: Make, variant: str) -> None:
     """The recurrence's and MAC's attention's, forward and backward; without a graph break."""
-    from titanmac_integration import _segment_kernels
+    from titanmac_integration._attention import _segment_kernels
     from titanmac_integration._memory import _chunk_launch
 
     model = create_titanmac_model(small(tiny_config, variant), device="cuda")

@@ -6,15 +6,9 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from titanmac_integration import (
-    TitanMACConfig,
-    _norm,
-    _project,
-    _rotary,
-    _window,
-    _window_kernels,
-    create_titanmac_model,
-)
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration._attention import _window, _window_kernels
+from titanmac_integration._layers import _norm, _project, _rotary
 
 pytestmark = [
     pytest.mark.gpu,

@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 import torch
 
-from titanmac_integration._norm import NormBeforeLinear
+from titanmac_integration._layers._norm import NormBeforeLinear
 
 CHECK = """
 import sys, torch
-from titanmac_integration import _norm, _norm_kernels
+from titanmac_integration._layers import _norm, _norm_kernels
 device = sys.argv[1]
 torch.manual_seed(0)
 _norm_kernels.PROGRAMS = 3
@@ -36,7 +36,7 @@ print("agrees")
 
 CHECK_SUM = """
 import itertools, sys, torch
-from titanmac_integration import _norm, _norm_kernels
+from titanmac_integration._layers import _norm, _norm_kernels
 device = sys.argv[1]
 torch.manual_seed(0)
 _norm_kernels.PROGRAMS = 3

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import nn
 
-from titanmac_integration import _project
+from titanmac_integration._layers import _project
 
 CHECK = """
 import sys, torch
-from titanmac_integration import _project, _project_kernels
+from titanmac_integration._layers import _project, _project_kernels
 device = sys.argv[1]
 _project_kernels.ROWS, _project_kernels.COLUMNS, _project_kernels.TILES = 4, 8, 2
 if device == "cpu":  # which has no such product
@@ -61,7 +61,8 @@ def test_hooks_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
 
 APART = """
 import sys, torch
-from titanmac_integration import TitanMACConfig, _norm, _project, create_titanmac_model
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration._layers import _norm, _project
 device = sys.argv[1]
 SHAPE = dict(
     d_model=32, n_heads=4, n_layers=2, d_ff=64, max_seq_len=64, window_size=8, n_persistent=2,

@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from titanmac_integration._rotary import rotary_table, rotate
+from titanmac_integration._layers._rotary import rotary_table, rotate
 
 LENGTH, HEADS, WIDTH, BASE = 7, 3, 8, 100.0
 
@@ -39,7 +39,7 @@ def test_scores_depend_on_the_distance_only() -> None:
 
 CHECK = """
 import sys, torch
-from titanmac_integration import _rotary, _rotary_kernels
+from titanmac_integration._layers import _rotary, _rotary_kernels
 device = sys.argv[1]
 _rotary_kernels.ROWS = 16
 calls = []

@@ -6,8 +6,8 @@ CHECK = """
 import sys, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
-from titanmac_integration import _segment_kernels, _segment_ops, _window
-from titanmac_integration._window import _segments_by_torch, plan_segments
+from titanmac_integration._attention import _segment_kernels, _segment_ops, _window
+from titanmac_integration._attention._window import _segments_by_torch, plan_segments
 device, dtype = sys.argv[1], torch.float32
 if device == "cuda":
     dtype = torch.bfloat16
@@ -49,7 +49,7 @@ for T, P, G, W in CASES:
         again, _ = _segment_kernels.attend(*later, W, plan.size)
         assert torch.equal(again[:, :, : P + t], out[:, :, : P + t]), ((T, P, G, W), t)
 # turned in place, attended to and turned back
-from titanmac_integration._rotary import rotary_table, rotate
+from titanmac_integration._layers._rotary import rotary_table, rotate
 rotary = rotary_table(P + T, D, 10.0, device=torch.device(device))
 behind = (rotary[0][P:], rotary[1][P:])
 found = []

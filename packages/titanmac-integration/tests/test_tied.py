@@ -4,8 +4,9 @@ from collections.abc import Callable
 
 CHECK = """
 import sys, torch
-from titanmac_integration import TitanMACConfig, _linear_loss, _model, _tied, _tied_kernels
-from titanmac_integration import create_titanmac_model
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration._layers import _linear_loss, _tied, _tied_kernels
+from titanmac_integration._model import _titanmac
 device = sys.argv[1]
 torch.manual_seed(0)
 for N, D, V in ((1, 5, 3), (70, 130, 4), (33, 128, 50), (0, 8, 3), (40, 8, 1)):
@@ -22,9 +23,9 @@ shape = dict(d_model=32, n_heads=4, n_layers=2, d_ff=64, max_seq_len=64, window_
 tokens = torch.randint(37, (2, 20), device=device)
 results, called = [], []
 look_up = _tied.look_up
-_model.look_up = lambda *args: called.append(1) or look_up(*args)
+_titanmac.look_up = lambda *args: called.append(1) or look_up(*args)
 for tied in (False, True):
-    _model.takes_table = lambda table: tied and torch.is_grad_enabled()
+    _titanmac.takes_table = lambda table: tied and torch.is_grad_enabled()
     model = create_titanmac_model(TitanMACConfig(**shape), device=device)
     for _ in range(2):  # gradients add up
         output = model(tokens, tokens, return_logits=False)

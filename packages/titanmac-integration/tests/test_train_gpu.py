@@ -14,7 +14,7 @@ from titanmac_integration import (
     create_titanmac_model,
     make_task,
 )
-from titanmac_integration._config import TitanMACConfig
+from titanmac_integration._config._config import TitanMACConfig
 
 pytestmark = [
     pytest.mark.gpu,

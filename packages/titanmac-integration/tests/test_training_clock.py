@@ -9,10 +9,10 @@ from titanmac_integration import (
     TitanMACConfig,
     Trainer,
     TrainingConfig,
-    _training_clock,
     create_titanmac_model,
 )
-from titanmac_integration._training_clock import Stopwatch
+from titanmac_integration._training import _clock
+from titanmac_integration._training._clock import Stopwatch
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr(_training_clock, "time", made)
+    monkeypatch.setattr(_clock, "time", made)
     return made
 
 

@@ -5,8 +5,8 @@ from collections.abc import Callable
 CHECK = """
 import sys, torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from titanmac_integration import _window, _window_kernels, _window_ops
-from titanmac_integration._rotary import rotary_table, rotate
+from titanmac_integration._attention import _window, _window_kernels, _window_ops
+from titanmac_integration._layers._rotary import rotary_table, rotate
 device = sys.argv[1]
 for tiles, M, N in (("FORWARD", 32, 16), ("GRAD_QUERY", 16, 32), ("GRAD_KEY", 32, 16)):
     getattr(_window_kernels, tiles).update(M=M, N=N)

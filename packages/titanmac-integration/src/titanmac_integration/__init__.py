@@ -1,14 +1,16 @@
 """The TitanMAC transformer with block-sparse layers, training and continual-learning commands."""
 
-from ._arithmetic import ArithmeticTask
-from ._checkpoint import load_checkpoint, save_checkpoint
-from ._cms import ContinuumMemorySystem
-from ._config import TitanMACConfig
+from ._config._config import TitanMACConfig
 from ._continual import ContinualResult, run_continual
-from ._conversion import to_block_sparse, to_dense
-from ._data_files import load_data
-from ._data_records import QuestionTask
-from ._data_text import TextTask
+from ._data._arithmetic import ArithmeticTask
+from ._data._files import load_data
+from ._data._prose import ProseTask
+from ._data._records import QuestionTask
+from ._data._registry import TASK_NAMES, make_task
+from ._data._tasks import Batch, Mixture, Task
+from ._data._text import TextTask
+from ._data._tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, make_tokenizer
+from ._layers._mlp import TitanMLP
 from ._loggers import (
     JsonLinesLogger,
     MultiLogger,
@@ -18,8 +20,9 @@ from ._loggers import (
 )
 from ._memory import MemoryState, NeuralMemory
 from ._metrics import bits_per_byte, exact_match, relative_forgetting, sample_greedily
-from ._mlp import TitanMLP
-from ._model import TitanMAC, create_titanmac_model
+from ._model._checkpoint import load_checkpoint, save_checkpoint
+from ._model._conversion import to_block_sparse, to_dense
+from ._model._titanmac import TitanMAC, create_titanmac_model
 from ._optimizer import (
     DeepMomentum,
     DeepNestedOptimizer,
@@ -31,16 +34,13 @@ from ._optimizer import (
     classify_parameters,
     discover_block_sparse_layers,
 )
-from ._prose import ProseTask
-from ._registry import TASK_NAMES, make_task
+from ._optimizer._cms import ContinuumMemorySystem
 from ._state import ModelState
-from ._tasks import Batch, Mixture, Task
-from ._tokenizer import ByteTokenizer, HuggingFaceTokenizer, Tokenizer, make_tokenizer
-from ._training import NonFiniteLossError, Trainer, TrainingStopped
-from ._training_callback import TrainerCallback
-from ._training_checkpoint import CheckpointStore
-from ._training_config import TrainingConfig
-from ._training_report import PhaseReport
+from ._training._callback import TrainerCallback
+from ._training._checkpoint import CheckpointStore
+from ._training._config import TrainingConfig
+from ._training._report import PhaseReport
+from ._training._trainer import NonFiniteLossError, Trainer, TrainingStopped
 
 __version__ = "0.1.0"
 

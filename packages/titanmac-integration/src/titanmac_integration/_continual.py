@@ -4,10 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from ._data._tasks import Task
 from ._metrics import relative_forgetting
-from ._model import TitanMAC
-from ._tasks import Task
-from ._training import PhaseReport, Trainer
+from ._model._titanmac import TitanMAC
+from ._training._trainer import PhaseReport, Trainer
 
 
 @dataclass

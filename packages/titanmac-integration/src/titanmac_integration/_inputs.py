@@ -3,10 +3,9 @@
 import torch
 from torch import Tensor
 
-from ._config import TitanMACConfig
-from ._state import ModelState
+from titanmac_integration._config._config import TitanMACConfig
 
-IGNORE_INDEX = -100
+from ._state import ModelState
 
 
 def check_inputs(

@@ -3,7 +3,7 @@
 import shutil
 from pathlib import Path
 
-from ._training_checkpoint import CHECKPOINTS_DIR
+from ._training._checkpoint import CHECKPOINTS_DIR
 
 RUN_FILE = "run.json"
 RESULTS_FILE = "results.json"

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ._memory import MemoryState
+from titanmac_integration._memory import MemoryState
 
 
 class Cache(NamedTuple):

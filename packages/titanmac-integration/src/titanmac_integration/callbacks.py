@@ -12,14 +12,14 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ._callbacks_hf import HuggingFaceTopologyCallback
-    from ._callbacks_lightning import LightningTopologyCallback
+    from ._callbacks._hf import HuggingFaceTopologyCallback
+    from ._callbacks._lightning import LightningTopologyCallback
 
 __all__ = ["HuggingFaceTopologyCallback", "LightningTopologyCallback"]
 
 _PLACES = {
-    "HuggingFaceTopologyCallback": ("_callbacks_hf", "transformers", "hf"),
-    "LightningTopologyCallback": ("_callbacks_lightning", "lightning", "lightning"),
+    "HuggingFaceTopologyCallback": ("_callbacks._hf", "transformers", "hf"),
+    "LightningTopologyCallback": ("_callbacks._lightning", "lightning", "lightning"),
 }
 
 

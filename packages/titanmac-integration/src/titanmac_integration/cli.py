@@ -5,7 +5,7 @@ import sys
 from collections.abc import Sequence
 
 from ._cli import continual, evaluate, generate, train
-from ._training import NonFiniteLossError
+from ._training._trainer import NonFiniteLossError
 
 
 def build_parser() -> argparse.ArgumentParser:

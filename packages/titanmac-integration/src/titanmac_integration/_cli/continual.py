@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from blockell_format.snapshots import open_run
-from titanmac_integration._config import TitanMACConfig
+from titanmac_integration._config._config import TitanMACConfig
 from titanmac_integration._protocol._methods import (
     METHOD_HELP,
     Asked,
@@ -27,7 +27,7 @@ from titanmac_integration._protocol._summary import summarise
 from titanmac_integration._protocol._tables import retention_tables
 from titanmac_integration._protocol._tasks import TASK_HELP
 from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
-from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._training._config import TrainingConfig
 
 from .flags import add_fields, given_fields, resolve_device
 from .session import show_progress

@@ -4,8 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from titanmac_integration._checkpoint import load_checkpoint
-from titanmac_integration._registry import TASK_NAMES
+from titanmac_integration._data._registry import TASK_NAMES
+from titanmac_integration._model._checkpoint import load_checkpoint
 from titanmac_integration._report import UNITS, format_measure, format_table
 
 from .flags import resolve_device

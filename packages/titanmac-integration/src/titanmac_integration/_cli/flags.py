@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._config_presets import PRESETS
+from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._config._presets import PRESETS
 from titanmac_integration._presets import RUN_PRESETS
-from titanmac_integration._training_config import TrainingConfig
-from titanmac_integration._training_processes import launched_by_torchrun
+from titanmac_integration._training._config import TrainingConfig
+from titanmac_integration._training._processes import launched_by_torchrun
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
-from titanmac_integration._checkpoint import load_checkpoint
-from titanmac_integration._tokenizer import make_tokenizer
+from titanmac_integration._data._tokenizer import make_tokenizer
+from titanmac_integration._model._checkpoint import load_checkpoint
 
 from .flags import resolve_device
 from .plan import stored_tokenizer

@@ -6,19 +6,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._data_files import load_data
+from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._data._files import load_data
+from titanmac_integration._data._registry import make_task
+from titanmac_integration._data._tasks import Task
+from titanmac_integration._data._tokenizer import BYTES, make_tokenizer
 from titanmac_integration._presets import RUN_PRESETS
-from titanmac_integration._registry import make_task
 from titanmac_integration._run_dir import TOKENIZER_FILE
-from titanmac_integration._tasks import Task
-from titanmac_integration._tokenizer import BYTES, make_tokenizer
-from titanmac_integration._training_checkpoint import (
+from titanmac_integration._training._checkpoint import (
     CHECKPOINTS_DIR,
     CheckpointStore,
     read_training_info,
 )
-from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._training._config import TrainingConfig
 
 from .flags import given_fields, model_config, training_config
 

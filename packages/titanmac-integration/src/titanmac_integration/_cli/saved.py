@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from titanmac_integration._checkpoint import CONFIG_FILE
-from titanmac_integration._training_checkpoint import CHECKPOINTS_DIR, CheckpointStore
+from titanmac_integration._model._checkpoint import CONFIG_FILE
+from titanmac_integration._training._checkpoint import CHECKPOINTS_DIR, CheckpointStore
 
 
 def newest_model(run_dir: Path) -> Path:

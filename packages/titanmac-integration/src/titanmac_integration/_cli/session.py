@@ -9,16 +9,16 @@ from typing import Any
 import torch
 
 from blockell_format.snapshots import LayerInfo, SnapshotWriter
-from titanmac_integration._checkpoint import save_checkpoint
-from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._model import create_titanmac_model
+from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._data._tasks import Mixture, Task
+from titanmac_integration._model._checkpoint import save_checkpoint
+from titanmac_integration._model._titanmac import create_titanmac_model
 from titanmac_integration._run_dir import prepare_run_dir
 from titanmac_integration._seeding import stream
-from titanmac_integration._tasks import Mixture, Task
-from titanmac_integration._training import Trainer
-from titanmac_integration._training_config import TrainingConfig
-from titanmac_integration._training_processes import rank, world_size
-from titanmac_integration._training_random import seed_global_random_state
+from titanmac_integration._training._config import TrainingConfig
+from titanmac_integration._training._processes import rank, world_size
+from titanmac_integration._training._random import seed_global_random_state
+from titanmac_integration._training._trainer import Trainer
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import signal
 from types import FrameType
 from typing import Any
 
-from titanmac_integration._training_processes import launched_by_torchrun
+from titanmac_integration._training._processes import launched_by_torchrun
 
 
 class StopSignals:

@@ -9,17 +9,17 @@ from typing import Any
 
 import torch
 
-from titanmac_integration._checkpoint import write_json
+from titanmac_integration._data._registry import TASK_NAMES
+from titanmac_integration._data._tasks import Mixture
+from titanmac_integration._data._tokenizer import BYTES
 from titanmac_integration._loggers import TensorBoardLogger, WandbLogger
-from titanmac_integration._registry import TASK_NAMES
+from titanmac_integration._model._checkpoint import write_json
 from titanmac_integration._report import UNITS, format_measure, format_table
 from titanmac_integration._run_dir import RESULTS_FILE, TENSORBOARD_DIR, TOKENIZER_FILE
-from titanmac_integration._tasks import Mixture
-from titanmac_integration._tokenizer import BYTES
-from titanmac_integration._training import Trainer, TrainingStopped
-from titanmac_integration._training_checkpoint import CHECKPOINTS_DIR, CheckpointStore
-from titanmac_integration._training_processes import process_group, rank, world_size
-from titanmac_integration._training_report import PhaseReport
+from titanmac_integration._training._checkpoint import CHECKPOINTS_DIR, CheckpointStore
+from titanmac_integration._training._processes import process_group, rank, world_size
+from titanmac_integration._training._report import PhaseReport
+from titanmac_integration._training._trainer import Trainer, TrainingStopped
 
 from .flags import add_run_flags, resolve_device
 from .plan import LATEST, TrainPlan, make_plan

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._project_kernels import sum_parts
+from titanmac_integration._layers._project_kernels import sum_parts
 
 ROWS = 32
 PROGRAMS = 528

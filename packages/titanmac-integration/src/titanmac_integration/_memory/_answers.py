@@ -6,7 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._project import has_hooks
+from titanmac_integration._layers._project import has_hooks
+
 from ._kernels import gradients_again, on_gpu
 
 

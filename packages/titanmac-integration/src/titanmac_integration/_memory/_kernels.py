@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from .._triton import has_triton
+from titanmac_integration._layers._triton import has_triton
 
 AVAILABLE = has_triton()
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .._config import TitanMACConfig
-from .._linear import init_linear
-from .._project import has_hooks, project_apart
+from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._layers._linear import init_linear
+from titanmac_integration._layers._project import has_hooks, project_apart
+
 from ._answers import gated, normalised
 from ._chunked import kernels_take, read, recall_segments
 from ._gates import MAX_ALPHA, MAX_STEP, START_ALPHA, START_ETA, START_STEP, Gates

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._triton import has_triton
+from titanmac_integration._layers._triton import has_triton
 
 LARGEST = 128
 """Tokens of a chunk that the kernel inverts."""

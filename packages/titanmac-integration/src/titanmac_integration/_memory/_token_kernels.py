@@ -10,7 +10,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._project_kernels import sum_parts
+from titanmac_integration._layers._project_kernels import sum_parts
+
 from ._gates import MAX_ALPHA, MIN_LOG_ETA
 
 ROWS = 64

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from cms_topology import TopologyManager
 
-from .._cms import ContinuumMemorySystem
 from ._classify import discover_block_sparse_layers, groups_of_model, groups_of_parameters
+from ._cms import ContinuumMemorySystem
 from ._controller import LearningRateController
 from ._momentum import DeepMomentum
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cms_topology import CMSBlockLinear, sparse_layers
 
-from .._cms import ContinuumMemorySystem, plain_name
+from ._cms import ContinuumMemorySystem, plain_name
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "other"]
 

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology import Logger, TopologyManager
+from titanmac_integration._loggers import JsonLinesLogger
 
-from .._cms import ContinuumMemorySystem
-from .._loggers import JsonLinesLogger
 from ._arguments import make_manager, nested_settings, parameter_groups
+from ._cms import ContinuumMemorySystem
 from ._controller import ControllerState, LearningRateController
 from ._levels import only_due_levels, restore_sums, scaled_rates
 from ._logging import topology_metrics

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 from cms_topology import TopologyManager
-from titanmac_integration._training import Trainer
+from titanmac_integration._training._trainer import Trainer
 
 from ._projection import GrowingProjection, Projection
 

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titanmac_integration._training import Trainer
+from titanmac_integration._labels import IGNORE_INDEX
+from titanmac_integration._training._trainer import Trainer
 
 from ._method import Method, Sampling, device_of, task_batches
-from ._score import IGNORE_INDEX, RetentionTask
+from ._score import RetentionTask
 
 
 class L2(Method):

@@ -12,9 +12,9 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from blockell_format.snapshots import write_atomically
-from titanmac_integration._model import TitanMAC, create_titanmac_model
+from titanmac_integration._model._titanmac import TitanMAC, create_titanmac_model
 from titanmac_integration._seeding import stream
-from titanmac_integration._training import NonFiniteLossError
+from titanmac_integration._training._trainer import NonFiniteLossError
 
 from ._method import FirstTask, Method, Sampling
 from ._methods import Asked

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanmac_integration._model import TitanMAC
-from titanmac_integration._tasks import Mixture, Task
-from titanmac_integration._training import NonFiniteLossError, Trainer
-from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._data._tasks import Mixture, Task
+from titanmac_integration._model._titanmac import TitanMAC
+from titanmac_integration._training._config import TrainingConfig
+from titanmac_integration._training._trainer import NonFiniteLossError, Trainer
 
 WARMUP_STEPS = 3
 LOSS_EVERY = 50

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology import CMSBlockLinear
-from titanmac_integration._training import Trainer
+from titanmac_integration._labels import IGNORE_INDEX
+from titanmac_integration._training._trainer import Trainer
 
 from ._anchored import diagonal_fisher, sampled_loss
 from ._method import Method, Sampling, device_of, task_batches
-from ._score import IGNORE_INDEX, RetentionTask
+from ._score import RetentionTask
 
 
 class KroneckerEWC(Method):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology import sample_tokens
-from titanmac_integration._training import Trainer, TrainerCallback
+from titanmac_integration._training._trainer import Trainer, TrainerCallback
 
 from ._score import RetentionTask
 

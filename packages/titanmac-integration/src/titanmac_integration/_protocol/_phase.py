@@ -5,8 +5,8 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
-from titanmac_integration._model import TitanMAC
-from titanmac_integration._training import PhaseReport, Trainer, TrainerCallback
+from titanmac_integration._model._titanmac import TitanMAC
+from titanmac_integration._training._trainer import PhaseReport, Trainer, TrainerCallback
 
 from ._graphed import GraphedTrainer
 from ._method import Method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from cms_topology import CMSBlockLinear, sparse_layers
-from titanmac_integration._training import Trainer
+from titanmac_integration._training._trainer import Trainer
 
 from ._method import Method
 

@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from titanmac_integration._tasks import Batch
+from titanmac_integration._data._tasks import Batch
+from titanmac_integration._labels import IGNORE_INDEX
 
-from ._score import IGNORE_INDEX, EvalRows, RetentionTask
+from ._score import EvalRows, RetentionTask
 
 QUESTION_WEIGHT = 0.1
 END = ord("\n")

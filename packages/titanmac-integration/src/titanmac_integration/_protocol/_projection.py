@@ -17,7 +17,7 @@ from cms_topology import (
     sparse_layers,
     with_answers,
 )
-from titanmac_integration._training import PhaseReport, Trainer
+from titanmac_integration._training._trainer import PhaseReport, Trainer
 
 from ._graphed import GraphedTrainer
 from ._method import BEGINNING, Method, Sampling, device_of, task_batches, written_by

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from titanmac_integration._checkpoint import write_json
-from titanmac_integration._model import create_titanmac_model
+from titanmac_integration._model._checkpoint import write_json
+from titanmac_integration._model._titanmac import create_titanmac_model
 
 from ._cell import Start, learn_first, run_cell
 from ._methods import Asked

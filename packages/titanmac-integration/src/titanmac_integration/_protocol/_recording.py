@@ -8,9 +8,9 @@ from types import TracebackType
 from typing import Any
 
 from blockell_format.snapshots import LayerInfo, SnapshotWriter
-from titanmac_integration._checkpoint import save_checkpoint
-from titanmac_integration._model import TitanMAC
-from titanmac_integration._training import Trainer, TrainerCallback
+from titanmac_integration._model._checkpoint import save_checkpoint
+from titanmac_integration._model._titanmac import TitanMAC
+from titanmac_integration._training._trainer import Trainer, TrainerCallback
 
 
 class Recording(TrainerCallback):

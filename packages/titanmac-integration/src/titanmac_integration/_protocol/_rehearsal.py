@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology import Rehearsal
-from titanmac_integration._training import Trainer
+from titanmac_integration._training._trainer import Trainer
 
 from ._graphed import GraphedTrainer
 from ._method import Method, Sampling, device_of, task_batches, written_by

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from titanmac_integration._tasks import Task
+from titanmac_integration._data._tasks import Task
+from titanmac_integration._labels import IGNORE_INDEX
 
-IGNORE_INDEX = -100
 SPLITS = ("validation", "test")
 EVAL_BATCH = 512
 

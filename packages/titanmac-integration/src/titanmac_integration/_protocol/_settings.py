@@ -7,8 +7,8 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from titanmac_integration._config import TitanMACConfig
-from titanmac_integration._training_config import TrainingConfig
+from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._training._config import TrainingConfig
 
 SPARSE: dict[str, Any] = {
     "use_block_sparse": True,

@@ -2,8 +2,8 @@
 
 import torch
 
-from titanmac_integration._prose import load_prose
-from titanmac_integration._tasks import Batch
+from titanmac_integration._data._prose import load_prose
+from titanmac_integration._data._tasks import Batch
 
 from ._score import EvalRows, RetentionTask
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from cms_topology import ScoringConfig, sparse_layers
-from titanmac_integration._training import Trainer
+from titanmac_integration._training._trainer import Trainer
 
 from ._method import Method, Sampling
 from ._plain import grow_at_random

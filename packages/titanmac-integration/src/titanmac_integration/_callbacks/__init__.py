@@ -1,0 +1,1 @@
+"""The topology in the training loops of other libraries."""

@@ -1,0 +1,1 @@
+"""The configuration of a model: the dataclass, its rules and its named shapes."""

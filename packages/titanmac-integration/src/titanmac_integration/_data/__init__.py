@@ -1,0 +1,1 @@
+"""Tasks: what batches are made of, from generated problems, built-in prose and files."""

@@ -1,0 +1,1 @@
+"""Layers: linear maps, normalisation, rotary positions, embedding, loss, and their kernels."""

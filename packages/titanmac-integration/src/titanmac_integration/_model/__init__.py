@@ -1,0 +1,1 @@
+"""The model: layers put together, its state, its files, and the way from dense to sparse."""

@@ -1,0 +1,1 @@
+"""Training: the loop, its settings, its checkpoints and its records."""

@@ -1,0 +1,49 @@
+"""The optimizer that the settings ask for, and the manager of the topology."""
+
+import torch
+from torch import nn
+
+from cms_topology import TopologyManager, sparse_layers
+from titanmac_integration._optimizer import DeepNestedOptimizer
+from titanmac_integration._optimizer._cms import ContinuumMemorySystem
+
+from ._config import TrainingConfig
+
+
+def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """AdamW, or :class:`DeepNestedOptimizer` with the parts that are switched on.
+
+    Both in the fused form where parameters are on a CPU or CUDA device: one pass over all of them.
+    """
+    device = next(model.parameters()).device.type
+    fused = device in ("cpu", "cuda") and not config.deep_momentum
+    betas = (config.beta1, config.beta2)
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(
+            model.parameters(),
+            lr=config.lr,
+            betas=betas,
+            weight_decay=config.weight_decay,
+            fused=fused,
+        )
+    return DeepNestedOptimizer(
+        model,
+        lr=config.lr,
+        betas=betas,
+        weight_decay=config.weight_decay,
+        fused=fused or None,
+        cms=ContinuumMemorySystem(config.level_periods, config.cms_levels or None),
+        deep_momentum=config.deep_momentum,
+        controller=config.lr_controller,
+        topology={"seed": config.seed} if getattr(model, "block_sparse_layers", None) else True,
+    )
+
+
+def make_manager(
+    model: nn.Module, config: TrainingConfig, optimizer: torch.optim.Optimizer
+) -> TopologyManager | None:
+    """The one that ``optimizer`` drives, else a new one; None for a dense model."""
+    driven: TopologyManager | None = getattr(optimizer, "topology", None)
+    if driven is not None or not sparse_layers(model):
+        return driven
+    return TopologyManager(model, optimizer, periods=config.level_periods, seed=config.seed)

@@ -1,0 +1,134 @@
+"""Loss and gradients of one optimizer step: parts of a batch, precision, compilation, processes."""
+
+import contextlib
+import inspect
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from titanmac_integration._data._tasks import Batch
+from titanmac_integration._labels import IGNORE_INDEX
+
+from ._config import TrainingConfig
+from ._processes import rank, world_size
+
+_AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class StepRunner:
+    """Computes the gradient of the mean loss over all counted tokens of a batch.
+
+    Every process is given the same batch and works on its rows, in ``accumulation_steps`` parts.
+    A part weighs as much as it has tokens that count, so that neither the number of parts nor that
+    of processes changes what is computed, except for rounding.
+
+    Args:
+        model: returns a dict with ``loss``, the mean over counted tokens, and ``logits``. One that
+            takes ``return_logits`` is asked for the loss alone.
+        config: settings.
+        device: the model's.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
+        self._loss_alone = "return_logits" in inspect.signature(model.forward).parameters
+        self._forward: Any = torch.compile(model) if config.compile else model
+        if world_size() > 1:
+            # buffers follow from averaged gradients and agree without being sent around
+            known = inspect.signature(DistributedDataParallel).parameters
+            name = next(n for n in ("forward_sync_buffers", "broadcast_buffers") if n in known)
+            options: dict[str, Any] = {name: False}
+            self._forward = DistributedDataParallel(self._forward, **options)
+        self.scaler: torch.amp.GradScaler | None = None
+        """Of gradients in float16, whose range is small; None for other precisions."""
+        if config.precision == "fp16":
+            self.scaler = torch.amp.GradScaler(device.type)
+
+    def backward(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Leave the gradients in ``optimizer``'s parameters.
+
+        Returns this process's share of the loss, 0-d: the sum of the shares is the batch's loss.
+
+        Raises:
+            ValueError: the batch has fewer sequences than there are parts.
+        """
+        parts = self._parts(batch)
+        whole = len(parts) == world_size() == 1
+        total = None if whole else _counted(batch.labels)
+        loss: Tensor | None = None
+        for last, part in ((i == len(parts) - 1, part) for i, part in enumerate(parts)):
+            with self._without_averaging(last):
+                value = self._part_loss(part, total)
+                scaled = value * world_size() if world_size() > 1 else value
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            loss = value.detach() if loss is None else loss + value.detach()
+        assert loss is not None
+        if self.scaler is not None:
+            self.scaler.unscale_(optimizer)
+        return loss if loss.dtype == torch.float64 else loss.float()
+
+    def _part_loss(self, part: Batch, total: int | None) -> Tensor:
+        """The part's share of the loss, by counted tokens out of ``total``; None: it is all."""
+        dtype = _AUTOCAST.get(self.config.precision)
+        counted = None if total is None else _counted(part.labels)
+        nothing = counted == 0 and total != 0  # its mean is not a number
+        options = {"return_logits": False} if self._loss_alone and not nothing else {}
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
+            output = self._forward(
+                self._to_device(part.input_ids), self._to_device(part.labels), **options
+            )
+        loss: Tensor = output["loss"]
+        if total is None or counted is None:
+            return loss
+        if nothing:
+            return output["logits"].float().sum() * 0.0
+        return loss * (counted / max(total, 1))
+
+    def step(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
+        """Let the optimizer step, unless loss or gradients were not finite."""
+        if self.scaler is None:
+            if finite:
+                optimizer.step()
+            return
+        if finite:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def _parts(self, batch: Batch) -> list[Batch]:
+        rows, wanted = len(batch.input_ids), world_size() * self.config.accumulation_steps
+        if rows < wanted:
+            raise ValueError(
+                f"batch ({rows} sequences) must have at least one sequence for each of "
+                f"{self.config.accumulation_steps} accumulation steps of {world_size()} processes; "
+                "raise batch_size or lower accumulation_steps."
+            )
+        if wanted == 1:
+            return [batch]
+        mine = range(
+            rank() * self.config.accumulation_steps, (rank() + 1) * self.config.accumulation_steps
+        )
+        split = zip(*(tensor.tensor_split(wanted) for tensor in batch), strict=True)
+        parts = [Batch(*tensors) for tensors in split]
+        return [parts[i] for i in mine]
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.device.type != "cuda":
+            return tensor.to(self.device)
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+    @contextlib.contextmanager
+    def _without_averaging(self, last: bool) -> Iterator[None]:
+        """Processes average their gradients in the last part only."""
+        if world_size() > 1 and not last:
+            with self._forward.no_sync():
+                yield
+        else:
+            yield
+
+
+def _counted(labels: Tensor) -> int:
+    """Tokens whose prediction counts; the first of a sequence is never predicted."""
+    return int((labels[:, 1:] != IGNORE_INDEX).sum())
