@@ -1,19 +1,21 @@
 """Methods against forgetting: each does what its formula says, to a model small enough to check."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from cms_topology import CMSBlockLinear, Rehearsal, sparse_layers
+from cms_topology import CMSBlockLinear, CMSClock, Rehearsal, sparse_layers
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
 from titanmac_integration._protocol import _anchored, _kronecker
 from titanmac_integration._protocol._cell import learn_first, run_cell
 from titanmac_integration._protocol._method import Sampling
 from titanmac_integration._protocol._methods import METHODS, Asked
 from titanmac_integration._protocol._overlap import block_overlap, usage_of, weights_of
+from titanmac_integration._protocol._phase import Decisions
 from titanmac_integration._protocol._problems import additions, from_pairs
 from titanmac_integration._protocol._settings import SETTINGS, Setting
 
@@ -276,6 +278,34 @@ def test_damping_lets_go_in_the_course_of_a_task(
     monkeypatch.setattr(METHODS["ours-releasing"], "_strength", spy)
     cell(setting, "ours-releasing", "spare")
     assert asked == [{"drift": None, "eps": 0.3, "release": setting.steps[1]}]
+
+
+def test_losses_after_decisions_are_compared_with_those_before() -> None:
+    """Steps count from the start of the task; where the topology stands still nothing is found."""
+    manager = SimpleNamespace(freeze_after=108, clock=CMSClock((1, 2, 4)), global_step=100)
+    trainer: Any = SimpleNamespace(step=100, manager=manager)
+    decisions = Decisions()
+    decisions.on_fit_start(trainer, None, 30)
+    for step in range(101, 131):
+        manager.global_step = step
+        decisions.on_backward(trainer, torch.tensor(3.0 if step == 106 else 1.0))
+        decisions.on_step(trainer, step)
+    assert [step for step, _ in decisions.ratios] == [4, 8]
+    assert decisions.ratios[0][1] == pytest.approx(3.0)
+    assert decisions.ratios[1][1] < 1.0, "the mean before the second decision holds the 3"
+
+
+@pytest.mark.parametrize("name", ["ours-swapping", "ours-grown-swapping"])
+def test_swaps_and_losses_after_them_are_recorded(setting: Setting, name: str) -> None:
+    swapping = setting.changed(
+        steps=(4, 16), training={**setting.training, "level_periods": (1, 2, 4)}
+    )
+    record = cell(swapping, name, METHODS[name].arch)
+    assert [step for step, _ in record["loss_ratios"][0]] == [4, 8]
+    assert len(record["swap_rates"][0]) == 4
+    still = cell(swapping, "ours", "sparse")
+    assert still["loss_ratios"] == [[]]
+    assert record["parameters"] == still["parameters"], "grown to the same size"
 
 
 def test_frozen_blocks_stay_and_others_grow(

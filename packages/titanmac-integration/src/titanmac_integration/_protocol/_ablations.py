@@ -60,6 +60,13 @@ class Swapping(Projection):
         super().on_fit_start(trainer, task, steps)
 
 
+class GrownSwapping(Swapping, GrowingProjection):
+    """Swaps blocks, and grows others for every new task."""
+
+    name = "ours-grown-swapping"
+    arch = "spare"
+
+
 class SwappingUncompensated(Swapping):
     """The same without compensation of what a dropped block did."""
 

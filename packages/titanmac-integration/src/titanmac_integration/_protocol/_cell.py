@@ -207,6 +207,7 @@ def _figures(moments: list[Scores], phases: list[Phase]) -> dict[str, Any]:
         "path": [phase.watch.path for phase in phases],
         "seconds": [phase.seconds for phase in phases],
         "swap_rates": [phase.report.swap_rates for phase in phases],
+        "loss_ratios": [phase.decisions.ratios for phase in phases],
         "peak_bytes": max((phase.report.peak_memory_bytes for phase in phases), default=None),
     }
 

@@ -7,6 +7,7 @@ from typing import NamedTuple
 from ._ablations import (
     EveryStep,
     GrownAtRandom,
+    GrownSwapping,
     Influence,
     OpenLoop,
     Swapping,
@@ -56,6 +57,7 @@ METHODS: dict[str, type[Method]] = {
         Influence,
         GrownAtRandom,
         Swapping,
+        GrownSwapping,
         SwappingUncompensated,
         SwappingUnpriced,
     )

@@ -5,7 +5,10 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+from torch import Tensor
+
 from titanmac_integration._model._titanmac import TitanMAC
+from titanmac_integration._optimizer._spikes import LossSpikeDetector
 from titanmac_integration._training._trainer import PhaseReport, Trainer, TrainerCallback
 
 from ._graphed import GraphedTrainer
@@ -68,11 +71,41 @@ class Watch(TrainerCallback):
         self.seconds += time.perf_counter() - started
 
 
+class Decisions(TrainerCallback):
+    """Looks at the training loss after every decision of the trainer's topology manager."""
+
+    def __init__(self) -> None:
+        self._spikes = LossSpikeDetector()
+        self._first = 0
+
+    @property
+    def ratios(self) -> list[tuple[int, float]]:
+        """Per decision: its step, and how far the loss rose; see ``LossSpikeDetector.ratios``."""
+        self._spikes.flush()
+        return self._spikes.ratios
+
+    def on_fit_start(self, trainer: Trainer, task: object, steps: int) -> None:
+        self._first = trainer.step
+
+    def on_backward(self, trainer: Trainer, loss: Tensor) -> None:
+        self._loss = loss
+
+    def on_step(self, trainer: Trainer, step: int) -> None:
+        manager = trainer.manager
+        if manager is None:
+            return
+        self._spikes.record(step - self._first, self._loss)
+        last = manager.freeze_after
+        if (last is None or step <= last) and 2 in manager.clock.due(manager.global_step):
+            self._spikes.decided(step - self._first)
+
+
 class Phase(NamedTuple):
     """What one training left behind, beside the model."""
 
     report: PhaseReport
     watch: Watch
+    decisions: Decisions
 
     @property
     def seconds(self) -> float:
@@ -96,17 +129,17 @@ def train_phase(
     Raises:
         NonFiniteLossError: the training broke down.
     """
-    watch = Watch(tasks[:number], setting.steps[number])
+    watch, decisions = Watch(tasks[:number], setting.steps[number]), Decisions()
     config = setting.training_config(number, seed, method.learning_rate if number else None)
     method.plan(number, len(tasks))
     trainer = GraphedTrainer(
         model,
         config,
         writer=None if recording is None else recording.writer,
-        callbacks=(method, watch) if recording is None else (method, watch, recording),
+        callbacks=(method, watch, decisions, *([] if recording is None else [recording])),
         progress=progress,
         label=method.name if number else "",
     )
     if recording is not None:
         recording.attach(trainer)
-    return Phase(trainer.fit(tasks[number], setting.steps[number]), watch)
+    return Phase(trainer.fit(tasks[number], setting.steps[number]), watch, decisions)
