@@ -111,6 +111,8 @@ def test_a_run_of_another_command_is_not_touched(
         (["--steps", "0"], "steps (=(0, 0)) must be positive"),
         (["--tasks", "arithmetic"], "tasks (=('arithmetic',)) must be at least two"),
         (["--tasks", "arithmetic", "chess"], "task (='chess') must be one of"),
+        (["--seeds", "1", "-1"], "seeds (=[1, -1]) must be 0 or more."),
+        (["--seq-len", "9"], "seq_len (=9) must be at least 10, the tokens of one problem of task"),
         (
             ["--methods", "ours=0"],
             "tolerance (=0.0) of method ours must be greater than 0;",
@@ -138,6 +140,16 @@ def test_help_names_every_method_and_task() -> None:
     text = build_parser()._subparsers._group_actions[0].choices["continual"].format_help()  # type: ignore[union-attr, index]
     for word in ("kronecker-ewc", "ours-grown", "text:FILE", "qa:FILE", "--time-limit", "sweep"):
         assert word in text
+
+
+def test_a_file_that_has_changed_is_learned_anew(tmp_path: Path) -> None:
+    out, text = tmp_path / "run", tmp_path / "words.txt"
+    command = ["continual", "--out", str(out), "--steps", "1", "--no-record", *SMALL]
+    command += ["--methods", "fine-tuning", "--tasks", "reversal", f"text:{text}"]
+    for words, known in (("one two three ", 1), ("one two three ", 1), ("four five six ", 2)):
+        text.write_text(words * 200)
+        assert main(command) == 0
+        assert len(read_records([out])) == known
 
 
 def test_ctrl_c_saves_the_model_and_goes_on_later(tmp_path: Path) -> None:

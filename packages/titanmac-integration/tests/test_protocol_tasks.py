@@ -96,8 +96,10 @@ def test_a_text_is_split_by_position() -> None:
     assert max(train) < min(held[0]) <= max(held[0]) < min(held[1])
     assert task.normalised(8.0) == 0.0
     assert task.normalised(0.0) == 1.0
-    with pytest.raises(ValueError, match="must leave at least 10 bytes for each held-out set"):
-        TextTask("short", "abc", eval_length=9)
+    for text in ("", "abc", "a" * 199):
+        with pytest.raises(ValueError, match=r"short \(\d+ bytes\) must have at least 200 bytes"):
+            TextTask("short", text, eval_length=9)
+    TextTask("short", "a" * 200, eval_length=9)
 
 
 def test_files_of_the_user(tmp_path: Path) -> None:
@@ -114,8 +116,36 @@ def test_files_of_the_user(tmp_path: Path) -> None:
     written = bytes(task.rows("test").input_ids.flatten().tolist()).decode()
     assert "capital of" in written
     questions.write_text('{"question": "q"}\n')
-    with pytest.raises(ValueError, match="line 1 must be a JSON object with question and answer"):
-        make_retention_task(f"qa:{questions}")
+    for line, message in (
+        ('{"question": "q"}', 'line 1 must be a JSON object with "question" and "answer"'),
+        ('["question", "answer"]', 'line 1 must be a JSON object with "question" and "answer"'),
+        ("question", "line 1 must be a JSON object: Expecting value"),
+    ):
+        questions.write_text(line + "\n")
+        with pytest.raises(ValueError, match=message):
+            make_retention_task(f"qa:{questions}")
+    for kind in ("qa", "text"):
+        text.write_bytes(b"caf\xe9 " * 300)
+        with pytest.raises(ValueError, match=r"novel.txt must be UTF-8 text, but is not at byte 3"):
+            make_retention_task(f"{kind}:{text}")
+
+
+def test_a_question_asked_twice_is_not_both_trained_on_and_held_out() -> None:
+    """Or learning by heart would look like learning."""
+    pairs = [(f"{i % 40:02d}?", str(i % 40)) for i in range(120)]
+    task = from_pairs("repeats", pairs, seq_len=64)
+    parts = [
+        problems(task._tokens, task.problem_length),
+        *(problems(task.rows(s).input_ids, task.problem_length) for s in ("validation", "test")),
+    ]
+    assert sum(map(len, parts)) == len(set.union(*parts)) == 40
+    assert min(map(len, parts)) == 4
+    with pytest.raises(ValueError, match=r"few \(9 different questions\) must have at"):
+        from_pairs("few", [(str(i % 9), "a") for i in range(50)])
+    often = [("a", "b")] * 100 + [(str(i), "b") for i in range(9)]
+    for seed in range(3):
+        with pytest.raises(ValueError, match=r"often \(109 problems\) must not repeat a"):
+            from_pairs("often", often, seed=seed)
 
 
 @pytest.mark.parametrize("name", ["sums", "text:", "qa", "permuted-digits:x", "split-digits"])
@@ -129,5 +159,3 @@ def test_rows_too_short_for_a_problem_are_refused() -> None:
         additions().batch(1, 8, torch.Generator())
     with pytest.raises(ValueError, match="must be 13 different characters"):
         additions(symbols="0123456789++\n")
-    with pytest.raises(ValueError, match="must have at least 10 problems"):
-        from_pairs("few", [("a", "b")])

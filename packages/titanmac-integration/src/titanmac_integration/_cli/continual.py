@@ -25,7 +25,7 @@ from titanmac_integration._protocol._records import (
 from titanmac_integration._protocol._settings import SETTINGS, Setting
 from titanmac_integration._protocol._summary import summarise
 from titanmac_integration._protocol._tables import retention_tables
-from titanmac_integration._protocol._tasks import TASK_HELP
+from titanmac_integration._protocol._tasks import TASK_HELP, file_digest
 from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
 from titanmac_integration._training._config import TrainingConfig
 
@@ -112,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _setting(arguments)
     asked = parse_methods(arguments.methods or [*DEFAULT_METHODS[arguments.preset]])
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
+    if min(seeds) < 0:
+        raise ValueError(f"seeds (={seeds}) must be 0 or more.")
     for cell in asked:  # before anything is trained
         rate = cell.make().learning_rate
         for number in range(len(setting.tasks)):
@@ -174,6 +176,8 @@ def _setting(arguments: argparse.Namespace) -> Setting:
     if arguments.steps:
         changes["steps"] = tuple(arguments.steps)
     changes["changes"] = given_fields(arguments, TitanMACConfig)
+    digests = tuple(file_digest(name) for name in changes.get("tasks", ()))
+    changes["files"] = digests if any(digests) else ()
     return setting.changed(**changes)
 
 

@@ -7,6 +7,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -174,23 +175,26 @@ def question_answers(
     """Problems of a JSON-lines file: objects with the strings "question" and "answer".
 
     A problem is written as question, answer, line end, in UTF-8 bytes, padded with line ends to
-    the longest of the file. A tenth of the lines each is for validation and test. Chance is the
-    share of the most frequent training answer.
+    the longest of the file. A tenth of the lines each is for validation and test; lines of one
+    question stay together. Chance is the share of the most frequent training answer.
 
     Raises:
-        ValueError: a line is no such object, or there are fewer than 10 lines.
+        ValueError: the file is not in UTF-8, a line is no such object, or there are fewer than 10
+            different questions.
     """
     pairs = []
-    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         if not line.strip():
             continue
         try:
             item = json.loads(line)
-            pairs.append((str(item["question"]), str(item["answer"])))
-        except (ValueError, KeyError, TypeError) as error:
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number} must be a JSON object: {error}.") from error
+        if not isinstance(item, dict) or not {"question", "answer"} <= item.keys():
             raise ValueError(
-                f"{path}, line {number} must be a JSON object with question and answer: {error}."
-            ) from error
+                f'{path}, line {number} must be a JSON object with "question" and "answer".'
+            )
+        pairs.append((str(item["question"]), str(item["answer"])))
     return from_pairs(name or Path(path).stem, pairs, seed=seed, seq_len=seq_len)
 
 
@@ -198,10 +202,20 @@ def from_pairs(
     name: str, pairs: Sequence[tuple[str, str]], *, seed: int = 0, seq_len: int = 64
 ) -> ProblemTask:
     """A task of question and answer strings; see :func:`question_answers`."""
-    if len(pairs) < 10:
-        raise ValueError(f"task {name} ({len(pairs)} problems) must have at least 10 problems.")
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
-    written = [(pairs[i][0].encode(), (pairs[i][1] + "\n").encode()) for i in order]
+    by_question: dict[str, list[str]] = {}
+    for question, answer in (pairs[i] for i in order):
+        by_question.setdefault(question, []).append(answer)
+    if len(by_question) < 10:
+        raise ValueError(
+            f"task {name} ({len(by_question)} different questions) must have at least 10: some "
+            "are kept for validation and test."
+        )
+    written = [
+        (question.encode(), (answer + "\n").encode())
+        for question, answers in by_question.items()
+        for answer in answers
+    ]
     length = max(len(q) + len(a) for q, a in written)
     tokens = torch.full((len(written), length), END)
     is_answer = torch.zeros(len(written), length, dtype=torch.bool)
@@ -209,12 +223,34 @@ def from_pairs(
         end = len(question) + len(answer)
         tokens[row, :end] = torch.tensor(list(question + answer))
         is_answer[row, len(question) : end] = True
+    # a question that is held out must not be one that was trained on
+    ends = list(accumulate(map(len, by_question.values())))
     tenth = max(1, len(written) // 10)
-    cuts = (slice(2 * tenth, None), slice(0, tenth), slice(tenth, 2 * tenth))
+    first = next(end for end in ends if end >= tenth)
+    second = next((end for end in ends if end >= first + tenth), ends[-1])
+    if second == ends[-1]:
+        raise ValueError(
+            f"task {name} ({len(written)} problems) must not repeat a question so often that none "
+            "is left to train on."
+        )
+    cuts = (slice(second, None), slice(0, first), slice(first, second))
     train, validation, test = ((tokens[cut], is_answer[cut]) for cut in cuts)
-    common = Counter(answer for _, answer in written[2 * tenth :]).most_common(1)[0][1]
-    chance = common / len(written[2 * tenth :])
+    common = Counter(answer for _, answer in written[second:]).most_common(1)[0][1]
+    chance = common / len(written[second:])
     return ProblemTask(name, train, validation, test, chance=chance, seq_len=seq_len)
+
+
+def read_text(path: str | os.PathLike[str]) -> str:
+    """The text of a file.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+        OSError: it cannot be read.
+    """
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} must be UTF-8 text, but is not at byte {error.start}.") from error
 
 
 def _digits(numbers: Tensor, width: int) -> Tensor:

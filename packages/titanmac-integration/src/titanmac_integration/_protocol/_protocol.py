@@ -39,6 +39,10 @@ class Protocol:
         record: whether the first cell asked for is recorded, metrics, snapshots and model.
         progress: whether progress bars are shown.
         report: called with every finished record.
+
+    Raises:
+        ValueError: a task that cannot be made, or that does not fit into the setting's sequences.
+        OSError: a file that cannot be read.
     """
 
     def __init__(
@@ -57,6 +61,8 @@ class Protocol:
         self.tasks: list[RetentionTask] = [
             make_retention_task(name, seq_len=setting.seq_len) for name in setting.tasks
         ]
+        for task in self.tasks:  # refuses what does not fit before anything is trained
+            task.batch(1, setting.seq_len, torch.Generator())
 
     def run(
         self, asked: Sequence[Asked], seeds: Sequence[int], *, time_limit_s: float | None = None

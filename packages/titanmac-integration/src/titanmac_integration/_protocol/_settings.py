@@ -50,6 +50,8 @@ class Setting:
     """Whether blocks are swapped while the first task is learned."""
     changes: dict[str, Any] = field(default_factory=dict)
     """Further fields of TitanMACConfig, for all architectures."""
+    files: tuple[str, ...] = ()
+    """Digest of every task's file, "" for a task without one; none at all if no task has one."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "lr", "batch_size"):
@@ -74,8 +76,11 @@ class Setting:
     @property
     def key(self) -> str:
         """The name and a digest of all values: cells with equal keys may be compared."""
-        values = json.dumps(asdict(self), sort_keys=True).encode()
-        return f"{self.name}-{hashlib.blake2b(values, digest_size=4).hexdigest()}"
+        values = asdict(self)
+        if not self.files:
+            del values["files"]  # the keys of records that were made before there was this field
+        digest = hashlib.blake2b(json.dumps(values, sort_keys=True).encode(), digest_size=4)
+        return f"{self.name}-{digest.hexdigest()}"
 
     def config(self, arch: str) -> TitanMACConfig:
         """The model of an architecture."""

@@ -1,9 +1,10 @@
 """The tasks of the protocol by name."""
 
+import hashlib
 from pathlib import Path
 
 from ._digits import permuted_digits, split_digits
-from ._problems import additions, question_answers, reversals
+from ._problems import additions, question_answers, read_text, reversals
 from ._score import RetentionTask
 from ._text import TextTask, prose
 
@@ -14,7 +15,7 @@ TASK_HELP = (
     '"arithmetic", "letters" (arithmetic written in letters that prose uses), "reversal" (digits '
     'backwards, in the symbols of arithmetic), "prose", "text:FILE" (a text file), "qa:FILE" (JSON '
     'lines with question and answer), "permuted-digits:SEED", "split-digits:LOW-HIGH" '
-    "(scikit-learn's digits)"
+    "(scikit-learn's digits, with --seq-len 66)"
 )
 
 
@@ -32,7 +33,7 @@ def make_retention_task(name: str, *, seq_len: int = 64) -> RetentionTask:
     kind, _, argument = name.partition(":")
     if kind == "text" and argument:
         path = Path(argument)
-        return TextTask(path.stem, path.read_text(encoding="utf-8"), eval_length=seq_len - 1)
+        return TextTask(path.stem, read_text(path), eval_length=seq_len - 1)
     if kind == "qa" and argument:
         return question_answers(argument, seq_len=seq_len)
     if kind == "permuted-digits" and argument.isdecimal():
@@ -48,3 +49,15 @@ def make_retention_task(name: str, *, seq_len: int = 64) -> RetentionTask:
     if name == "prose":
         return prose()
     raise ValueError(f"task (={name!r}) must be one of {TASK_HELP}.")
+
+
+def file_digest(name: str) -> str:
+    """Digest of the file that a task is read from; "" for a task without one.
+
+    Raises:
+        OSError: a file that cannot be read.
+    """
+    kind, _, argument = name.partition(":")
+    if kind not in ("text", "qa") or not argument:
+        return ""
+    return hashlib.blake2b(Path(argument).read_bytes(), digest_size=8).hexdigest()

@@ -1,5 +1,7 @@
 """Next-byte prediction on a text."""
 
+import math
+
 import torch
 
 from titanmac_integration._data._prose import load_prose
@@ -37,13 +39,15 @@ class TextTask(RetentionTask):
         eval_length: int = 63,
     ) -> None:
         self.name = name
-        tokens = torch.frombuffer(bytearray(text.encode("utf-8")), dtype=torch.uint8).long()
-        half = int(held_out * len(tokens) / 2)
+        data = bytearray(text.encode("utf-8"))
+        half = int(held_out * len(data) / 2)
         if half < eval_length + 1:
+            least = math.ceil(2 * (eval_length + 1) / held_out)
             raise ValueError(
-                f"text ({len(tokens)} bytes) must leave at least {eval_length + 1} bytes for each "
-                "held-out set; give more text or a shorter eval_length."
+                f"text of task {name} ({len(data)} bytes) must have at least {least} bytes: each "
+                f"held-out set is {held_out / 2:.0%} of it, and one window is {eval_length + 1}."
             )
+        tokens = torch.frombuffer(data, dtype=torch.uint8).long()
         self._train = tokens[: len(tokens) - 2 * half]
         self.train_tokens_total = len(self._train)
         held = {"validation": tokens[-2 * half : -half], "test": tokens[-half:]}
