@@ -14,7 +14,7 @@ from typing import Any
 
 from titanmac_integration._protocol._records import read_records
 from titanmac_integration._protocol._summary import describe, summarise
-from titanmac_integration._protocol._tables import dial_text, retention_tables
+from titanmac_integration._protocol._tables import retention_tables
 
 WIDTH, HEIGHT = 920, 520
 LEFT, RIGHT, TOP, BOTTOM = 70, 310, 30, 60
@@ -180,7 +180,8 @@ def seed_table(records: list[dict[str, Any]]) -> str:
         key=lambda r: (r["method"], r["arch"], r["dial"] or 0, r.get("rate") or 0, r["seed"]),
     ):
         cell = describe(record)
-        dial = dial_text(record["dial"], record.get("rate"))
+        dial = "auto" if record["dial"] is None else f"{record['dial']:g}"
+        dial += f", lr {record['rate']:g}" if record.get("rate") else ""
         lines.append(
             f"| {record['method']}@{record['arch']} | {dial} | {record['seed']} | "
             f"{cell['first_learned']:.1%} | {cell['first_lowest']:.1%} | "

@@ -20,6 +20,8 @@ GAPS = (0.05, 0.1, 0.25)
 """Nats by which the new task may be worse than with the best fine-tuning."""
 KEPT = 0.9
 """Share of the old task that counts as kept when the new task is compared."""
+HARDLY = 0.05
+"""Share of the way from chance to perfect below which nothing was learned that could be lost."""
 
 Record = dict[str, Any]
 
@@ -82,13 +84,11 @@ def summarise(records: Iterable[Record]) -> dict[str, Any]:
 
 def _summarise_setting(records: list[Record]) -> dict[str, Any]:
     joints = {(r["arch"], r["seed"]): r for r in records if r["method"] == "joint"}
-    points: dict[tuple[str, str, float | None, float | None], list[dict[str, Any]]]
+    points: dict[tuple[str, str, float | None, float | None], list[Record]]
     points = defaultdict(list)
     for record in records:
-        joint = joints.get((record["arch"], record["seed"]))
-        figures: dict[str, Any] = {**describe(record, joint), "seed": record["seed"]}
         key = (record["method"], record["arch"], record["dial"], record.get("rate"))
-        points[key].append(figures)
+        points[key].append(record)
     rows = [
         {
             "method": method,
@@ -96,8 +96,11 @@ def _summarise_setting(records: list[Record]) -> dict[str, Any]:
             "dial": dial,
             "rate": rate,
             "seeds": sorted(cell["seed"] for cell in cells),
-            "void": [c["seed"] for c in cells if not _is_learned(c, records[0])],
-            **_statistics(cells),
+            "void": [cell["seed"] for cell in cells if not _is_learned(cell)],
+            "tasks": [
+                _statistics([_fate(c, j) for c in cells]) for j in range(len(records[0]["tasks"]))
+            ],
+            **_statistics([describe(c, joints.get((c["arch"], c["seed"]))) for c in cells]),
         }
         for (method, arch, dial, rate), cells in points.items()
     ]
@@ -147,7 +150,7 @@ def _statistics(cells: list[dict[str, Any]]) -> dict[str, Any]:
     statistics: dict[str, Any] = {}
     for key in cells[0]:
         values = [cell[key] for cell in cells if cell[key] is not None]
-        if key == "seed" or not values:
+        if not values:
             continue
         statistics[key] = {
             "mean": fmean(values),
@@ -159,8 +162,40 @@ def _statistics(cells: list[dict[str, Any]]) -> dict[str, Any]:
     return statistics
 
 
-def _is_learned(cell: dict[str, Any], record: Record) -> bool:
-    return record["metrics"][0] != "exact_match" or cell["first_learned"] >= LEARNED
+def _fate(record: Record, task: int) -> dict[str, float | None]:
+    """What became of one task, on test data: None for what the last task has not.
+
+    "worst" is the worst value at any time after it was learned.
+    """
+    matrix, nats = record["matrix"], record["nats"]
+    learned, at_end = matrix[task + 1][task], matrix[-1][task]
+    figures = {"learned": learned, "learned_nats": nats[task + 1][task]}
+    if task == len(matrix) - 2:
+        return figures
+    later = [point for phase in record["path"][task:] for point in phase]
+    chance, perfect = record["chance"][task], record["perfect"][task]
+    worst = min if perfect > chance else max
+    lost = relative_forgetting(learned, at_end, chance)
+    return {
+        **figures,
+        "at_end": at_end,
+        "at_end_nats": nats[-1][task],
+        "worst": worst([at_end, *(point["value"][task] for point in later)]),
+        "worst_nats": max([nats[-1][task], *(point["nats"][task] for point in later)]),
+        "relative_forgetting": lost if _share_learned(record, task) >= HARDLY else None,
+    }
+
+
+def _share_learned(record: Record, task: int) -> float:
+    """How far a task had come from chance to perfect."""
+    chance, perfect = record["chance"][task], record["perfect"][task]
+    return float((record["matrix"][task + 1][task] - chance) / (perfect - chance))
+
+
+def _is_learned(record: Record) -> bool:
+    if record["metrics"][0] == "exact_match":
+        return bool(record["matrix"][1][0] >= LEARNED)
+    return _share_learned(record, 0) >= HARDLY
 
 
 def _new_nats(nats: list[list[float]], n: int) -> float:
