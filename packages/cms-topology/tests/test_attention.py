@@ -42,15 +42,36 @@ def test_statistics_of_self_attention_are_those_of_its_inputs(usage: str) -> Non
     assert functional.linear is torch._C._nn.linear  # nothing stays replaced
 
 
-def test_cross_attention_counts_as_unseen_but_for_its_output() -> None:
+@pytest.mark.parametrize("usage", ["loss", "none"])
+def test_statistics_of_cross_attention_are_those_of_each_slice(usage: str) -> None:
     torch.manual_seed(0)
-    memory = consolidate(Attention(cross=True), [torch.randn(3, 5, WIDTH)], loss_fn=loss_of)
-    assert list(memory.layers) == ["attention.out_proj.weight"]
+    model, x = Attention(cross=True), torch.randn(3, 5, WIDTH)
+    x[:, 0] = 1  # so that turned round it is another
+    memory = consolidate(model, [x], loss_fn=loss_of, usage=usage)
+    found = memory.layers["attention.in_proj_weight"]
+    got = found.covariance.dense() * found.energy.double()
+    for slice_, inputs in zip(got, (x, x.flip(1), x.flip(1)), strict=True):
+        flat = inputs.flatten(0, 1).double()
+        torch.testing.assert_close(slice_, flat.T @ flat / flat.shape[0], rtol=1e-5, atol=1e-6)
 
 
-def test_self_attention_keeps_old_answers_and_learns_new_ones() -> None:
+def test_one_matrix_may_serve_attention_to_itself_and_to_others() -> None:
     torch.manual_seed(0)
-    model = Attention(cross=False)
+    x, model = torch.randn(3, 5, WIDTH), Attention(cross=False)
+    once = consolidate(model, [x], "self", loss_fn=loss_of)
+    model.cross = True
+    both = consolidate(model, [x], "cross", loss_fn=loss_of, previous=once)
+    layers = [memory.layers["attention.in_proj_weight"] for memory in (once, both)]
+    assert [layer.covariance.groups for layer in layers] == [1, 3]
+    alone = consolidate(model, [x], loss_fn=loss_of).layers["attention.in_proj_weight"]
+    want = layers[0].covariance.dense() + alone.covariance.dense()
+    torch.testing.assert_close(layers[1].covariance.dense(), want, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("cross", [False, True])
+def test_attention_keeps_old_answers_and_learns_new_ones(cross: bool) -> None:
+    torch.manual_seed(0)
+    model = Attention(cross)
     directions = torch.zeros(WIDTH)
     directions[: WIDTH // 2] = 1
     old, new = torch.randn(4, 5, WIDTH) * directions, torch.randn(4, 5, WIDTH) * (1 - directions)

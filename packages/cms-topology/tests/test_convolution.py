@@ -12,9 +12,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cms_topology import RetentionGuard, consolidate
-from cms_topology._retention._convolution import Convolution
+from cms_topology._retention._convolution import Convolution, TransposedConvolution
+from cms_topology._retention._layout import Layout
 
-CALLS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+CALLS: dict[int, Any] = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
+TRANSPOSED_CALLS: dict[int, Any] = {
+    1: functional.conv_transpose1d,
+    2: functional.conv_transpose2d,
+    3: functional.conv_transpose3d,
+}
 
 
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
@@ -25,6 +31,7 @@ CALLS = {1: functional.conv1d, 2: functional.conv2d, 3: functional.conv3d}
     stride=st.integers(1, 3),
     dilation=st.integers(1, 2),
     padding=st.sampled_from([0, 1, 2, "same", "valid"]),
+    groups=st.sampled_from([1, 2, 3, 6]),
     batched=st.booleans(),
     seed=st.integers(0, 2**20),
 )
@@ -34,20 +41,69 @@ def test_windows_times_kernels_are_the_convolution(
     stride: int,
     dilation: int,
     padding: int | str,
+    groups: int,
     batched: bool,
     seed: int,
 ) -> None:
     if padding == "same":
         stride = 1  # torch knows no other
     generator = torch.Generator().manual_seed(seed)
-    sizes = (2, 3, *(5 + i for i in range(dims)))
+    sizes = (2, 6, *(5 + i for i in range(dims)))
     x = torch.randn(*sizes, generator=generator, dtype=torch.float64)
     x = x if batched else x[0]
-    weight = torch.randn(4, 3, *(kernel,) * dims, generator=generator, dtype=torch.float64)
-    call = Convolution(x, weight, None, stride, padding, dilation)
-    y = CALLS[dims](x, weight, None, stride, padding, dilation)
-    rows = call.windows(x) @ weight.flatten(1).T
-    torch.testing.assert_close(rows, y.movedim(-1 - dims, -1).reshape(-1, 4))
+    shape = (12, 6 // groups, *(kernel,) * dims)
+    weight = torch.randn(shape, generator=generator, dtype=torch.float64)
+    call = Convolution(x, weight, None, stride, padding, dilation, groups)
+    y = CALLS[dims](x, weight, None, stride, padding, dilation, groups)
+    check_rows(call.windows(x), weight, Layout(groups), y, dims)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    dims=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    dilation=st.integers(1, 3),
+    padding=st.integers(0, 4),
+    more=st.integers(0, 2),
+    groups=st.sampled_from([1, 2, 3, 6]),
+    batched=st.booleans(),
+    seed=st.integers(0, 2**20),
+)
+def test_windows_times_turned_kernels_are_the_transposed_convolution(
+    dims: int,
+    kernel: int,
+    stride: int,
+    dilation: int,
+    padding: int,
+    more: int,
+    groups: int,
+    batched: bool,
+    seed: int,
+) -> None:
+    more = min(more, max(stride, dilation) - 1)  # torch allows no more
+    generator = torch.Generator().manual_seed(seed)
+    sizes = (2, 6, *(6 + i for i in range(dims)))
+    x = torch.randn(*sizes, generator=generator, dtype=torch.float64)
+    x = x if batched else x[0]
+    weight = torch.randn(6, 4, *(kernel,) * dims, generator=generator, dtype=torch.float64)
+    arguments = (weight, None, stride, padding, more, groups, dilation)
+    try:
+        y = TRANSPOSED_CALLS[dims](x, *arguments)
+    except RuntimeError:  # nothing is left within the padding
+        return
+    windows = TransposedConvolution(x, *arguments).windows(x)
+    check_rows(windows, weight, Layout(groups, inputs_first=True), y, dims)
+
+
+def check_rows(windows: Tensor, weight: Tensor, layout: Layout, y: Tensor, dims: int) -> None:
+    """The layout's matrices times the windows are the output; and back."""
+    matrices = layout.matrices(weight)
+    assert matrices.shape == layout.shape(weight.shape)
+    each = windows.view(len(windows), layout.groups, -1)
+    rows = torch.einsum("pgn,gmn->pgm", each, matrices).flatten(1)
+    torch.testing.assert_close(rows, y.movedim(-1 - dims, -1).reshape(-1, rows.shape[1]))
+    assert torch.equal(layout.parameter(matrices, weight.shape), weight)
 
 
 class Network(nn.Module):
@@ -60,6 +116,25 @@ class Network(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = functional.gelu(self.second(functional.gelu(self.first(x))))
+        result: Tensor = self.head(h.mean((2, 3)))
+        return result
+
+
+class Separable(nn.Module):
+    """Depthwise, grouped and transposed convolutions, as in MobileNet, ResNeXt and a decoder."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.depthwise = nn.Conv2d(3, 6, 3, padding=1, groups=3, padding_mode="reflect")
+        self.pointwise = nn.Conv2d(6, 12, 1)
+        self.grouped = nn.Conv2d(12, 12, 3, stride=2, groups=2)
+        self.up = nn.ConvTranspose2d(12, 8, 3, stride=2, output_padding=1, groups=2)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = functional.gelu(self.pointwise(self.depthwise(x)))
+        h = functional.gelu(self.up(functional.gelu(self.grouped(h))))
         result: Tensor = self.head(h.mean((2, 3)))
         return result
 
@@ -120,6 +195,76 @@ def test_what_is_left_is_learned_and_the_old_answers_stay(
     assert model.first.weight.is_contiguous(memory_format=layout)
     for (x, _), answer in zip(double, before, strict=True):
         torch.testing.assert_close(model(x), answer, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_groups_and_transposed_kernels_learn_what_they_may(gradients: bool) -> None:
+    model = Separable().double()
+    old = [(x.double(), labels) for x, labels in OLD]
+    new = NEW[0][0].double()
+    first = float((model(new) - 1).square().mean().detach())
+    before = [model(x).detach() for x, _ in old]
+    memory = consolidate(model, old, "a", loss_fn=loss_of, dtype=torch.float64)
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.ndim > 1}
+    assert memory.layers.keys() == weights.keys()
+    assert memory.layers["depthwise.weight"].covariance.dense().shape == (3, 9, 9)
+    assert memory.layers["up.weight"].covariance.dense().shape == (2, 54, 54)
+    optimizer = torch.optim.SGD(model.parameters(), 0.2, momentum=0.9)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.0, gradients=gradients)
+    for _ in range(30):
+        optimizer.zero_grad()
+        loss = (model(new) - 1).square().mean()
+        loss.backward()
+        optimizer.step()
+    assert float(loss.detach()) < first
+    # the old task uses all of the first channel's kernel, and nothing of the other channels'
+    moved = (model.depthwise.weight - weights["depthwise.weight"]).flatten(1).norm(dim=1)
+    assert (moved[:2] < 1e-9).all()
+    assert (moved[2:] > 1e-3).all()
+    for (x, _), answer in zip(old, before, strict=True):
+        torch.testing.assert_close(model(x), answer, rtol=1e-6, atol=1e-6)
+    assert max(guard.drift().values()) < 1e-9
+
+
+def test_drift_of_grouped_kernels_is_the_error_of_their_outputs() -> None:
+    model = Separable()
+    before = {name: getattr(model, name).weight.detach().clone() for name in ("grouped", "up")}
+    inputs: dict[str, Tensor] = {}
+    for name in before:
+        getattr(model, name).register_forward_hook(
+            lambda _, args, __, name=name: inputs.update({name: args[0].detach()})
+        )
+    memory = consolidate(model, OLD[:1], "a", loss_fn=loss_of)
+    loss_of(model, OLD[0])
+    seen = dict(inputs)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    guard = RetentionGuard(model, optimizer, memory, drift=1e-2)
+    for step in range(5):
+        loss_of(model, NEW[step % 2]).backward()
+        optimizer.step()
+    for name, weight in before.items():
+        layer, drift = getattr(model, name), guard.drift()[f"{name}.weight"]
+        now = layer(seen[name]) - layer.bias[:, None, None]
+        layer.weight.data = weight
+        then = layer(seen[name]) - layer.bias[:, None, None]
+        error = float(((now - then).square().sum() / then.square().sum()).detach())
+        assert drift == pytest.approx(error, rel=1e-2), name
+        assert 1e-4 < drift <= 1.001e-2, name
+
+
+def test_usage_of_groups_is_that_of_their_own_inputs() -> None:
+    model = Separable().double()
+    x, labels = OLD[0][0].double(), OLD[0][1]
+    memory = consolidate(model, [(x, labels)], "a", loss_fn=loss_of)
+    seen: list[Tensor] = []
+    model.depthwise.register_forward_hook(lambda *a: (a[2].retain_grad(), seen.append(a[2]))[0])
+    loss_of(model, (x, labels)).backward()
+    delta = seen[0].grad.movedim(1, -1).reshape(-1, 3, 2) * (16 * 64)  # type: ignore[union-attr]
+    padded = functional.pad(x, (1, 1, 1, 1), mode="reflect")
+    windows = functional.unfold(padded, 3).movedim(1, -1).reshape(-1, 3, 9)
+    usage = (delta.square() * windows.square().sum(2, keepdim=True)).mean(0)
+    found = memory.layers["depthwise.weight"].usage
+    torch.testing.assert_close(found, usage.reshape(6, 1).float())
 
 
 def test_drift_of_convolutions_stays_within_its_budget() -> None:

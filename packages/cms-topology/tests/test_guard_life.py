@@ -179,6 +179,21 @@ def test_compiled_models_are_guarded_alike() -> None:
         torch.testing.assert_close(p, q, msg=name)
 
 
+def test_what_stays_stays_although_its_storage_is_exchanged() -> None:
+    """As by SAM, whose second step gives `parameter.data` back, and by `model.to`."""
+    model = build()
+    optimizer = adam(model)
+    guard = RetentionGuard(model, optimizer, remember(model), drift=1e-3)
+    before = {name: model.get_parameter(name).detach().clone() for name in guard.still}
+    assert "3.weight" in before
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+    steps(model, optimizer, 0, 2)
+    for name, values in before.items():
+        assert torch.equal(model.get_parameter(name), values), name
+    assert max(guard.drift().values()) <= 1e-3 * (1 + 1e-4)
+
+
 def test_every_tenth_step_keeps_what_every_step_keeps() -> None:
     """The projection is linear: only the gradients differ, as they are taken on the way."""
     model = build()

@@ -115,23 +115,43 @@ def test_what_was_touched_survives_a_file() -> None:
 
 def test_weights_that_cannot_be_guarded_are_named_once() -> None:
     torch.manual_seed(0)
-    grouped = nn.Conv1d(2, 8, 3, padding=1, groups=2)
-    model = nn.Sequential(grouped, nn.Flatten(), nn.Linear(8 * 8, 4))
+    model = nn.ModuleDict({"both": nn.Bilinear(8, 8, 4), "head": nn.Linear(4, 4)})
 
     def loss(model: nn.Module, x: Tensor) -> Tensor:
-        result: Tensor = model(x).square().mean()
+        result: Tensor = model["head"](model["both"](x, x)).square().mean()  # type: ignore[index]
         return result
 
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    memory = consolidate(model, [torch.randn(4, 2, 8)], loss_fn=loss)
+    memory = consolidate(model, [torch.randn(4, 8)], loss_fn=loss)
     guard = RetentionGuard(model, optimizer, memory)
-    assert "0.weight" in guard.still
-    loss(model, torch.randn(4, 2, 8)).backward()
-    with pytest.warns(UserWarning, match=r"weights of Conv1d \(first '0\.weight'\) stay as they"):
+    assert "both.weight" in guard.still
+    loss(model, torch.randn(4, 8)).backward()
+    told = r"stay as they are: 1 used by bilinear \(first 'both\.weight'\)\. The inputs of the old"
+    with pytest.warns(UserWarning, match=told):
         optimizer.step()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.step()
+
+
+class Sliced(nn.Module):
+    """A matrix that is multiplied whole or, with inputs of their own, in slices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qkv = nn.Parameter(torch.randn(6, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x[0, 0] == 1:
+            return nn.functional.linear(x, self.qkv)
+        q, kv = self.qkv.split([2, 4])
+        return torch.cat([nn.functional.linear(y, w) for y, w in ((x, q), (3 * x, kv))], 1)
+
+
+def sliced_loss(model: nn.Module, x: Tensor) -> Tensor:
+    result: Tensor = model(x).square().mean()
+    return result
 
 
 def _consolidate_on(rank: int, folder: Path) -> None:
@@ -139,6 +159,8 @@ def _consolidate_on(rank: int, folder: Path) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     memory = consolidate(Heads(), data("ab"[rank]), "both", loss_fn=loss_of)
     (folder / f"{rank}.txt").write_text(" ".join(memory.touched or ()))
+    sliced = consolidate(Sliced(), [torch.full((2, 4), rank + 1.0)], loss_fn=sliced_loss)
+    torch.save(sliced.to_tensors(), folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
@@ -152,6 +174,13 @@ def test_what_one_rank_used_is_used(tmp_path: Path) -> None:
     assert first == second
     assert "heads.a.bias" in first.split()
     assert "heads.b.bias" in first.split()
+    one, other = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+    K = Consolidation.from_tensors(one).layers["qkv"].covariance.dense()
+    energy = torch.tensor([1.0 + 4, 1 + 36, 1 + 36], dtype=torch.float64)  # both ranks' inputs
+    want = (energy / energy.mean())[:, None, None].expand(3, 4, 4)
+    torch.testing.assert_close(K, want, rtol=1e-6, atol=1e-6)
 
 
 if __name__ == "__main__":

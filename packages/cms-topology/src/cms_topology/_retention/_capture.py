@@ -1,7 +1,4 @@
-"""Which inputs reach which weight matrix, seen from outside the model.
-
-Legend: N tokens of a pass, n inputs and m outputs of a layer.
-"""
+"""Which inputs reach which weight matrix, seen from outside the model."""
 
 from __future__ import annotations
 
@@ -16,28 +13,34 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from cms_topology._linear import CMSBlockLinear
-from cms_topology._retention._convolution import DIMENSIONS, Convolution
+from cms_topology._retention._convolution import (
+    DIMENSIONS,
+    TRANSPOSED,
+    Convolution,
+    TransposedConvolution,
+)
+from cms_topology._retention._layout import Layout
+from cms_topology._retention._product import OnProduct, OnRows, Product, flat
+from cms_topology._retention._recurrent import CELLS, LAYERS, run_cell, run_layer
 from cms_topology._retention._touched import parameters_in
+from cms_topology._retention._weights import WeightUses
 
-Rows = Callable[[Tensor], Tensor]
-"""From the input of a product to its tokens [N, n]; what makes them larger is done when asked."""
-OnLinear = Callable[[Tensor, Tensor, Tensor, Rows], None]
-"""Called with the weight parameter, its input, its output [..., m], and how to read the input."""
-OnRows = Callable[[Tensor, Tensor], None]
-"""Called with an embedding's weight parameter and the indices that were looked up."""
 OnUse = Callable[[Tensor], None]
 """Called with every parameter that is an argument of a torch function, perhaps several times."""
+MATMULS = frozenset((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__))
 
 
 class _Products(TorchFunctionMode):
-    """Sees every `functional.linear`, convolution and embedding, whoever calls it.
+    """Sees every matrix product, convolution and embedding of a parameter, whoever calls it.
 
     So an embedding matrix that also serves as the head is found although no `nn.Linear` holds it.
     """
 
-    def __init__(self, on_linear: OnLinear, on_rows: OnRows, on_use: OnUse) -> None:
+    def __init__(
+        self, on_product: OnProduct, on_rows: OnRows, on_use: OnUse, uses: WeightUses
+    ) -> None:
         super().__init__()
-        self.on_linear, self.on_rows, self.on_use = on_linear, on_rows, on_use
+        self.on_product, self.on_rows, self.on_use, self.uses = on_product, on_rows, on_use, uses
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
@@ -52,28 +55,72 @@ class _Products(TorchFunctionMode):
         if func is functional.linear:
             return self._seen_linear(*args, **kwargs)
         if func in DIMENSIONS:
-            return self._seen_convolution(func, Convolution(*args, **kwargs))
+            return self._seen_convolution(func, DIMENSIONS[func], Convolution(*args, **kwargs))
+        if func in TRANSPOSED:
+            call = TransposedConvolution(*args, **kwargs)
+            return self._seen_convolution(func, TRANSPOSED[func], call)
+        if func in MATMULS:
+            return self._seen_matmul(*args, **kwargs)
+        if func is Tensor.__rmatmul__:
+            return self._seen_matmul(args[1], args[0])
+        if func is torch.addmm and len(args) == 3 and not kwargs:
+            return args[0] + self._seen_matmul(*args[1:])
+        if func in LAYERS:
+            return run_layer(LAYERS[func], args, self.on_product)
+        if func in CELLS:
+            return run_cell(CELLS[func], *args, on_product=self.on_product)
         result = func(*args, **kwargs)
-        if func is functional.embedding:
-            weight = args[1] if len(args) > 1 else kwargs["weight"]
-            if isinstance(weight, nn.Parameter):
+        if func in (functional.embedding, functional.embedding_bag):
+            weight = self.uses.kernel(args[1] if len(args) > 1 else kwargs["weight"])
+            if weight is not None:
                 self.on_rows(weight, args[0] if args else kwargs["input"])
+                return result
+        name = getattr(func, "__name__", str(func))
+        if name == "__get__":  # of an attribute
+            name = getattr(func.__self__, "__name__", name)
+        self.uses.note(name, (args, kwargs), result)
         return result
+
+    def _note_product(self, func: Any, input: Tensor, weight: Tensor, result: Tensor) -> None:
+        name = func.__name__
+        if not isinstance(weight, nn.Parameter):
+            name += " of what is computed of it"
+        self.uses.note(name, (input, weight), result)
 
     def _seen_linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         result = _LINEAR(input, weight, bias)
-        if isinstance(weight, nn.Parameter):
-            result = _own(result)
-            self.on_linear(weight, input, result, _flat)
+        source = self.uses.matrix(weight)
+        if source is None:
+            self._note_product(_LINEAR, input, weight, result)
+            return result
+        result = _own(result)
+        parameter, layout, first, span = source
+        self.on_product(Product(parameter, input, result, flat, layout, first, span))
         return result
 
-    def _seen_convolution(self, func: Any, call: Convolution) -> Tensor:
-        result: Tensor = func(*call)
-        if call.groups != 1 or not isinstance(call.weight, nn.Parameter):
+    def _seen_matmul(self, input: Tensor, other: Tensor) -> Tensor:
+        left, right = (self.uses.parameters_of(t) is not None for t in (input, other))
+        if left == right or min(input.ndim, other.ndim) < 2 or (input if left else other).ndim > 2:
+            result = torch.matmul(input, other)
+            self._note_product(torch.matmul, input, other, result)
             return result
-        channels = -1 - DIMENSIONS[func]
+        # linear's weight is [m, n]
+        return (
+            self._seen_linear(input, other.mT) if right else self._seen_linear(other.mT, input).mT
+        )
+
+    def _seen_convolution(
+        self, func: Any, dims: int, call: Convolution | TransposedConvolution
+    ) -> Tensor:
+        result: Tensor = func(*call)
+        kernel = self.uses.kernel(call.weight)
+        if kernel is None:
+            self._note_product(func, call.input, call.weight, result)
+            return result
+        channels = -1 - dims
         moved = _own(result.movedim(channels, -1))
-        self.on_linear(call.weight, call.input, moved, call.windows)
+        layout = Layout(call.groups, isinstance(call, TransposedConvolution))
+        self.on_product(Product(kernel, call.input, moved, call.windows, layout))
         return moved.movedim(-1, channels)
 
 
@@ -91,33 +138,31 @@ def _replaced_linear(function: Callable[..., Tensor]) -> Iterator[None]:
 
 @contextmanager
 def captured(
-    model: nn.Module, on_linear: OnLinear, on_rows: OnRows, on_use: OnUse
-) -> Iterator[None]:
+    model: nn.Module, on_product: OnProduct, on_rows: OnRows, on_use: OnUse
+) -> Iterator[WeightUses]:
     """Report every matrix product, embedding look-up and use of a parameter inside the block.
 
-    Compiled parts of the model run eagerly, so that nothing is hidden in a graph. Of
-    `nn.MultiheadAttention` the output's product is seen, and the inputs' where query, key and value
-    are one tensor; else torch multiplies with slices of the parameter, which counts as unseen.
+    Compiled parts of the model run eagerly, so that nothing is hidden in a graph.
+
+    Yields:
+        What else parameters were used for; complete at the end of the block.
     """
 
     def hook(layer: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
         assert isinstance(layer, CMSBlockLinear)
         output = _own(output)
-        on_linear(layer.values, args[0], output, _flat)
+        on_product(Product(layer.values, args[0], output))
         return output
 
     sparse = [m for m in model.modules() if isinstance(m, CMSBlockLinear)]
+    uses = WeightUses(exempt=frozenset(layer.values for layer in sparse))
     handles = [layer.register_forward_hook(hook) for layer in sparse]
     try:
-        with _eager(), _Products(on_linear, on_rows, on_use):
-            yield
+        with _eager(), _Products(on_product, on_rows, on_use, uses):
+            yield uses
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])
 
 
 def _own(output: Tensor) -> Tensor:

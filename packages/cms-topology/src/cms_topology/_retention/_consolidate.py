@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cms_topology._retention._capture import Rows, captured, undisturbed
+from cms_topology._retention._capture import captured, undisturbed
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._names import parameter_names, sparse_by_values, unwrap
 from cms_topology._retention._probes import LogitsFn, Probes, default_logits, known_answers
+from cms_topology._retention._product import Product, flat
 from cms_topology._retention._sensitivity import measure_sensitivity
 from cms_topology._retention._statistics import TaskStatistics
 from cms_topology._retention._touched import parameters_behind
 
 LossFn = Callable[[nn.Module, Any], Any]
+UNKNOWN = "an operation that is not shown"
 USAGES = ("loss", "sampled", "none")
 
 
@@ -44,10 +46,10 @@ def consolidate(
     """Keep of a task what later training must respect: statistics of its inputs, no data.
 
     Runs the model over `batches` in evaluation mode and accumulates, for every weight matrix that
-    is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear`, so also a
-    head that is tied to the embedding; convolutions without groups, whose tokens are the positions
-    of their output), the covariance of the inputs; which embedding rows are
-    looked up; from the gradients of the loss, the usage of every block; and which parameters were
+    is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear` or
+    `x @ weight`, so also a head that is tied to the embedding; convolutions, whose tokens are the
+    positions of their output; recurrent layers, whose tokens are the steps), the covariance of
+    the inputs; which embedding rows are looked up; from the gradients of the loss, the usage of every block; and which parameters were
     used at all: others, such as a head for a new task, train freely later (with usage="none" that
     is not known, and all stay). Weights, gradients, modes and random number generators are left as
     they were. Under torch.distributed every rank passes its own batches and all get the same
@@ -113,21 +115,28 @@ def consolidate(
         if not stats.layers:
             raise ValueError(
                 f"batches (={len(kept)} seen) of task {task!r} reached no weight matrix of "
-                f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear, a convolution or "
-                "another functional.linear; pass at least one batch, and a loss_fn that calls the "
+                f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear, a convolution, a "
+                "recurrent layer or another functional.linear; pass at least one batch, and a loss_fn that calls the "
                 "model it is given."
             )
         stats.check_finite(task)
+        seen = (stats.layers.keys() | stats.rows.keys()) - stats.others.keys()
         memory = Consolidation(
             {
                 name: layer.memory(weight, stats.live(name), usage != "none", dtype)
                 for name, layer in stats.layers.items()
+                if name in seen
             },
-            stats.rows,
+            {name: used for name, used in stats.rows.items() if name in seen},
             [task],
             [weight],
             # without a graph a parameter may have been used unseen
             touched=None if usage == "none" else sorted(stats.touched),
+            unseen={
+                name: stats.others.get(name, UNKNOWN)
+                for name in sorted(stats.touched)
+                if name not in seen and stats.parameters[name].ndim >= 2
+            },
         )
         if probes is not None:
             used = {p: stats.rows[name] for p, name in stats.names.items() if name in stats.rows}
@@ -180,49 +189,59 @@ def _observe(
         return check_scalar(loss_of(model, batch))
 
     if influence:
-        for weight, x, gradient in _products(model, stats, projected, differentiate=True):
+        for product, x, gradient in _products(model, stats, projected, differentiate=True):
             if gradient is not None:
-                stats.of(weight).add_inputs(x, gradient.double().square().sum(1))
+                layer, groups = stats.of(product)
+                layer.add_inputs(x, groups, gradient)
     if usage == "none":
         if not influence:
             forward = lambda: loss_of(model, batch)  # noqa: E731
-            for weight, x, _ in _products(model, stats, forward, differentiate=False):
-                stats.of(weight).add_inputs(x)
+            for product, x, _ in _products(model, stats, forward, differentiate=False):
+                layer, groups = stats.of(product)
+                layer.add_inputs(x, groups)
         return
-    for weight, x, gradient in _products(model, stats, loss, differentiate=True):
+    for product, x, gradient in _products(model, stats, loss, differentiate=True):
+        layer, groups = stats.of(product)
         if not influence:
-            stats.of(weight).add_inputs(x)
+            layer.add_inputs(x, groups)
         if gradient is not None:
             # the loss is a mean over tokens: times N it is the sum of the tokens' own losses
-            stats.of(weight).add_errors(x, gradient * x.shape[0])
+            layer.add_errors(x, gradient * x.shape[0], groups)
 
 
 def _products(
     model: nn.Module, stats: TaskStatistics, run: Callable[[], Any], *, differentiate: bool
-) -> Iterator[tuple[Tensor, Tensor, Tensor | None]]:
-    """Weight, input [N, n] and gradient by the output [N, m] of every product of one pass."""
-    inputs: list[tuple[Tensor, Tensor, Rows]] = []
+) -> Iterator[tuple[Product, Tensor, Tensor | None]]:
+    """Every product of one pass, its input [N, n] or [N, g, n], and the gradient [N, g m] by its
+    output."""
+    products: list[Product] = []
     edges: list[Any] = []
+    nothing = torch.empty(0)
 
-    def on_linear(weight: Tensor, x: Tensor, y: Tensor, rows: Rows) -> None:
-        if weight not in stats.names or x.numel() == 0:  # a parameter from elsewhere
+    def on_product(product: Product) -> None:
+        x, y = product.input, product.output
+        if product.weight not in stats.names or x.numel() == 0:  # a parameter from elsewhere
             return
-        inputs.append((weight, x.detach(), rows))
-        if differentiate:
-            # the edge, not the tensor: what follows may change it in place
-            edges.append(torch.autograd.graph.get_gradient_edge(y))
+        products.append(product._replace(input=x.detach(), output=nothing))
+        # the edge, not the tensor: what follows may change it in place; none under no_grad
+        known = differentiate and y.requires_grad
+        edges.append(torch.autograd.graph.get_gradient_edge(y) if known else None)
 
     grad = torch.set_grad_enabled(differentiate)
-    with grad, captured(model, on_linear, stats.use_rows, stats.use):
+    with grad, captured(model, on_product, stats.use_rows, stats.use) as uses:
         result = run()
-    found: Sequence[Tensor | None] = [None] * len(inputs)
+    stats.use_otherwise(uses.others)
+    found: Sequence[Tensor | None] = ()
     if differentiate:
         for parameter in parameters_behind(result):
             stats.use(parameter)
         # outside the capture: recomputation (activation checkpointing) must not count twice
-        found = torch.autograd.grad(result, edges, allow_unused=True) if edges else ()
-    for (weight, x, rows), g in zip(inputs, found, strict=True):
-        yield weight, rows(x), None if g is None else g.reshape(-1, g.shape[-1])
+        asked = [edge for edge in edges if edge is not None]
+        found = torch.autograd.grad(result, asked, allow_unused=True) if asked else ()
+    gradients = iter(found)
+    for product, edge in zip(products, edges, strict=True):
+        g = None if edge is None else next(gradients)
+        yield product, product.rows(product.input), None if g is None else flat(g)
 
 
 def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:

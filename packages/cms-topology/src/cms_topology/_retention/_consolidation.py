@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from cms_topology._retention._covariance import Covariance
+from cms_topology._retention._layout import Layout
 from cms_topology._retention._probes import Probes
 
 _VERSION = 1
@@ -40,6 +41,13 @@ class LayerMemory:
     """[R] E[|delta_r|^2] / B, mean squared error signal of the outputs of a block row."""
     live: Tensor | None = None
     """bool [R, C]: blocks that were present at a consolidation; None for a dense layer."""
+    inputs_first: bool = False
+    """How a dense layer's parameter is stored; see `Layout`."""
+
+    @property
+    def layout(self) -> Layout:
+        """How a dense layer's parameter is cut into matrices."""
+        return Layout(self.covariance.groups, self.inputs_first)
 
     def plus(self, other: LayerMemory, weights: tuple[float, float]) -> LayerMemory:
         """Statistics of both; `weights` are those of the energies' average."""
@@ -50,6 +58,7 @@ class LayerMemory:
             usage=_sum(self.usage, other.usage),
             error=_sum(self.error, other.error),
             live=_union(self.live, other.live),
+            inputs_first=self.inputs_first,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -63,12 +72,14 @@ class LayerMemory:
         return named
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> LayerMemory:
-        """The inverse of `tensors`."""
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], *, inputs_first: bool = False
+    ) -> LayerMemory:
+        """The inverse of `tensors`, which do not say how the parameter is stored."""
         head = "covariance."
         covariance = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         others = {k: v for k, v in tensors.items() if not k.startswith(head)}
-        return cls(covariance=Covariance(**covariance), **others)
+        return cls(covariance=Covariance(**covariance), **others, inputs_first=inputs_first)
 
 
 @dataclass(eq=False, repr=False)
@@ -96,6 +107,9 @@ class Consolidation:
     """Inputs on which the drift is watched; empty if none were kept."""
     touched: list[str] | None = None
     """Parameters that some task used; all others may train freely. None: not known."""
+    unseen: dict[str, str] = field(default_factory=dict)
+    """Parameters that some task used where no product is seen, and by which function: they stay,
+    whatever is known of them from elsewhere."""
 
     def __repr__(self) -> str:
         """Names and sizes; the tensors themselves would fill pages."""
@@ -127,12 +141,19 @@ class Consolidation:
     def plus(self, other: Consolidation) -> Consolidation:
         """What is kept of the tasks of both."""
         weights = (sum(self.weights), sum(other.weights))
+        unseen = {**other.unseen, **self.unseen}
         layers = dict(self.layers)
         for name, layer in other.layers.items():
-            layers[name] = layers[name].plus(layer, weights) if name in layers else layer
+            if name in layers and layers[name].inputs_first != layer.inputs_first:
+                unseen[name] = "its transpose"
+            else:
+                layers[name] = layers[name].plus(layer, weights) if name in layers else layer
         rows = dict(self.rows)
         for name, used in other.rows.items():
             rows[name] = rows[name] | used if name in rows else used
+        for name in unseen:
+            layers.pop(name, None)
+            rows.pop(name, None)
         levels, rises = self.drift_levels, self.drift_rises
         if levels.numel() == 0:
             levels, rises = other.drift_levels, other.drift_rises
@@ -149,6 +170,7 @@ class Consolidation:
             None
             if self.touched is None or other.touched is None
             else sorted({*self.touched, *other.touched}),
+            unseen,
         )
 
     def low_rank(self, rank: int) -> Consolidation:
@@ -173,6 +195,8 @@ class Consolidation:
             "tasks": self.tasks,
             "weights": self.weights,
             "touched": self.touched,
+            "unseen": self.unseen,
+            "inputs_first": [name for name, layer in self.layers.items() if layer.inputs_first],
         }
         text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         tensors = {
@@ -219,7 +243,12 @@ class Consolidation:
             elif kind == "rows":
                 rows[rest] = tensor
         return cls(
-            {name: LayerMemory.from_tensors(parts) for name, parts in layers.items()},
+            {
+                name: LayerMemory.from_tensors(
+                    parts, inputs_first=name in about.get("inputs_first", ())
+                )
+                for name, parts in layers.items()
+            },
             rows,
             about["tasks"],
             about["weights"],
@@ -227,6 +256,7 @@ class Consolidation:
             tensors["drift_rises"],
             [Probes.from_tensors(probes[i]) for i in sorted(probes)],
             about.get("touched"),
+            about.get("unseen", {}),
         )
 
     def state_dict(self) -> dict[str, Tensor]:

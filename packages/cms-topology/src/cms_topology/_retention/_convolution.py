@@ -1,7 +1,7 @@
 """Convolutions as products: every position of the output is a token, its window the input.
 
-Legend: S samples, P positions of the output, c input channels, m output channels, k elements of the
-kernel; n = c k inputs of a token.
+Legend: S samples, P positions of the output, c input channels, k elements of the kernel; G groups
+of channels; n = c k / G inputs of a token and group.
 """
 
 from __future__ import annotations
@@ -19,6 +19,12 @@ DIMENSIONS: dict[Callable[..., Any], int] = {
     torch.conv3d: 3,
 }
 """Spatial dimensions of each kind of convolution."""
+TRANSPOSED: dict[Callable[..., Any], int] = {
+    torch.conv_transpose1d: 1,
+    torch.conv_transpose2d: 2,
+    torch.conv_transpose3d: 3,
+}
+"""Spatial dimensions of each kind of transposed convolution."""
 
 _Size = int | str | Sequence[int]
 
@@ -35,18 +41,72 @@ class Convolution(NamedTuple):
     groups: int = 1
 
     def windows(self, x: Tensor) -> Tensor:
-        """[S * P, n] from x [S, c, ...] or [c, ...]: what `weight.flatten(1)` multiplies."""
+        """[S * P, G, n], without groups [S * P, n], from x [S, c, ...] or [c, ...]: what
+        `weight.flatten(1)` multiplies."""
         kernel = self.weight.shape[2:]
         dims = len(kernel)
-        if x.ndim == dims + 1:
-            x = x[None]
         stride, dilation = _each(self.stride, dims), _each(self.dilation, dims)
-        spans = [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
-        x = functional.pad(x, _padding(self.padding, spans))
-        for i in range(dims):
-            x = x.unfold(2 + i, spans[i], stride[i])[..., :: dilation[i]]
-        # [S, c, positions..., kernel...] -> [S, positions..., c, kernel...]
-        return x.movedim(1, 1 + dims).reshape(-1, self.weight[0].numel())
+        x = functional.pad(_batched(x, dims), _padding(self.padding, _spans(kernel, dilation)))
+        return _in_groups(_unfolded(x, kernel, stride, dilation), self.groups)
+
+
+class TransposedConvolution(NamedTuple):
+    """The same of a transposed convolution: one of stride 1 over the input with zeros between, by
+    kernels that are turned round."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+    stride: _Size = 1
+    padding: _Size = 0
+    output_padding: _Size = 0
+    groups: int = 1
+    dilation: _Size = 1
+
+    def windows(self, x: Tensor) -> Tensor:
+        """As of `Convolution`; turned round, so that the kernels need not be."""
+        kernel = self.weight.shape[2:]
+        dims = len(kernel)
+        x = _batched(x, dims)
+        stride, dilation = _each(self.stride, dims), _each(self.dilation, dims)
+        lengths = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
+        apart = x.new_zeros(*x.shape[:2], *lengths)
+        places: list[Any] = [slice(None, None, s) for s in stride]
+        apart[(..., *places)] = x
+        sides: list[int] = []
+        each = (
+            _spans(kernel, dilation),
+            _each(self.padding, dims),
+            _each(self.output_padding, dims),
+        )
+        for span, padding, more in reversed(list(zip(*each, strict=True))):
+            sides += [span - 1 - padding, span - 1 - padding + more]
+        windows = _unfolded(functional.pad(apart, sides), kernel, [1] * dims, dilation)
+        return _in_groups(windows.flip(list(range(-dims, 0))), self.groups)
+
+
+def _batched(x: Tensor, dims: int) -> Tensor:
+    return x[None] if x.ndim == dims + 1 else x
+
+
+def _spans(kernel: Sequence[int], dilation: Sequence[int]) -> list[int]:
+    return [d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True)]
+
+
+def _unfolded(
+    x: Tensor, kernel: Sequence[int], stride: Sequence[int], dilation: Sequence[int]
+) -> Tensor:
+    """[S, c, ...] -> [S, positions..., c, kernel...]."""
+    for i, span in enumerate(_spans(kernel, dilation)):
+        x = x.unfold(2 + i, span, stride[i])[..., :: dilation[i]]
+    return x.movedim(1, 1 + len(kernel))
+
+
+def _in_groups(windows: Tensor, groups: int) -> Tensor:
+    """[S, positions..., c, kernel...] -> [S * P, G, n] or [S * P, n]."""
+    dims = (windows.ndim - 2) // 2
+    n = windows.shape[1 + dims :].numel() // groups
+    return windows.reshape(-1, n) if groups == 1 else windows.reshape(-1, groups, n)
 
 
 def _each(size: _Size, dims: int) -> list[int]:

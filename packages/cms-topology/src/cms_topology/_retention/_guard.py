@@ -162,7 +162,12 @@ class RetentionGuard:
             return
         if not self._warned:
             warn_of_running_statistics(self.model)
-            warn_of_still_weights(self.model, set(self._still.names))
+            warn_of_still_weights(
+                self.model,
+                set(self._still.names),
+                self.memory.unseen,
+                self.memory.touched is not None,
+            )
             self._warned = True
         self._still.put_back()
         self._notice_changes()

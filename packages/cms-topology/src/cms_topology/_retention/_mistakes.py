@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from cms_topology._retention._names import plain_name
+from cms_topology._retention._names import parameter_names
 
 
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
@@ -43,21 +44,34 @@ def warn_of_running_statistics(model: nn.Module) -> None:
         )
 
 
-def warn_of_still_weights(model: nn.Module, still: set[str]) -> None:
-    """Warn of torch's layers that learn nothing, because what reaches their weights is not seen."""
-    kinds: dict[str, str] = {}
-    for prefix, module in model.named_modules():
-        if not type(module).__module__.startswith("torch.nn."):
+ADDED = {
+    "add", "add_", "__add__", "__radd__", "__iadd__", "sub", "__sub__", "cat", "stack", "where",
+    "mul", "mul_", "__mul__", "__rmul__", "lerp", "prelu", "layer_norm", "rms_norm", "group_norm",
+    "instance_norm", "batch_norm",
+}  # fmt: skip
+"""Functions that add or scale by a parameter: that it stays is what the documentation says."""
+
+
+def warn_of_still_weights(
+    model: nn.Module, still: set[str], unseen: Mapping[str, str], usage_known: bool
+) -> None:
+    """Warn of weights that learn nothing, because what they multiply is not seen."""
+    kinds: dict[str, list[str]] = {}
+    for parameter, name in parameter_names(model).items():
+        function = unseen.get(name, None if usage_known else "nothing that was seen")
+        if function is None or function in ADDED or name not in still:
             continue
-        for name, parameter in module.named_parameters(prefix, recurse=False):
-            if parameter.ndim >= 2 and parameter.requires_grad and plain_name(name) in still:
-                kinds.setdefault(type(module).__name__, plain_name(name))
+        if parameter.ndim >= 2 and parameter.requires_grad:
+            kinds.setdefault(function, []).append(name)
     if kinds:
-        named = ", ".join(f"{kind} (first {name!r})" for kind, name in kinds.items())
+        named = "; ".join(
+            f"{len(names)} used by {function} (first {names[0]!r})"
+            for function, names in kinds.items()
+        )
         warnings.warn(
-            f"weights of {named} stay as they are: the inputs of the old tasks are seen where "
-            "linear layers, embeddings and convolutions without groups multiply, not there, so "
-            "nothing says which changes would harm. guard.still lists all that stays; train the "
-            "new task on what is left, or make these layers linear ones.",
+            f"weights stay as they are: {named}. The inputs of the old tasks are not seen there, "
+            "so nothing says which changes would harm. guard.still lists all that stays; train the "
+            "new task on what is left, or multiply as linear, convolutional or recurrent layers "
+            "or `x @ weight` do, by the parameter itself, and in one way only.",
             stacklevel=3,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import nn
@@ -36,6 +37,9 @@ def sort_parameters(
                 f"{name} (={type(parameter).__name__}) must not be sharded: retention under FSDP "
                 "or tensor parallelism is not supported; use DistributedDataParallel."
             )
+        if name in memory.unseen:
+            still.add(name, parameter)
+            continue
         used = memory.rows.get(name)
         indices = None if used is None else used.nonzero()[:, 0].to(parameter.device)
         if indices is not None:
@@ -44,7 +48,7 @@ def sort_parameters(
             weight = ProtectedWeight(
                 name, parameter, memory.layers[name], sparse.get(parameter), indices
             )
-            if weight.memory.covariance.n != _inputs(weight):
+            if not _fits(weight):
                 raise ValueError(
                     f"memory of {name} (={weight.memory.covariance.n} inputs) must fit the layer "
                     f"(={_inputs(weight)} inputs); pass the model that was consolidated."
@@ -53,6 +57,11 @@ def sort_parameters(
         elif indices is None and (memory.touched is None or name in memory.touched):
             still.add(name, parameter)
     return weights, still
+
+
+def _fits(weight: ProtectedWeight) -> bool:
+    whole = weight.layer is not None or math.prod(weight.shape) == weight.parameter.numel()
+    return whole and weight.memory.covariance.n == _inputs(weight)
 
 
 def _inputs(weight: ProtectedWeight) -> int:

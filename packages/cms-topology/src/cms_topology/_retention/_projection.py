@@ -194,8 +194,7 @@ class ProjectionBatch:
 
     def _write(self, result: Tensor) -> None:
         for weight, units, anchor in zip(self.weights, result, self.anchor, strict=True):
-            if weight.rows is not None:
-                units[0, weight.rows] = anchor[0, weight.rows]
+            weight.keep_rows(units, anchor)
             weight.write(units)
 
     def _coefficients(self, moved: Tensor) -> Tensor:

@@ -83,15 +83,18 @@ def _unit_displacements(
         if layer is not None:
             step[:, layer.num_live :] = 0
         K = memory.layers[name].covariance.dense()
-        there, moved = (_energy(_dense(t, layer), K) for t in (weight, step))
+        there, moved = (
+            _energy(
+                memory.layers[name].layout.matrices(t) if layer is None else _dense(t, layer), K
+            )
+            for t in (weight, step)
+        )
         if there > 0 and moved > 0:
             steps.append((weight, step * (there / moved).sqrt().to(step)))
     return steps
 
 
-def _dense(values: Tensor, layer: CMSBlockLinear | None) -> Tensor:
-    if layer is None:
-        return values.flatten(1)
+def _dense(values: Tensor, layer: CMSBlockLinear) -> Tensor:
     live = layer.num_live
     columns = layer.col_indices[:, :live]
     return fmt.to_dense(values[:, :live], columns, layer.R, layer.C, live, layer.B)

@@ -1,10 +1,13 @@
 """Sums over a task's tokens, and the layer memories they become.
 
-Legend: N tokens of a pass, n inputs, m outputs, R block rows, C block columns, B tile side.
+Legend: N tokens of a pass, n inputs, m outputs, R block rows, C block columns, B tile side; G
+groups of outputs that read inputs of their own, g consecutive ones of them.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,51 +17,80 @@ from torch import Tensor
 from cms_topology import _distributed as dist_sync
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._retention._consolidation import LayerMemory
-from cms_topology._retention._covariance import Covariance
+from cms_topology._retention._covariance import Covariance, in_groups
+from cms_topology._retention._layout import PLAIN, Layout
+from cms_topology._retention._product import Product
 
 
 class LayerStatistics:
     """Sums over the tokens that reach one weight matrix. All in float64.
 
     Args:
-        n: inputs.
+        n: inputs, of each group.
         rows, tile_in, tile_out: the grid of the usage: `rows` block rows of `tile_out` outputs,
             and block columns of `tile_in` inputs.
         device: of the layer.
+        layout: of the parameter.
     """
 
     def __init__(
-        self, n: int, rows: int, tile_in: int, tile_out: int, device: torch.device
+        self,
+        n: int,
+        rows: int,
+        tile_in: int,
+        tile_out: int,
+        device: torch.device,
+        layout: Layout = PLAIN,
     ) -> None:
         self.n, self.rows, self.tile_in, self.tile_out = n, rows, tile_in, tile_out
+        self.layout = layout
         f64: Any = {"dtype": torch.float64, "device": device}
-        self.second_moment = torch.zeros(n, n, **f64)
-        self.energy = torch.zeros((), **f64)
-        self.weight = torch.zeros((), **f64)
-        self.tokens = torch.zeros((), **f64)
+        self.second_moment = torch.zeros(layout.groups, n, n, **f64)
+        # [G] each
+        self.energy, self.weight, self.tokens = torch.zeros(3, layout.groups, **f64)
         self.fisher = torch.zeros(rows, n // tile_in, **f64)
         self.error = torch.zeros(rows, **f64)
 
     @torch.no_grad()
-    def add_inputs(self, x: Tensor, weight: Tensor | None = None) -> None:
-        """Count tokens x [N, n], each `weight` [N] times (default: once)."""
-        wide = x.double()
-        self.tokens += wide.shape[0]
-        self.energy += wide.square().sum() / self.n
-        if weight is None:
-            self.weight += wide.shape[0]
-            self.second_moment += wide.T @ wide
+    def add_inputs(self, x: Tensor, of: slice = slice(None), delta: Tensor | None = None) -> None:
+        """Count tokens x, [N, n] or [N, g, n], in the groups `of`.
+
+        Each as often as the squares of its outputs' sensitivities delta [N, g m] add up to
+        (default: once).
+        """
+        wide = x.double()[None] if x.ndim == 2 else x.double().transpose(0, 1)
+        self.tokens[of] += wide.shape[1]
+        self.energy[of] += wide.square().sum((1, 2)) / self.n
+        if delta is None:
+            self.weight[of] += wide.shape[1]
+            self.second_moment[of] += wide.mT @ wide
         else:
-            self.weight += weight.double().sum()
-            self.second_moment += (wide * weight.double()[:, None]).T @ wide
+            groups = len(self.tokens[of])
+            times = delta.double().square().view(len(delta), groups, -1).sum(2).T
+            self.weight[of] += times.sum(1)
+            self.second_moment[of] += (wide * times[:, :, None]).mT @ wide
 
     @torch.no_grad()
-    def add_errors(self, x: Tensor, delta: Tensor) -> None:
-        """Count the per-token loss gradients delta [N, m] of outputs whose inputs are x [N, n]."""
-        e = delta.double().square().view(-1, self.rows, self.tile_out).sum(2)
-        a = x.double().square().view(-1, self.n // self.tile_in, self.tile_in).sum(2)
-        self.fisher += e.T @ a
-        self.error += e.sum(0) / self.tile_out
+    def add_errors(self, x: Tensor, delta: Tensor, of: slice = slice(None)) -> None:
+        """Count the per-token loss gradients delta [N, g m] of outputs whose inputs are x."""
+        e = delta.double().square().view(len(delta), -1, self.tile_out).sum(2)
+        a = x.double().square().unflatten(-1, (-1, self.tile_in)).sum(-1)
+        each = self.rows // self.layout.groups
+        first = of.indices(self.layout.groups)[0] * each
+        rows = slice(first, first + e.shape[1])
+        if x.ndim == 2:
+            self.fisher[rows] += e.T @ a
+        else:
+            self.fisher[rows] += (e.unflatten(1, (-1, each)) * a).sum(0).reshape(-1, 1)
+        self.error[rows] += e.sum(0) / self.tile_out
+
+    def refine(self, groups: int) -> None:
+        """Keep the statistics of so many groups, a multiple of those there are."""
+        self.layout = self.layout._replace(groups=groups)
+        self.second_moment = in_groups(self.second_moment, groups)
+        for name in ("energy", "weight", "tokens"):
+            each = getattr(self, name)
+            setattr(self, name, each.repeat_interleave(groups // len(each)))
 
     @property
     def is_finite(self) -> bool:
@@ -75,16 +107,18 @@ class LayerStatistics:
         self, weight: float, live: Tensor | None, errors: bool, dtype: torch.dtype
     ) -> LayerMemory:
         """Means over the tokens, the covariance normalised and all but the energy times weight."""
-        K = self.second_moment / self.weight.clamp(min=1e-300)
-        mean = K.diagonal().mean()
-        K = (K + K.T) / (2 * mean.clamp(min=1e-300)) * weight
+        K = self.second_moment / self.weight.clamp(min=1e-300)[:, None, None]
+        mean = K.diagonal(dim1=1, dim2=2).mean()
+        K = (K + K.mT) / (2 * mean.clamp(min=1e-300)) * weight
         tokens = self.tokens.clamp(min=1)
+        per_row = tokens.repeat_interleave(self.rows // self.layout.groups)
         return LayerMemory(
-            covariance=Covariance(K.to(dtype)),
-            energy=(self.energy / tokens).to(torch.float32),
-            usage=(self.fisher / tokens * weight).float() if errors else None,
-            error=(self.error / tokens * weight).float() if errors else None,
+            covariance=Covariance((K if len(K) > 1 else K[0]).to(dtype)),
+            energy=(self.energy / tokens).mean().to(torch.float32),
+            usage=(self.fisher / per_row[:, None] * weight).float() if errors else None,
+            error=(self.error / per_row * weight).float() if errors else None,
             live=live,
+            inputs_first=self.layout.inputs_first,
         )
 
 
@@ -102,27 +136,53 @@ class TaskStatistics:
         self.layers: dict[str, LayerStatistics] = {}
         self.rows: dict[str, Tensor] = {}
         self.touched: set[str] = set()
+        self.others: dict[str, str] = {}
+        """Parameters that act where no product is seen, by which function."""
 
     def use(self, parameter: Tensor) -> None:
         """Note that a pass used a parameter in whatever way."""
         if parameter in self.names:  # else it is one from elsewhere
             self.touched.add(self.names[parameter])
 
-    def of(self, weight: Tensor) -> LayerStatistics:
-        """The statistics of a weight matrix, made when first asked for."""
+    def use_otherwise(self, others: Mapping[Tensor, str]) -> None:
+        """Note what else than products used parameters."""
+        for parameter, function in others.items():
+            if parameter in self.names:
+                self.others.setdefault(self.names[parameter], function)
+
+    def of(self, product: Product) -> tuple[LayerStatistics, slice]:
+        """The statistics of a weight matrix, made when first asked for, and which groups of them
+        a product computes."""
+        weight, layout = product.weight, product.layout
+        layer = self._of(weight, layout)
+        if product.span is None:
+            return layer, slice(None)
+        if layer.layout.groups % layout.groups:
+            layer.refine(math.lcm(layer.layout.groups, layout.groups))
+        each = layer.layout.groups // layout.groups
+        return layer, slice(product.first * each, (product.first + product.span) * each)
+
+    def _of(self, weight: Tensor, layout: Layout) -> LayerStatistics:
         name = self.names[weight]
-        if name not in self.layers:
-            layer = self.sparse.get(weight)
-            grid = (
-                (layer.in_features, layer.R, layer.B, layer.B)
-                if layer is not None
-                else (weight[0].numel(), weight.shape[0], weight[0].numel(), 1)
-            )
-            self.layers[name] = LayerStatistics(*grid, weight.device)
-        return self.layers[name]
+        found = self.layers.get(name)
+        if found is not None and found.layout.inputs_first == layout.inputs_first:
+            return found
+        layer = self.sparse.get(weight)
+        if layer is not None:
+            grid = (layer.in_features, layer.R, layer.B, layer.B)
+        else:
+            G, m, n = layout.shape(weight.shape)
+            grid = (n, G * m, n, 1)
+        new = LayerStatistics(*grid, weight.device, layout)
+        if found is not None:  # one projection cannot serve both, so none of them counts
+            self.others.setdefault(name, "its transpose")
+            return new
+        return self.layers.setdefault(name, new)
 
     def use_rows(self, weight: Tensor, indices: Tensor) -> None:
         """Note rows that were looked up."""
+        if weight not in self.names:  # a parameter from elsewhere
+            return
         name = self.names[weight]
         if name not in self.rows:
             self.rows[name] = torch.zeros(weight.shape[0], dtype=torch.bool, device=weight.device)
@@ -156,14 +216,22 @@ class TaskStatistics:
         if dist_sync.world_size() == 1:
             return
         # a rank may have seen fewer layers or embeddings than another
-        everyone: list[tuple[list[str], ...]] = [([], [], [])] * dist_sync.world_size()
-        mine = (list(self.layers), list(self.rows), list(self.touched))
-        dist.all_gather_object(everyone, mine)
-        self.touched.update(name for *_, touched in everyone for name in touched)
-        for name in sorted({name for layers, _, _ in everyone for name in layers}):
-            for tensor in self.of(self.parameters[name]).sums():
+        everyone: list[Any] = [None] * dist_sync.world_size()
+        layouts = {name: layer.layout for name, layer in self.layers.items()}
+        dist.all_gather_object(
+            everyone, (layouts, list(self.rows), list(self.touched), self.others)
+        )
+        for theirs, _, touched, others in everyone:
+            self.touched.update(touched)
+            self.others = {**others, **self.others}
+            for name, layout in theirs.items():
+                layer = self._of(self.parameters[name], layout)
+                if layer.layout.groups % layout.groups:
+                    layer.refine(math.lcm(layer.layout.groups, layout.groups))
+        for name in sorted(self.layers):
+            for tensor in self.layers[name].sums():
                 dist.all_reduce(tensor)
-        for name in sorted({name for _, rows, _ in everyone for name in rows}):
+        for name in sorted({name for _, rows, *_ in everyone for name in rows}):
             weight = self.parameters[name]
             self.use_rows(weight, torch.zeros(0, dtype=torch.int64, device=weight.device))
             counts = self.rows[name].int()

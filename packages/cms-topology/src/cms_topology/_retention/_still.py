@@ -24,21 +24,22 @@ class StillParameters:
 
     def add(self, name: str, parameter: Tensor, rows: Tensor | None = None) -> None:
         """Keep `parameter`, or only its `rows` (int64 indices, distinct)."""
-        data = parameter.detach()
+        # the parameter, not its data: those may be exchanged (SAM, `model.to`)
+        values = parameter.detach()
         if rows is None:
             self._names.append(name)
-            self._whole.append(data)
-            self._whole_values.append(data.clone())
+            self._whole.append(parameter)
+            self._whole_values.append(values.clone())
         else:
-            self._rows.append((name, data, rows, data[rows].clone()))
+            self._rows.append((name, parameter, rows, values[rows].clone()))
 
     @torch.no_grad()
     def put_back(self) -> None:
         """Undo whatever happened to what is kept; a handful of launches for all together."""
         if self._whole:
             torch._foreach_copy_(self._whole, self._whole_values)
-        for _, data, rows, values in self._rows:
-            data.index_copy_(0, rows, values)
+        for _, parameter, rows, values in self._rows:
+            parameter.index_copy_(0, rows, values)
 
     @property
     def num_bytes(self) -> int:

@@ -1,8 +1,9 @@
 """Weight matrices as stacks of independent units: rows that read the same inputs.
 
 Legend: R block rows, K live blocks per row, B tile side, G units of a layer, m rows of a unit, n
-inputs of a unit. A dense matrix, or a convolution's kernels as one, is one unit of all its rows; a
-block-sparse layer has one unit per row group, of m = row_group * B rows that read n = K * B inputs.
+inputs of a unit. A dense matrix, or a convolution's kernels as one, is one unit of all its rows, or
+one per group; a block-sparse layer has one unit per row group, of m = row_group * B rows that read
+n = K * B inputs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._retention._consolidation import LayerMemory
+from cms_topology._retention._layout import Layout
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +39,19 @@ class ProtectedWeight:
     def shape(self) -> tuple[int, int, int]:
         """(G, m, n)."""
         if self.layer is None:
-            return (1, len(self.parameter), self.parameter[0].numel())
+            return self._layout.shape(self.parameter.shape)
         group = self.layer.row_group
         return self.layer.R // group, group * self.layer.B, self.layer.num_live * self.layer.B
+
+    @property
+    def _layout(self) -> Layout:
+        return self.memory.layout
 
     def columns(self) -> Tensor:
         """Inputs that each unit reads, int64 [G, n]."""
         G, _, n = self.shape
         if self.layer is None:
-            return torch.arange(n, device=self.parameter.device)[None]
+            return torch.arange(n, device=self.parameter.device).repeat(G, 1)
         blocks = self.layer.col_indices[:: self.layer.row_group, : self.layer.num_live].long()
         within = torch.arange(self.layer.B, device=blocks.device)
         return (blocks[:, :, None] * self.layer.B + within).view(G, n)
@@ -59,17 +65,26 @@ class ProtectedWeight:
     def read_into(self, units: Tensor) -> Tensor:
         """Write the weights to a contiguous [G, m, n]; returns it."""
         if self.layer is None:
-            units[0].copy_(self.parameter.flatten(1))
+            units.copy_(self._layout.matrices(self.parameter))
             return units
         R, K, B = self.layer.R, self.layer.num_live, self.layer.B
         units.view(R, B, K, B).copy_(self.parameter[:, :K].permute(0, 2, 1, 3))
         return units
 
+    def keep_rows(self, units: Tensor, kept: Tensor) -> None:
+        """Copy the `rows` of the parameter from `kept` to `units`, both contiguous [G, m, n]."""
+        if self.rows is None:
+            return
+        if self._layout.inputs_first:
+            units[0, :, self.rows] = kept[0, :, self.rows]
+        else:
+            units.flatten(0, 1)[self.rows] = kept.flatten(0, 1)[self.rows]
+
     @torch.no_grad()
     def write(self, units: Tensor) -> None:
         """The inverse of `read`."""
         if self.layer is None:
-            self.parameter.copy_(units[0].view(self.parameter.shape))
+            self.parameter.copy_(self._layout.parameter(units, self.parameter.shape))
             return
         R, K, B = self.layer.R, self.layer.num_live, self.layer.B
         self.parameter[:, :K].copy_(units.reshape(R, B, K, B).permute(0, 2, 1, 3))
