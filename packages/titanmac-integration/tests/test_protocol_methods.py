@@ -1,6 +1,12 @@
 """Methods against forgetting: each does what its formula says, to a model small enough to check."""
 
+import json
+import re
+import shutil
+import subprocess
 from collections.abc import Callable
+from datetime import datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +16,7 @@ from torch import Tensor
 
 from cms_topology import CMSBlockLinear, CMSClock, Rehearsal, sparse_layers
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
-from titanmac_integration._protocol import _anchored, _kronecker
+from titanmac_integration._protocol import _anchored, _kronecker, _origin
 from titanmac_integration._protocol._cell import learn_first, run_cell
 from titanmac_integration._protocol._method import Sampling
 from titanmac_integration._protocol._methods import METHODS, Asked
@@ -203,6 +209,36 @@ def test_every_method_runs_and_is_recorded(setting: Setting, name: str) -> None:
     assert record["path"][0][-1]["step"] == 4
     assert record["kept_bytes"] > 0 or not METHODS[name].keeps or name == "freeze-and-grow"
     assert record["seconds"][0] > 0
+
+
+def test_a_record_says_where_it_comes_from(setting: Setting) -> None:
+    record = json.loads(json.dumps(cell(setting, "fine-tuning", "sparse")))
+    assert record["settings"]["steps"] == [4, 4]
+    assert record["settings"]["changes"]["d_model"] == 32
+    assert record["seed"] == 0
+    assert record["torch"] == torch.__version__
+    assert record["threads"] == torch.get_num_threads()
+    assert set(record["versions"]) > {"titanmac-integration", "cms-topology"}
+    assert datetime.fromisoformat(record["date"]).utcoffset() == timedelta(0)
+    commit = record["commit"]  # None where the tests run against installed wheels
+    assert commit is None or re.fullmatch("[0-9a-f]{7,}(-dirty)?", commit)
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
+def test_a_commit_is_that_of_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not that of a repository that the code happens to be installed in."""
+    installed = tmp_path / "site-packages" / "_origin.py"
+    installed.parent.mkdir()
+    installed.touch()
+    git = ["git", "-C", str(tmp_path), "-c", "user.name=n", "-c", "user.email=e"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    monkeypatch.setattr(_origin, "__file__", str(installed))
+    assert _origin.commit.__wrapped__() is None
+    subprocess.run([*git, "add", str(installed)], check=True)
+    assert re.fullmatch("[0-9a-f]{7,}-dirty", _origin.commit.__wrapped__())
+    monkeypatch.setenv("PATH", "")
+    assert _origin.commit.__wrapped__() is None
 
 
 def test_methods_begin_at_the_same_checkpoint(setting: Setting) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from titanmac_integration._training._trainer import NonFiniteLossError
 
 from ._method import FirstTask, Method, Sampling
 from ._methods import Asked
+from ._origin import origin
 from ._overlap import block_overlap, usage_of, weights_of
 from ._phase import Phase, Scores, score_all, train_phase
 from ._recording import Recording
@@ -137,7 +137,8 @@ def run_cell(
         "parameters": model.num_parameters,
         "method_metrics": method.metrics(),
         "overlap": None if failed else watch.measure(model),
-        **_where(device),
+        "settings": asdict(setting),
+        **origin(device),
     }
 
 
@@ -209,23 +210,4 @@ def _figures(moments: list[Scores], phases: list[Phase]) -> dict[str, Any]:
         "swap_rates": [phase.report.swap_rates for phase in phases],
         "loss_ratios": [phase.decisions.ratios for phase in phases],
         "peak_bytes": max((phase.report.peak_memory_bytes for phase in phases), default=None),
-    }
-
-
-def _tf32() -> bool:
-    matmul = torch.backends.cuda.matmul
-    if hasattr(matmul, "fp32_precision"):  # torch 2.9 and later
-        return bool(matmul.fp32_precision == "tf32")
-    return bool(matmul.allow_tf32)
-
-
-def _where(device: torch.device) -> dict[str, Any]:
-    name = platform.processor() or platform.machine()
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {
-        "device": name,
-        "tf32": device.type == "cuda" and _tf32(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
     }
