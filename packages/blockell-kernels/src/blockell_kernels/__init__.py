@@ -10,6 +10,7 @@ from blockell_kernels._functional import (
 from blockell_kernels._mlp import block_ell_mlp
 from blockell_kernels._mlp_explain import MLPExplanation, explain_mlp
 from blockell_kernels._stats import probe_size
+from blockell_kernels._transforms import transforms_active
 from blockell_kernels._validation import check_topology
 
 __version__ = "0.1.0"
@@ -25,4 +26,5 @@ __all__ = [
     "explain",
     "explain_mlp",
     "probe_size",
+    "transforms_active",
 ]

@@ -9,20 +9,17 @@ unfused one and a recomputation in the backward pass agree.
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from blockell_kernels._gpu import gpu_sums
+from blockell_kernels._gpu import gpu_activations, gpu_sums
 from blockell_kernels._stats import wide
 
 Activation = Literal["none", "gelu", "gelu_tanh", "relu", "silu"]
 ACTIVATIONS: tuple[Activation, ...] = ("none", "gelu", "gelu_tanh", "relu", "silu")
-
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
 
 def check_activation(activation: str) -> None:
@@ -31,22 +28,11 @@ def check_activation(activation: str) -> None:
         raise ValueError(f"activation (={activation!r}) must be one of {', '.join(ACTIVATIONS)}.")
 
 
-def _kernels(t: Tensor) -> ModuleType | None:
-    """The Triton kernels for `t`, or None: not on a GPU, no Triton, a dtype they do not take."""
-    if not t.is_cuda or t.dtype not in _DTYPES or not t.is_contiguous():
-        return None
-    try:
-        from blockell_kernels._triton import _activate
-    except ImportError:  # no Triton on this platform
-        return None
-    return _activate
-
-
 def activate(h: Tensor, activation: str) -> Tensor:
     """a = f(h), same shape and dtype; `h` itself for "none"."""
     if activation == "none":
         return h
-    if kernels := _kernels(h):
+    if kernels := gpu_activations(h):
         result: Tensor = kernels.activate(h, activation)
         return result
     if activation in ("gelu", "gelu_tanh"):
@@ -58,7 +44,7 @@ def activation_gradient(da: Tensor, h: Tensor, activation: str) -> Tensor:
     """dh = da f'(h), same shape and dtype; `da` itself for "none"."""
     if activation == "none":
         return da
-    if (kernels := _kernels(h)) and da.is_contiguous():
+    if (kernels := gpu_activations(h)) and da.is_contiguous():
         dh: Tensor = kernels.gradient(da, h, activation, recompute=False)[0]
         return dh
     aten = torch.ops.aten
@@ -85,7 +71,7 @@ def gradient_and_activation(
     memory of da, which is not to be used afterwards, and if `overwrite` a in that of h. None for
     what is not asked for.
     """
-    if activation != "none" and (kernels := _kernels(h)) and da.is_contiguous():
+    if activation != "none" and (kernels := gpu_activations(h)) and da.is_contiguous():
         result: tuple[Tensor, Tensor | None, Tensor | None] = kernels.gradient(
             da,
             h,

@@ -18,7 +18,7 @@ from blockell_kernels._backends import requested_backend
 from blockell_kernels._ops import linear_backward_op
 from blockell_kernels._plan import Plan, compute_dtype, plan_for
 from blockell_kernels._registration import cast_for_autocast
-from blockell_kernels._transforms import transformed
+from blockell_kernels._transforms import transforms_active
 from blockell_kernels._validation import check_operands
 
 MAX_CHECKED = 4096
@@ -32,20 +32,18 @@ def watched() -> bool:
         torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._get_tracing_state() is not None
-        or transformed()
+        or transforms_active()
     )
 
 
-def plain(x: Tensor, values: Tensor, col_indices: Tensor, bias: Tensor | None) -> bool:
+def plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the short way may be taken. Not for compilers, which do not get to ask."""
-    return (
-        type(x) in _PLAIN
-        and type(values) in _PLAIN
-        and type(col_indices) in _PLAIN
-        and (bias is None or type(bias) in _PLAIN)
-        and (x.is_cuda or x.is_cpu)
-        and not watched()
-    )
+    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu):
+        return False
+    for t in others:
+        if t is not None and type(t) not in _PLAIN:
+            return False
+    return not watched()
 
 
 def eager_linear(
@@ -101,7 +99,7 @@ def eager_linear(
     ):
         return plan.forward(x, values, bias, plan.pattern(col_indices, order, col_start))[0]
     result: Tensor = _EagerLinear.apply(
-        x, values, bias, probe, plan, col_indices, order, col_start, sample
+        x, values, bias, probe, (plan, col_indices, order, col_start, sample)
     )
     return result
 
@@ -112,6 +110,8 @@ def _packs_saved_tensors() -> bool:
 
 
 class _EagerLinear(torch.autograd.Function):
+    """What is not differentiated comes as one argument: torch takes its time for each."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -119,12 +119,9 @@ class _EagerLinear(torch.autograd.Function):
         values: Tensor,
         bias: Tensor | None,
         probe: Tensor | None,
-        plan: Plan,
-        col_indices: Tensor,
-        order: Tensor | None,
-        col_start: Tensor | None,
-        sample: str,
+        rest: tuple[Plan, Tensor, Tensor | None, Tensor | None, str],
     ) -> Tensor:
+        plan, col_indices, order, col_start, sample = rest
         need_input, need_values, _, need_probe = ctx.needs_input_grad[:4]
         ctx.sample = sample if need_probe else "none"
         ctx.save_for_backward(
@@ -160,4 +157,4 @@ class _EagerLinear(torch.autograd.Function):
             dx, dvalues, dbias, dprobe = plan.backward(
                 dy, x, values, plan.pattern(*pattern), needs, sample, ctx.weight
             )
-        return dx, dvalues, dbias, dprobe, None, None, None, None, None
+        return dx, dvalues, dbias, dprobe, None

@@ -24,7 +24,7 @@ from blockell_kernels._eager import eager_linear, plain
 from blockell_kernels._ops import linear_op
 from blockell_kernels._plan import compute_dtype, keeps_copy
 from blockell_kernels._stats import Sample, block_grad_norms_sq
-from blockell_kernels._transforms import composed_linear, transformed
+from blockell_kernels._transforms import composed_linear, transforms_active
 from blockell_kernels._validation import check_operands
 
 
@@ -99,7 +99,7 @@ def block_ell_linear(
         if sample == "none" or (probe is not None and not probe.requires_grad):
             sample, probe = "none", None
         requested = "" if backend is None else requested_backend(backend)
-        if not torch.compiler.is_compiling() and transformed():
+        if transforms_active():
             return composed_linear(x, values, col_indices, bias, slots, activation)
         eager = not torch.compiler.is_compiling() and plain(x, values, col_indices, bias)
         return activated_linear(
@@ -117,7 +117,7 @@ def block_ell_linear(
     check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
     if backend is not None:
         requested_backend(backend)
-    if not torch.compiler.is_compiling() and transformed():
+    if transforms_active():
         return composed_linear(x, values, col_indices, bias, slots)
     if sample == "none" or (probe is not None and not probe.requires_grad):
         probe = None

@@ -16,13 +16,13 @@ from blockell_kernels._eager import plain
 from blockell_kernels._functional import TransposedIndexLike
 from blockell_kernels._mlp_autograd import eager_mlp
 from blockell_kernels._mlp_core import RECOMPUTE, Recompute
-from blockell_kernels._mlp_ops import mlp_op
+from blockell_kernels._mlp_ops import ACTIVATION, FIRST, SECOND, Sizes, X, mlp_op, sizes_of
 from blockell_kernels._stats import Sample
-from blockell_kernels._transforms import composed_linear, transformed
+from blockell_kernels._transforms import composed_linear, transforms_active
 from blockell_kernels._validation import check_operands
 
 MAX_CHECKED = 4096
-_checked: set[tuple[Any, ...]] = set()
+_checked: dict[tuple[Any, ...], Sizes] = {}
 
 
 def block_ell_mlp(
@@ -87,27 +87,6 @@ def block_ell_mlp(
         sample2, probe2 = "none", None
     if recompute is None:
         recompute = "none"
-    eager = not torch.compiler.is_compiling() and all(
-        plain(x, values, cols, bias)
-        for values, cols, bias in ((values1, col_indices1, bias1), (values2, col_indices2, bias2))
-    )
-    first = (values1, col_indices1, bias1, probe1, row_group1, live1, sample1)
-    second = (values2, col_indices2, bias2, probe2, row_group2, live2, sample2)
-    if eager:
-        key = (
-            _facts(x), *map(_facts, (*first[:4], *second[:4])), *first[4:], *second[4:],
-            activation, recompute, backend, torch.is_autocast_enabled(x.device.type),
-        )  # fmt: skip
-        if key not in _checked:
-            _check(x, first, second, activation, recompute, backend)
-            if len(_checked) >= MAX_CHECKED:
-                _checked.clear()
-            _checked.add(key)
-    else:
-        _check(x, first, second, activation, recompute, backend)
-    if not torch.compiler.is_compiling() and transformed():
-        h = composed_linear(x, values1, col_indices1, bias1, live1, activation)
-        return composed_linear(h, values2, col_indices2, bias2, live2)
     order1, start1 = (None, None) if index1 is None else (index1.order, index1.col_start)
     order2, start2 = (None, None) if index2 is None else (index2.order, index2.col_start)
     args = (
@@ -116,8 +95,13 @@ def block_ell_mlp(
         *(values2, col_indices2, bias2, probe2, order2, start2, row_group2, live2, sample2),
         *(activation, recompute, backend or ""),
     )
-    if eager:
-        return eager_mlp(*args)
+    given = (x, values1, col_indices1, bias1, values2, col_indices2, bias2)
+    if not torch.compiler.is_compiling() and plain(*given):
+        return eager_mlp(args, _sizes(args))
+    _check(args)
+    if transforms_active():
+        h = composed_linear(x, values1, col_indices1, bias1, live1, activation)
+        return composed_linear(h, values2, col_indices2, bias2, live2)
     if not torch.is_grad_enabled() or not any(
         t is not None and t.requires_grad
         for t in (x, values1, bias1, probe1, values2, bias2, probe2)
@@ -127,26 +111,43 @@ def block_ell_mlp(
     return result
 
 
-def _facts(t: Tensor | None) -> tuple[Any, ...] | None:
-    """All that is checked of an operand."""
-    return None if t is None else (t.shape, t.dtype, t.device)
+def _sizes(args: tuple[Any, ...]) -> Sizes:
+    """What plans are looked up by, of operands checked once per kind of call."""
+    x, first, second = args[X], args[FIRST], args[SECOND]
+    # All that is checked.
+    key = (
+        x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type),
+        *_facts(*first[:4]), *first[6:], *_facts(*second[:4]), *second[6:], *args[ACTIVATION:],
+    )  # fmt: skip
+    sizes = _checked.get(key)
+    if sizes is None:
+        _check(args)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        sizes = _checked[key] = sizes_of(args)
+    return sizes
 
 
-def _check(
-    x: Tensor,
-    first: tuple[Any, ...],
-    second: tuple[Any, ...],
-    activation: str,
-    recompute: str,
-    backend: str | None,
-) -> None:
+def _facts(
+    values: Tensor, cols: Tensor, bias: Tensor | None, probe: Tensor | None
+) -> tuple[Any, ...]:
+    """All that is checked of a layer's operands."""
+    return (
+        values.shape, values.dtype, values.device, cols.shape, cols.dtype, cols.device,
+        None if bias is None else (bias.shape, bias.dtype, bias.device),
+        None if probe is None else (probe.shape, probe.dtype, probe.device),
+    )  # fmt: skip
+
+
+def _check(args: tuple[Any, ...]) -> None:
+    x, (activation, recompute, backend) = args[X], args[ACTIVATION:]
     check_activation(activation)
     if recompute not in RECOMPUTE:
         raise ValueError(f"recompute (={recompute!r}) must be one of {', '.join(RECOMPUTE)}.")
-    if backend is not None:
+    if backend:
         requested_backend(backend)
-    for name, given in (("first", first), ("second", second)):
-        values, cols, bias, probe, row_group, num_live, sample = given
+    for name, given in (("first", args[FIRST]), ("second", args[SECOND])):
+        values, cols, bias, probe, _, _, row_group, num_live, sample = given
         try:
             check_operands(x, values, cols, bias, row_group, num_live, probe, sample)
         except ValueError as error:

@@ -6,14 +6,14 @@ both [N, hidden].
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blockell_kernels import _mlp_core as core
 from blockell_kernels._eager import watched
-from blockell_kernels._mlp_core import flat, shaped
+from blockell_kernels._mlp_core import Layer, flat, shaped
 from blockell_kernels._mlp_ops import (
     ACTIVATION,
     ARGUMENTS,
@@ -27,11 +27,11 @@ from blockell_kernels._mlp_ops import (
     SECOND,
     VALUES1,
     VALUES2,
+    Sizes,
     X,
     layers_of,
     mlp_backward_op,
     mlp_op,
-    run_backward,
 )
 from blockell_kernels._registration import (
     cast_positions,
@@ -40,81 +40,125 @@ from blockell_kernels._registration import (
     register_backward,
 )
 
+DIFFERENTIATED = (X, VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2)
+
 
 class _MLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> Any:
         ctx.set_materialize_grads(False)
-        ctx.weights = None
         with torch._C._AutoDispatchBelowAutograd():
             y, h, a = mlp_op(*args)
-        _save(ctx, args, h, a)
+        need = ctx.needs_input_grad
+        _save(ctx, args, Needed(*(need[i] for i in DIFFERENTIATED)), h, a)
         ctx.mark_non_differentiable(h, a)
         return y, h, a
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         grads: list[Tensor | None] = [None] * ARGUMENTS
-        if dy is None:
-            return tuple(grads)
-        x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = (
-            ctx.saved_tensors
-        )
-        held = [h, a]
-        del h, a
-        given: tuple[Any, ...] = (
-            values1, cols1, bias1, order1, start1, *ctx.sizes1, values2, cols2,
-            order2, start2, *ctx.sizes2, list(ctx.needs), *ctx.names,
-        )  # fmt: skip
-        if ctx.weights is None or torch.is_grad_enabled() or type(dy) is not Tensor or watched():
-            results = mlp_backward_op(dy, x, *held, *given)
-        else:
-            last = not torch._C._autograd._get_current_graph_task_keep_graph()
-            ctx.maybe_clear_saved_tensors()  # now `held` alone holds h and a, unless needed again
-            results = run_backward(ctx.weights, last, dy, x, held, *given)
-        positions = (X, VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2)
-        for position, result in zip(positions, results, strict=True):
-            collected = position not in (PROBE1, PROBE2) or result.numel()
-            if ctx.needs_input_grad[position] and collected:
-                grads[position] = result
+        if dy is not None:
+            found = _by_operator(ctx, dy, ctx.saved_tensors)
+            for position, grad in zip(DIFFERENTIATED, found, strict=True):
+                grads[position] = grad
         return tuple(grads)
 
 
-class _EagerMLP(_MLP):
-    """The same past the dispatcher, with dense weights shared by forward and backward."""
+class _EagerMLP(torch.autograd.Function):
+    """The same past the dispatcher, with plans and dense weights shared by forward and backward.
+
+    What is not differentiated comes as one argument: torch takes its time for each.
+    """
 
     @staticmethod
-    def forward(ctx: Any, *args: Any) -> Any:
-        x, keep_pre = args[X], args[RECOMPUTE] != "hidden"
-        x2d = flat(x)
-        layers = layers_of(args, x2d)
-        y, a, h, ctx.weights = core.forward(x2d, *layers, args[ACTIVATION], keep_pre, True)
-        _save(ctx, args, h, a)
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        values1: Tensor,
+        bias1: Tensor | None,
+        probe1: Tensor | None,
+        values2: Tensor,
+        bias2: Tensor | None,
+        probe2: Tensor | None,
+        rest: tuple[tuple[Any, ...], Layer, Layer],
+    ) -> Tensor:
+        args, first, second = rest
+        y, a, h, ctx.weights = core.forward(
+            flat(x), first, second, args[ACTIVATION], args[RECOMPUTE] != "hidden", True
+        )
+        ctx.plans = first.plan, second.plan
+        _save(ctx, args, Needed(*ctx.needs_input_grad[:7]), h, a)
         return shaped(y, x)
 
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        if torch.is_grad_enabled() or type(dy) is not Tensor or watched():
+            return (*_by_operator(ctx, dy, saved), None)
+        x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = saved
+        held = [h, a]
+        del h, a, saved
+        last = not torch._C._autograd._get_current_graph_task_keep_graph()
+        ctx.maybe_clear_saved_tensors()  # now `held` alone holds h and a, unless needed again
+        plan1, plan2 = ctx.plans
+        first = Layer(plan1, plan1.pattern(cols1, order1, start1), values1, bias1)
+        second = Layer(plan2, plan2.pattern(cols2, order2, start2), values2, None)
+        samples = ctx.sizes1[-1], ctx.sizes2[-1]
+        grads = core.gradients(
+            dy, x, held, first, second, ctx.needs, samples, ctx.names[0], ctx.weights, last
+        )
+        return (*grads, None)
 
-def _save(ctx: Any, args: tuple[Any, ...], h: Tensor | None, a: Tensor | None) -> None:
+
+def _by_operator(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """Gradients of what is `DIFFERENTIATED`, by the operator: it is seen by who watches."""
+    x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = saved
+    results = mlp_backward_op(
+        dy, x, h, a, values1, cols1, bias1, order1, start1, *ctx.sizes1,
+        values2, cols2, order2, start2, *ctx.sizes2, list(ctx.needs), *ctx.names,
+    )  # fmt: skip
+    needs = ctx.needs
+    sample1, sample2 = ctx.sizes1[-1] != "none", ctx.sizes2[-1] != "none"
+    wanted = (needs.x, needs.values1, needs.bias1, sample1, needs.values2, needs.bias2, sample2)
+    return [grad if want else None for grad, want in zip(results, wanted, strict=True)]
+
+
+class Needed(NamedTuple):
+    """Which arguments need a gradient, probes included."""
+
+    x: bool
+    values1: bool
+    bias1: bool
+    probe1: bool
+    values2: bool
+    bias2: bool
+    probe2: bool
+
+
+def _save(
+    ctx: Any, args: tuple[Any, ...], need: Needed, h: Tensor | None, a: Tensor | None
+) -> None:
     """Save what the backward pass needs of the operands and of h and a, and no more."""
-    need, recompute = ctx.needs_input_grad, args[RECOMPUTE]
+    recompute = args[RECOMPUTE]
     values1, cols1, bias1, _, order1, start1, row_group1, num_live1, sample1 = args[FIRST]
     values2, cols2, _, _, order2, start2, row_group2, num_live2, sample2 = args[SECOND]
-    sample1 = sample1 if need[PROBE1] else "none"
-    sample2 = sample2 if need[PROBE2] else "none"
-    need_dh = need[X] or need[VALUES1] or need[BIAS1] or sample1 != "none"
-    need_a = need[VALUES2] or sample2 != "none"
+    sample1 = sample1 if need.probe1 else "none"
+    sample2 = sample2 if need.probe2 else "none"
+    need_dh = need.x or need.values1 or need.bias1 or sample1 != "none"
+    need_a = need.values2 or sample2 != "none"
     again = recompute == "hidden" and (need_dh or need_a)
     has_a = recompute == "none"
-    ctx.needs = tuple(need[i] for i in (X, VALUES1, BIAS1, VALUES2, BIAS2))
-    ctx.sizes1 = (args[X].shape[-1] // values1.shape[-1], values1.shape[-1], row_group1, num_live1)
-    ctx.sizes1 += (sample1,)
-    ctx.sizes2 = (values2.shape[-1], row_group2, num_live2, sample2)
+    ctx.needs = core.Needs(need.x, need.values1, need.bias1, need.values2, need.bias2)
+    B1, B2 = values1.shape[-1], values2.shape[-1]
+    ctx.sizes1 = (args[X].shape[-1] // B1, B1, row_group1, num_live1, sample1)
+    ctx.sizes2 = (B2, row_group2, num_live2, sample2)
     ctx.names = (args[ACTIVATION], args[BACKEND])
     keep_h = recompute != "hidden" and (need_dh or (need_a and not has_a))
     ctx.save_for_backward(
-        args[X] if need[VALUES1] or sample1 != "none" or again else None,
+        args[X] if need.values1 or sample1 != "none" or again else None,
         h if keep_h else None,
         a if has_a and need_a else None,
-        values1 if need[X] or again else None,
+        values1 if need.x or again else None,
         cols1,
         bias1 if again else None,
         order1,
@@ -136,13 +180,17 @@ register_backward("mlp_backward", mlp_backward_op, "block_ell_mlp")
 register_autocast("mlp", mlp_op, cast_arguments)
 
 
-def eager_mlp(*args: Any) -> Tensor:
+def eager_mlp(args: tuple[Any, ...], sizes: Sizes) -> Tensor:
     """y for the arguments of `mlp`, where nothing but autograd and autocast may want to see it."""
-    device_type = "cuda" if args[X].is_cuda else args[X].device.type
+    device_type = "cuda" if args[X].is_cuda else "cpu"
     if torch.is_autocast_enabled(device_type):
         args = cast_arguments(args, device_type)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(*args):
-        return _EagerMLP.apply(*args)
-    x = flat(args[X])
-    y = core.forward(x, *layers_of(args, x), args[ACTIVATION], False, False)[0]
-    return shaped(y, args[X])
+    first, second = layers_of(args, sizes)
+    x, values1, bias1, probe1 = args[X], args[VALUES1], args[BIAS1], args[PROBE1]
+    values2, bias2, probe2 = args[VALUES2], args[BIAS2], args[PROBE2]
+    operands = (x, values1, bias1, probe1, values2, bias2, probe2)
+    if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
+        result: Tensor = _EagerMLP.apply(*operands, (args, first, second))
+        return result
+    y = core.forward(flat(x), first, second, args[ACTIVATION], False, False)[0]
+    return shaped(y, x)

@@ -11,7 +11,6 @@ gradient of b1, while h is at hand. Elsewhere the activation is a pass of its ow
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -29,8 +28,7 @@ Weights = list[Tensor | None]
 """At most one dense weight, emptied when it is used for the last time; see `Plan.backward`."""
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Layer:
+class Layer(NamedTuple):
     """One of the two layers of a call."""
 
     plan: Plan
@@ -57,9 +55,9 @@ def hidden(
     plan, values, bias = layer.plan, layer.values, layer.bias
     assert values is not None
     if plan.forward_backend.name == "triton" and x.dtype is plan.dtype:
-        from blockell_kernels._triton import _mlp
-
-        fused = _mlp.forward_activated(x, values, bias, layer.pattern, activation, keep_pre)
+        kernels = gpu_mlp()
+        assert kernels is not None
+        fused = kernels.forward_activated(x, values, bias, layer.pattern, activation, keep_pre)
         if fused is not None:
             return (*fused, None)
     h, weight = plan.forward(x, values, bias, layer.pattern, keep=keep_weight)
@@ -202,6 +200,26 @@ def _middle(
     return gradient_and_activation(
         da, h, activation, recompute=keep_a, need_sum=need_bias, overwrite=overwrite
     )
+
+
+def gradients(
+    dy: Tensor,
+    x: Tensor | None,
+    held: list[Tensor | None],
+    first: Layer,
+    second: Layer,
+    needs: Needs,
+    samples: tuple[str, str],
+    activation: str,
+    weights: tuple[Weights, Weights] | None = None,
+    last: bool = False,
+) -> list[Tensor | None]:
+    """`backward` for dy [..., out] and x [..., in]."""
+    x2d = None if x is None else flat(x)
+    grads = backward(flat(dy), x2d, held, first, second, needs, samples, activation, weights, last)
+    if grads[0] is not None and dy.ndim != 2:
+        grads[0] = grads[0].view(*dy.shape[:-1], grads[0].shape[1])
+    return grads
 
 
 def flat(t: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ been validated by `block_ell_mlp`.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,35 +54,38 @@ VALUES1, BIAS1, PROBE1, VALUES2, BIAS2, PROBE2 = 1, 3, 4, 10, 12, 13
 ARGUMENTS = 22
 
 
-def _layer(
-    like: Tensor,
-    N: int,
-    C: int,
-    B: int,
-    values: Tensor | None,
-    col_indices: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    col_start: Tensor | None,
-    row_group: int,
-    num_live: int,
-    backend: str,
-) -> Layer:
-    sizes = (col_indices.shape[0], C, B, row_group, num_live)
-    plan = plan_for(like, N, sizes, requested_backend(backend or None))
-    return Layer(plan, plan.pattern(col_indices, order, col_start), values, bias)
+class Sizes(NamedTuple):
+    """What the plans of both layers of a call are looked up by."""
+
+    N: int
+    first: tuple[int, int, int, int, int]
+    """(R, C, B, row_group, num_live)."""
+    second: tuple[int, int, int, int, int]
 
 
-def layers_of(args: tuple[Any, ...], x: Tensor) -> tuple[Layer, Layer]:
-    """Both layers from the arguments of `mlp`; x [N, in]."""
-    N, width, layers = x.shape[0], x.shape[1], []
+def sizes_of(args: tuple[Any, ...]) -> Sizes:
+    """The sizes in the arguments of `mlp`."""
+    x, sizes = args[X], []
+    width = x.shape[-1]
     for part in (FIRST, SECOND):
-        values, cols, bias, _, order, start, row_group, num_live, _ = args[part]
-        B = values.shape[-1]
-        numbers = (row_group, num_live, args[BACKEND])
-        layers.append(_layer(x, N, width // B, B, values, cols, bias, order, start, *numbers))
-        width = values.shape[0] * B
-    return layers[0], layers[1]
+        values, _, _, _, _, _, row_group, num_live, _ = args[part]
+        R, _, B, _ = values.shape
+        sizes.append((R, width // B, B, row_group, num_live))
+        width = R * B
+    return Sizes(x.numel() // x.shape[-1], *sizes)
+
+
+def layers_of(args: tuple[Any, ...], sizes: Sizes) -> tuple[Layer, Layer]:
+    """Both layers from the arguments of `mlp`."""
+    requested = requested_backend(args[BACKEND] or None)
+    values1, cols1, bias1, _, order1, start1, *_ = args[FIRST]
+    values2, cols2, bias2, _, order2, start2, *_ = args[SECOND]
+    plan1 = plan_for(args[X], sizes.N, sizes.first, requested)
+    plan2 = plan_for(args[X], sizes.N, sizes.second, requested)
+    return (
+        Layer(plan1, plan1.pattern(cols1, order1, start1), values1, bias1),
+        Layer(plan2, plan2.pattern(cols2, order2, start2), values2, bias2),
+    )
 
 
 @torch.library.impl(library, "mlp", "CompositeExplicitAutograd")
@@ -91,7 +94,8 @@ def mlp(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     x, recompute = args[X], args[RECOMPUTE]
     x2d = flat(x)
     keep_pre = recompute != "hidden"
-    y, a, h, _ = core.forward(x2d, *layers_of(args, x2d), args[ACTIVATION], keep_pre, False)
+    layers = layers_of(args, sizes_of(args))
+    y, a, h, _ = core.forward(x2d, *layers, args[ACTIVATION], keep_pre, False)
     y = shaped(y, x)
     if h is a:  # no activation: outputs of an operator must not be one another
         h = a.clone() if recompute == "none" else h
@@ -109,12 +113,12 @@ def _mlp_fake(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-def run_backward(
-    weights: tuple[core.Weights, core.Weights] | None,
-    last: bool,
+@torch.library.impl(library, "mlp_backward", "CompositeExplicitAutograd")
+def mlp_backward(
     dy: Tensor,
     x: Tensor | None,
-    held: list[Tensor | None],
+    h: Tensor | None,
+    a: Tensor | None,
     values1: Tensor | None,
     col_indices1: Tensor,
     bias1: Tensor | None,
@@ -137,35 +141,21 @@ def run_backward(
     activation: str,
     backend: str,
 ) -> tuple[Tensor, ...]:
-    """(dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2); those not needed are empty.
-
-    `weights`: dense weights that an eager forward pass kept. `last`: h will not be asked for again,
-    and its memory may be used. `held`: h and a, to be emptied. What follows is the operator's.
-    """
-    dy2d = flat(dy)
-    N, width = dy2d.shape[0], col_indices1.shape[0] * B1
-    first = _layer(
-        dy, N, C1, B1, values1, col_indices1, bias1, order1, col_start1, row_group1, num_live1,
-        backend,
-    )  # fmt: skip
-    second = _layer(
-        dy, N, width // B2, B2, values2, col_indices2, None, order2, col_start2, row_group2,
-        num_live2, backend,
-    )  # fmt: skip
-    grads = core.backward(
-        dy2d, None if x is None else flat(x), held, first, second, Needs(*needs),
-        (sample1, sample2), activation, weights, last,
-    )  # fmt: skip
-    if grads[0] is not None and dy.ndim != 2:
-        grads[0] = grads[0].view(*dy.shape[:-1], C1 * B1)
+    """(dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2); those not needed are empty."""
+    (R1, _), (R2, _), requested = (
+        col_indices1.shape,
+        col_indices2.shape,
+        requested_backend(backend or None),
+    )
+    N, C2 = dy.numel() // (R2 * B2), R1 * B1 // B2
+    plan1 = plan_for(dy, N, (R1, C1, B1, row_group1, num_live1), requested)
+    plan2 = plan_for(dy, N, (R2, C2, B2, row_group2, num_live2), requested)
+    first = Layer(plan1, plan1.pattern(col_indices1, order1, col_start1), values1, bias1)
+    second = Layer(plan2, plan2.pattern(col_indices2, order2, col_start2), values2, None)
+    grads = core.gradients(
+        dy, x, [h, a], first, second, Needs(*needs), (sample1, sample2), activation
+    )
     return tuple(or_empty(grad, dy) for grad in grads)
-
-
-@torch.library.impl(library, "mlp_backward", "CompositeExplicitAutograd")
-def mlp_backward(*args: Any) -> tuple[Tensor, ...]:
-    """See `run_backward`."""
-    dy, x, h, a, *rest = args
-    return run_backward(None, False, dy, x, [h, a], *rest)
 
 
 def _mlp_backward_fake(*args: Any) -> tuple[Tensor, ...]:

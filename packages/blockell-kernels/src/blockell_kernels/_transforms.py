@@ -18,9 +18,15 @@ from torch.nn import functional
 from blockell_format import to_dense
 
 
-def transformed() -> bool:
-    """Whether a transform of `torch.func` or a level of dual numbers is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+def transforms_active() -> bool:
+    """Whether a transform of `torch.func` or a level of dual numbers is active.
+
+    Products are composed of torch's own operators then, and probes collect nothing. False while
+    `torch.compile` traces, which takes transforms apart by itself.
+    """
+    return not torch.compiler.is_compiling() and (
+        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    )
 
 
 def composed_linear(

@@ -17,9 +17,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from blockell_kernels import block_fisher
+from blockell_kernels import block_fisher, transforms_active
 
 
 class FisherTap(torch.autograd.Function):
@@ -49,9 +48,7 @@ class FisherTap(torch.autograd.Function):
 
 def tap_fisher(y: Tensor, x: Tensor, probe: Tensor, B: int) -> Tensor:
     """`FisherTap`; under `torch.func` and with dual numbers, where probes collect nothing, y."""
-    if not torch.compiler.is_compiling() and (
-        torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
-    ):
+    if transforms_active():
         return y
     result: Tensor = FisherTap.apply(y, x, probe, B)
     return result
