@@ -57,8 +57,21 @@ def train(trainer: Trainer) -> PhaseReport:
         {"precision": "bf16", "accumulation_steps": 2},
         {"precision": "fp16"},
         {"precision": "bf16", "compile": True},
+        {"cuda_graph": True},
+        {"precision": "bf16", "accumulation_steps": 2, "cuda_graph": True},
+        {"precision": "bf16", "optimizer": "nested", "cuda_graph": True},
+        {"precision": "bf16", "compile": True, "cuda_graph": True},
     ],
-    ids=["fp32", "bf16 accumulation", "fp16", "bf16 compile"],
+    ids=[
+        "fp32",
+        "bf16 accumulation",
+        "fp16",
+        "bf16 compile",
+        "graph",
+        "bf16 accumulation graph",
+        "nested graph",
+        "compile graph",
+    ],
 )
 def test_it_learns_and_goes_on(tmp_path: Path, changes: dict) -> None:
     whole = make(tmp_path, **changes)
@@ -106,3 +119,33 @@ def test_accumulation_and_compilation_change_rounding_only() -> None:
     for index in (2, 4):
         torch.testing.assert_close(losses[index], losses[0], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(losses[index + 1], losses[1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_replayed_steps_train_like_plain_ones(precision: str) -> None:
+    changes = {"precision": precision, "lr": 1e-3}
+    plain, graphed = make(**changes), make(**changes, cuda_graph=True)
+    for trainer in (plain, graphed):
+        for module in trainer.model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0  # its stream of randomness is another in a graph
+    expected, got = train(plain), train(graphed)
+    assert graphed._runner._graphed.num_graphs >= 2, "two shapes of batches"
+    assert len(graphed._runner._update._replays) >= 2
+    assert got.final_loss == pytest.approx(expected.final_loss, rel=0.02)
+    assert got.swap_rates == pytest.approx(expected.swap_rates, abs=0.05)
+    rate = float(graphed.optimizer.param_groups[0]["lr"])
+    assert rate == pytest.approx(plain.optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("first", [False, True])
+def test_a_run_goes_on_with_graphs_or_without(tmp_path: Path, first: bool) -> None:
+    whole = make(tmp_path, cuda_graph=first)
+    report = train(whole)
+    other = make(cuda_graph=not first)
+    other.load(CheckpointStore(tmp_path).path(TAKEN))
+    again = train(other)
+    assert again.final_loss == pytest.approx(report.final_loss, rel=0.05)
+    group = other.optimizer.param_groups[0]
+    assert bool(group["capturable"]) is not first
+    assert isinstance(group["lr"], torch.Tensor) is not first

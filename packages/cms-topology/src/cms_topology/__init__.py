@@ -6,6 +6,7 @@ from cms_topology._clock import CMSClock
 from cms_topology._config import ScoringConfig
 from cms_topology._convert import densify, sparse_layers, sparsify
 from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
+from cms_topology._graphed import GraphedBackward
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._mlp import block_sparse_mlp, mlp_is_fused
@@ -53,6 +54,7 @@ __all__ = [
     "Consolidation",
     "Covariance",
     "DriftController",
+    "GraphedBackward",
     "LayerMemory",
     "Logger",
     "NewbornStepCorrection",

@@ -14,6 +14,7 @@ PRECISIONS = ("fp32", "bf16", "fp16")
 FREE_FIELDS = (
     "accumulation_steps",
     "compile",
+    "cuda_graph",
     "eval_every",
     "eval_max_frac",
     "log_every",
@@ -58,6 +59,8 @@ class TrainingConfig:
     """"fp32", "bf16" or "fp16" (with loss scaling): what autocast computes products in."""
     compile: bool = False
     """Whether torch.compile compiles the model."""
+    cuda_graph: bool = False
+    """Whether steps are replayed from CUDA graphs: on a GPU, in one process, in fp32 or bf16."""
     level_periods: tuple[int, int, int] = (1, 10, 100)
     """Optimizer steps between accumulating, folding and deciding on the topology."""
     decide_until: float = 1.0
@@ -105,9 +108,14 @@ class TrainingConfig:
             raise ValueError(
                 f"precision (={self.precision!r}) must be one of {', '.join(PRECISIONS)}."
             )
-        for name in ("compile", "deep_momentum", "lr_controller"):
+        for name in ("compile", "cuda_graph", "deep_momentum", "lr_controller"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} (={getattr(self, name)!r}) must be True or False.")
+        if self.cuda_graph and self.precision == "fp16":
+            raise ValueError(
+                "cuda_graph (=True) cannot hold the loss scaling of precision (='fp16'); use "
+                "precision='bf16', or leave cuda_graph out."
+            )
         self._check_optimizer()
         if self.accumulation_steps > self.batch_size:
             raise ValueError(

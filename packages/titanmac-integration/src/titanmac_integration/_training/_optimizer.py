@@ -1,7 +1,9 @@
 """The optimizer that the settings ask for, and the manager of the topology."""
 
+from collections.abc import Callable
+
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from cms_topology import TopologyManager, sparse_layers
 from titanmac_integration._optimizer import DeepNestedOptimizer
@@ -47,3 +49,13 @@ def make_manager(
     if driven is not None or not sparse_layers(model):
         return driven
     return TopologyManager(model, optimizer, periods=config.level_periods, seed=config.seed)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate_of: Callable[[float], float]) -> None:
+    """Give every group the rate that its peak leads to; one that a graph reads in place."""
+    for group in optimizer.param_groups:
+        rate = rate_of(group["initial_lr"])
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate

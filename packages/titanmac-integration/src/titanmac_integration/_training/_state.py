@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from ._trainer import Trainer
 
 EXTRA = "_extra_state"
+_FORMS = ("capturable", "foreach", "fused")
+"""How an optimizer computes: a choice of the run that goes on, not of the one that was saved."""
 
 
 def trainer_state(trainer: "Trainer") -> dict[str, Any]:
@@ -55,7 +57,10 @@ def load_trainer_state(trainer: "Trainer", checkpoint: TrainingCheckpoint) -> No
     _check_configuration(trainer, checkpoint.info)
     state = checkpoint.state
     trainer.model.load_state_dict(checkpoint.model)
+    forms = [{k: g[k] for k in _FORMS if k in g} for g in trainer.optimizer.param_groups]
     load_optimizer_state_by_name(trainer.optimizer, state["optimizer"], _names(trainer))
+    for group, form in zip(trainer.optimizer.param_groups, forms, strict=True):
+        group.update(form)
     if trainer.manager is not None and state["topology"] is not None:
         trainer.manager.load_state_dict(state["topology"])
     if trainer._runner.scaler is not None and state["scaler"] is not None:

@@ -2,8 +2,9 @@
 
 import contextlib
 import inspect
+import math
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,17 @@ from ._config import TrainingConfig
 from ._processes import rank, world_size
 
 _AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class WeightedPart(NamedTuple):
+    """A part of a batch."""
+
+    input_ids: Tensor
+    """[sequences, tokens]."""
+    labels: Tensor
+    """[sequences, tokens]."""
+    weight: float | None
+    """Its share of the tokens that count; NaN if none does in the whole batch; None: it is all."""
 
 
 class StepRunner:
@@ -34,6 +46,7 @@ class StepRunner:
 
     def __init__(self, model: nn.Module, config: TrainingConfig, device: torch.device) -> None:
         self.config, self.device = config, device
+        self._keeps_casts = True
         self._loss_alone = "return_logits" in inspect.signature(model.forward).parameters
         self._forward: Any = torch.compile(model) if config.compile else model
         if world_size() > 1:
@@ -47,6 +60,9 @@ class StepRunner:
         if config.precision == "fp16":
             self.scaler = torch.amp.GradScaler(device.type)
 
+    def begin(self, optimizer: torch.optim.Optimizer) -> None:
+        """Called before the first of a row of steps that nothing comes between."""
+
     def backward(self, batch: Batch, optimizer: torch.optim.Optimizer) -> Tensor:
         """Leave the gradients in ``optimizer``'s parameters.
 
@@ -55,37 +71,41 @@ class StepRunner:
         Raises:
             ValueError: the batch has fewer sequences than there are parts.
         """
-        parts = self._parts(batch)
-        whole = len(parts) == world_size() == 1
-        total = None if whole else _counted(batch.labels)
-        loss: Tensor | None = None
-        for last, part in ((i == len(parts) - 1, part) for i, part in enumerate(parts)):
-            with self._without_averaging(last):
-                value = self._part_loss(part, total)
-                scaled = value * world_size() if world_size() > 1 else value
-                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
-            loss = value.detach() if loss is None else loss + value.detach()
-        assert loss is not None
+        loss = self._backward(self._weighted_parts(batch))
         if self.scaler is not None:
             self.scaler.unscale_(optimizer)
         return loss if loss.dtype == torch.float64 else loss.float()
 
-    def _part_loss(self, part: Batch, total: int | None) -> Tensor:
-        """The part's share of the loss, by counted tokens out of ``total``; None: it is all."""
-        dtype = _AUTOCAST.get(self.config.precision)
-        counted = None if total is None else _counted(part.labels)
-        nothing = counted == 0 and total != 0  # its mean is not a number
+    def _backward(self, parts: list[WeightedPart]) -> Tensor:
+        loss: Tensor | None = None
+        for last, part in ((i == len(parts) - 1, part) for i, part in enumerate(parts)):
+            with self._without_averaging(last):
+                value = self._part_loss(part)
+                scaled = value * world_size() if world_size() > 1 else value
+                (scaled if self.scaler is None else self.scaler.scale(scaled)).backward()
+            loss = value.detach() if loss is None else loss + value.detach()
+        assert loss is not None
+        return loss
+
+    def _part_loss(self, part: WeightedPart) -> Tensor:
+        """The part's share of the loss."""
+        nothing = part.weight == 0  # its mean is not a number
         options = {"return_logits": False} if self._loss_alone and not nothing else {}
-        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype is not None):
-            output = self._forward(
-                self._to_device(part.input_ids), self._to_device(part.labels), **options
-            )
-        loss: Tensor = output["loss"]
-        if total is None or counted is None:
-            return loss
+        output = self._output(
+            self._to_device(part.input_ids), self._to_device(part.labels), options
+        )
         if nothing:
             return output["logits"].float().sum() * 0.0
-        return loss * (counted / max(total, 1))
+        loss: Tensor = output["loss"]
+        return loss if part.weight is None else loss * part.weight
+
+    def _output(self, input_ids: Tensor, labels: Tensor, options: dict[str, Any]) -> dict[str, Any]:
+        dtype = _AUTOCAST.get(self.config.precision)
+        with torch.autocast(
+            self.device.type, dtype, enabled=dtype is not None, cache_enabled=self._keeps_casts
+        ):
+            output: dict[str, Any] = self._forward(input_ids, labels, **options)
+        return output
 
     def step(self, optimizer: torch.optim.Optimizer, *, finite: bool) -> None:
         """Let the optimizer step, unless loss or gradients were not finite."""
@@ -96,6 +116,17 @@ class StepRunner:
         if finite:
             self.scaler.step(optimizer)
         self.scaler.update()
+
+    def _weighted_parts(self, batch: Batch) -> list[WeightedPart]:
+        """This process's parts, weighted by the tokens that count."""
+        parts = self._parts(batch)
+        if len(parts) == world_size() == 1:
+            return [WeightedPart(*parts[0], None)]
+        total = _counted(batch.labels)
+        return [
+            WeightedPart(*part, _counted(part.labels) / total if total else math.nan)
+            for part in parts
+        ]
 
     def _parts(self, batch: Batch) -> list[Batch]:
         rows, wanted = len(batch.input_ids), world_size() * self.config.accumulation_steps

@@ -19,13 +19,14 @@ from titanmac_integration._seeding import stream
 from ._callback import TrainerCallback
 from ._checkpoint import CheckpointStore, read_training_checkpoint
 from ._config import TrainingConfig
+from ._graphed_step import GraphedStepRunner
 from ._log import (
     evaluate_in_between,
     log_progress,
     progress_bar,
     write_first_snapshot,
 )
-from ._optimizer import make_manager, make_optimizer
+from ._optimizer import make_manager, make_optimizer, set_rate
 from ._phase import Phase
 from ._processes import rank, sum_over_processes, world_size
 from ._report import PhaseReport, peak_memory_bytes
@@ -105,13 +106,16 @@ class Trainer:
         self._logger = MultiLogger([writer, *loggers] if writer is not None else loggers)
         self.optimizer = optimizer if optimizer is not None else make_optimizer(model, config)
         for group in self.optimizer.param_groups:
-            group.setdefault("initial_lr", group["lr"])  # torch's schedulers use this key, too
+            group.setdefault(
+                "initial_lr", float(group["lr"])
+            )  # torch's schedulers use this key, too
         self._optimizer_drives = getattr(self.optimizer, "topology", None) is not None
         self.manager: TopologyManager | None = make_manager(model, config, self.optimizer)
         self._tell_manager()
         self.step = 0
         """Optimizer steps so far."""
-        self._runner = StepRunner(model, config, self.device)
+        runner = GraphedStepRunner if config.cuda_graph else StepRunner
+        self._runner = runner(model, config, self.device)
         self._data = stream(config.seed, "data")
         self._nonfinite = 0
         self._stopping = False
@@ -145,6 +149,7 @@ class Trainer:
             decided = int(self.config.decide_until * steps)
             self.manager.freeze_after = self.step - phase.done + decided
         self._call("on_fit_start", task, steps)
+        self._runner.begin(self.optimizer)
         with progress_bar(self, phase) as bar:
             while phase.done < steps:
                 loss, tokens = self._one_step(task, phase.done, steps)
@@ -187,8 +192,7 @@ class Trainer:
 
     def _one_step(self, task: Task | Mixture, done: int, steps: int) -> tuple[float, int]:
         """One optimizer step; batches without a finite loss and gradient are passed over."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.config.lr_at(done, steps, peak=group["initial_lr"])
+        set_rate(self.optimizer, lambda peak: self.config.lr_at(done, steps, peak=peak))
         while True:
             batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
             self.optimizer.zero_grad()
