@@ -152,7 +152,7 @@ def main() -> None:
     if args.csv is not None:
         new = not args.csv.exists()
         with args.csv.open("a", newline="") as file:
-            writer = csv.writer(file)
+            writer = csv.writer(file, lineterminator="\n")
             if new:
                 writer.writerow(("commit", "torch", "what", "call", "us"))
             for name, what, us in measured:
