@@ -1,7 +1,8 @@
 """Sessions of the monorepo. `nox` runs every check; `nox -l` lists the others.
 
 Sessions run on the interpreter that runs nox. Suites that need no torch also run on the other
-Pythons found on the machine. Every installation passes `-c constraints.txt`.
+Pythons found on the machine. Every installation passes `-c constraints.txt`. An environment with
+torch takes two gigabytes, so sessions share one, which the session `environment` makes.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ PROJECTS = {
 }
 OTHER_PYTHONS = ("3.10", "3.12")
 TORCH_FREE = ("blockell-format", "blockell-dashboard")
+# tested by themselves: one must run where there is no torch, the other has large extras
+BY_THEMSELVES = ("blockell-dashboard", "titanmac-integration")
 
 
 # -- which local packages a package needs, read from its metadata ---------------------------------
@@ -56,10 +59,10 @@ def local_closure(name: str, extras: tuple[str, ...] = ()) -> dict[str, set[str]
     return found
 
 
-def install(session: nox.Session, *names: str, extras: tuple[str, ...] = (), tools=()) -> None:
-    """Install local packages editable, what they need, and `tools`, in one go."""
+def install(session: nox.Session, names: dict[str, tuple[str, ...]], tools=()) -> None:
+    """Install local packages (name: extras) editable, what they need, and `tools`, in one go."""
     closure: dict[str, set[str]] = {}
-    for name in names:
+    for name, extras in names.items():
         for local, wanted in local_closure(name, extras).items():
             closure.setdefault(local, set()).update(wanted)
     targets = []
@@ -98,6 +101,26 @@ def all_extras(name: str) -> tuple[str, ...]:
     return tuple(metadata(name).get("optional-dependencies", {}))
 
 
+# -- the environment that sessions share ----------------------------------------------------------
+
+
+@nox.session(default=False)
+def environment(session: nox.Session) -> None:
+    """What types, docs, demo and most tests run in; made when one of them asks for it."""
+    names = {name: () if name in BY_THEMSELVES else all_extras(name) for name in PROJECTS}
+    tools = {tool for name in PROJECTS if name not in BY_THEMSELVES for tool in test_tools(name)}
+    install(session, names, [*sorted(tools), "mypy", "sybil"])
+
+
+IN_SHARED = {"venv_backend": "none", "requires": ["environment"]}
+
+
+def shared(session: nox.Session, program: str) -> str:
+    """The path of a program of that environment."""
+    folder = session.cache_dir.resolve().parent / "environment"
+    return str(folder / ("Scripts" if os.name == "nt" else "bin") / program)
+
+
 # -- checks of the whole tree ---------------------------------------------------------------------
 
 
@@ -117,22 +140,21 @@ def imports(session: nox.Session) -> None:
     session.run("lint-imports", "--no-cache", env={"PYTHONPATH": sources})
 
 
-@nox.session(tags=["checks"])
+@nox.session(tags=["checks"], **IN_SHARED)
 def types(session: nox.Session) -> None:
     """mypy --strict on every package."""
-    install(session, *PROJECTS, tools=["mypy"])
-    session.run("mypy", *(str(folder / "src") for folder in FOLDERS))
+    session.run(shared(session, "mypy"), *(str(folder / "src") for folder in FOLDERS))
 
 
 # -- tests ----------------------------------------------------------------------------------------
 
 
-def run_tests(session: nox.Session, *arguments: str) -> None:
+def run_tests(session: nox.Session, pytest: str, *arguments: str) -> None:
     workers = ["-n", str(min(4, os.cpu_count() or 1))]
     if "-n" in session.posargs or "-k" in session.posargs:
         workers = []
     session.run(
-        "pytest",
+        pytest,
         "-m",
         "not gpu",
         *workers,
@@ -147,12 +169,18 @@ def run_tests(session: nox.Session, *arguments: str) -> None:
 
 
 def add_test_session(name: str) -> None:
-    @nox.session(name=f"test-{name}", tags=[name, "tests"])
+    options = {} if name in BY_THEMSELVES else IN_SHARED
+
+    @nox.session(name=f"test-{name}", tags=[name, "tests"], **options)
     def test(session: nox.Session) -> None:
         if name == "blockell-dashboard":
             ensure_browser(session)
-        install(session, name, extras=all_extras(name), tools=test_tools(name))
-        run_tests(session, str(PROJECTS[name] / "tests"))
+        pytest = "pytest"
+        if name in BY_THEMSELVES:
+            install(session, {name: all_extras(name)}, test_tools(name))
+        else:
+            pytest = shared(session, "pytest")
+        run_tests(session, pytest, str(PROJECTS[name] / "tests"))
 
     test.__doc__ = f"Tests of {name}."
 
@@ -167,8 +195,8 @@ def add_torch_free_session(name: str) -> None:
 
     @nox.session(name=f"test-{name}-other", python=pythons, tags=[name, "tests"])
     def test(session: nox.Session) -> None:
-        install(session, name, tools=test_tools(name))
-        run_tests(session, str(PROJECTS[name] / "tests"), "-m", "not gpu and not browser")
+        install(session, {name: ()}, test_tools(name))
+        run_tests(session, "pytest", str(PROJECTS[name] / "tests"), "-m", "not gpu and not browser")
 
     test.__doc__ = f"Tests of {name} without torch on other Pythons."
 
@@ -193,22 +221,20 @@ def ensure_browser(session: nox.Session) -> None:
     )
 
 
-@nox.session(tags=["tests"])
+@nox.session(tags=["tests"], **IN_SHARED)
 def docs(session: nox.Session) -> None:
     """Run every example of the README files and of docs/."""
-    install(session, *PROJECTS, tools=["pytest", "pytest-timeout", "pytest-xdist", "sybil"])
-    run_tests(session, str(ROOT / "docs" / "tests"))
+    run_tests(session, shared(session, "pytest"), str(ROOT / "docs" / "tests"))
 
 
 # -- the main job, and looking at it --------------------------------------------------------------
 
 
-@nox.session(default=False)
+@nox.session(default=False, **IN_SHARED)
 def demo(session: nox.Session) -> None:
     """The main job: arithmetic, then prose, remembering it or not. A few minutes."""
-    install(session, "titanmac-integration", "blockell-dashboard")
-    out = free_name(Path("runs/demo"))
-    session.run("titanmac", "continual", "--preset", "demo", "--out", str(out), *session.posargs)
+    arguments = ["--preset", "demo", "--out", str(free_name(Path("runs/demo"))), *session.posargs]
+    session.run(shared(session, "titanmac"), "continual", *arguments)
 
 
 def free_name(path: Path) -> Path:
@@ -220,14 +246,14 @@ def free_name(path: Path) -> Path:
 @nox.session(default=False)
 def dashboard(session: nox.Session) -> None:
     """Open run directories: nox -s dashboard -- RUN_DIR."""
-    install(session, "blockell-dashboard")
+    install(session, {"blockell-dashboard": ()})
     session.run("blockell-dashboard", *(session.posargs or ["runs"]))
 
 
 # -- releases and GPU machines --------------------------------------------------------------------
 
 
-@nox.session(default=False)
+@nox.session(default=False, reuse_venv=False)
 def wheels(session: nox.Session) -> None:
     """Build every wheel and sdist; test the wheels in an empty environment, outside the tree."""
     session.install("-c", CONSTRAINTS, "build", "hatchling")
@@ -250,6 +276,8 @@ def wheels(session: nox.Session) -> None:
             *("-m", "not gpu", "-n", str(min(4, os.cpu_count() or 1)), f"{name}/tests"),
             env={"OMP_NUM_THREADS": "1"},
         )
+    session.chdir(ROOT)
+    shutil.rmtree(session.virtualenv.location)
 
 
 def source_path() -> dict[str, str]:
