@@ -13,6 +13,7 @@ import torch
 
 from blockell_format.snapshots import open_run
 from titanmac_integration import load_checkpoint
+from titanmac_integration._protocol._methods import METHODS
 from titanmac_integration._protocol._records import read_records
 from titanmac_integration.cli import build_parser, main
 
@@ -139,8 +140,10 @@ def test_bad_flags_make_nothing(
 
 def test_help_names_every_method_and_task() -> None:
     text = build_parser()._subparsers._group_actions[0].choices["continual"].format_help()  # type: ignore[union-attr, index]
-    for word in ("kronecker-ewc", "ours-grown", "text:FILE", "qa:FILE", "--time-limit", "sweep"):
-        assert word in text
+    for word in (*METHODS, "text:FILE", "qa:FILE", "--time-limit", "sweep", "exit status: 0"):
+        assert word in text, word
+    examples = text[text.index("methods, each as") :]
+    assert max(map(len, examples.splitlines())) <= 80
 
 
 def test_a_file_that_has_changed_is_learned_anew(tmp_path: Path) -> None:

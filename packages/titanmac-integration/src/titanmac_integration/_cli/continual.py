@@ -3,6 +3,7 @@
 import argparse
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +41,30 @@ DEFAULT_METHODS = {
 """Ours and fine-tuning by preset, at the best rates by validation loss on seeds of their own."""
 
 
+EXAMPLES = """\
+examples:
+  titanmac continual --out runs/demo
+  titanmac continual --out runs/mine --tasks qa:questions.jsonl text:novel.txt \\
+      --steps 1200 400 --methods ours-releasing fine-tuning=6e-3 --seeds 0 1
+
+exit status: 0 done, also where --time-limit left something out; 1 error,
+2 unknown flag, 130 interrupted"""
+
+
 def add_parser(commands: Any) -> None:
     """Register the subcommand."""
     parser = commands.add_parser(
         "continual",
         help="train on tasks one after another and measure what is forgotten",
-        description="Train on one task after another by several methods, all from the same "
-        "checkpoint after the first task, and measure what each learns and forgets. No data of "
-        "old tasks is used, and no task label, unless a method says so. Finished cells (method, "
-        "dial, seed) are kept: the same command again runs only what is missing.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=textwrap.fill(
+            "Train on one task after another by several methods, all from the same checkpoint "
+            "after the first task, and measure what each learns and forgets. No data of old tasks "
+            "is used, and no task label, unless a method says so. Finished cells (method, dial, "
+            "seed) are kept: the same command again runs only what is missing.",
+            80,
+        ),
+        epilog=f"{METHOD_HELP}\n\n{EXAMPLES}",
     )
     parser.add_argument(
         "--preset",
@@ -69,7 +85,7 @@ def add_parser(commands: Any) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help=f"{METHOD_HELP} (default: of preset {defaults})".replace("%", "%%"),
+        help=f"what to compare, see below (default: of preset {defaults})",
     )
     parser.add_argument("--seeds", nargs="+", type=int, metavar="SEED", help="default: --seed")
     parser.add_argument("--tasks", nargs="+", metavar="TASK", help=f"sequence out of {TASK_HELP}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import NamedTuple
 
 from ._ablations import (
@@ -67,12 +68,27 @@ METHODS: dict[str, type[Method]] = {
 ARCHES = ("sparse", "spare", "dense", "narrow")
 """Block-sparse; block-sparse with capacity left free; dense of equal width; dense of equal size."""
 
-METHOD_HELP = (
-    f"methods out of {', '.join(METHODS)}; NAME@ARCH runs one on another architecture "
-    f"({', '.join(ARCHES)}), NAME:RATE,RATE gives it learning rates of its own for the tasks after "
-    "the first, NAME=DIAL,DIAL sets its dial, NAME=sweep tries all its decades, NAME=auto leaves "
-    "it to the method; all together NAME@ARCH:RATE=DIAL"
+_SHOWN = ("fine-tuning", "joint", "ours", "ours-grown", "ours-damped", "ours-releasing")
+_OTHERS = textwrap.fill(
+    ", ".join(name for name in METHODS if name not in _SHOWN),
+    78,
+    initial_indent="  others: ",
+    subsequent_indent="          ",
+    break_on_hyphens=False,
 )
+METHOD_HELP = f"""\
+methods, each as NAME[@ARCH][:RATE,...][=DIAL,...]:
+  fine-tuning     plain training; its dial is the learning rate
+  joint           old data beside the new at every step: the upper bound
+  ours, ours-grown, ours-damped
+                  a trust region, for tasks in other symbols than the old ones
+  ours-releasing  rehearses what the model wrote: for tasks in the same symbols,
+                  text after text, many tasks
+{_OTHERS}
+  ARCH            {", ".join(ARCHES)}: block-sparse, with capacity left
+                  free to grow into, dense of equal width, dense of equal size
+  RATE            learning rate of the tasks after the first
+  DIAL            strength; "sweep" tries all decades, "auto" is the method's"""
 
 
 class Asked(NamedTuple):
