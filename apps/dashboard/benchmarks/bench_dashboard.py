@@ -26,10 +26,19 @@ import plotly
 
 from blockell_dashboard import figures
 from blockell_dashboard.io import LoadedRun
+from blockell_dashboard.layer_table import layer_table
 from blockell_format import topology_checksum
 from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 
 REPEATS = 20
+
+
+def long_layers(count: int) -> tuple[LayerInfo, ...]:
+    """Weights of 2560 x 640 and 640 x 2560 in tiles of 16, half dense."""
+    return tuple(
+        LayerInfo(f"blocks.{i // 2}.mlp.fc{i % 2 + 1}", *((160, 40, 20), (40, 160, 80))[i % 2], 16)
+        for i in range(count)
+    )
 
 
 def write_long_run(path: Path, snapshots: int, layers: tuple[LayerInfo, ...]) -> None:
@@ -93,6 +102,7 @@ def measure(path: Path, name: str) -> dict[str, Any]:
     return {
         "first_view_ms": round(sum(once.values()), 1),
         **{key: round(value, 1) for key, value in once.items()},
+        "table_of_layers": percentiles(lambda i: layer_table(loaded, steps[spread[i]])),
         "read_one_step": percentiles(lambda i: loaded.snapshot(name, steps[spread[i]])),
         "draw_heatmap": percentiles(
             lambda _: figures.topology_heatmap(newest, info, colour="age").to_json()
@@ -138,10 +148,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8, help="alternately 160 x 40 and 40 x 160")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
-    layers = tuple(
-        LayerInfo(f"blocks.{i // 2}.mlp.fc{i % 2 + 1}", *((160, 40, 20), (40, 160, 80))[i % 2], 16)
-        for i in range(options.layers)
-    )
+    layers = long_layers(options.layers)
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "run"
         write_long_run(path, options.snapshots, layers)

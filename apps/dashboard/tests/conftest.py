@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from blockell_dashboard.example import EXAMPLE_LAYERS, write_example_run
-from blockell_format.snapshots import LayerSnapshot
+from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 
 
 @pytest.fixture(scope="session")
@@ -60,3 +60,38 @@ def small_layer() -> LayerSnapshot:
         swapped=np.array([[False, True, False], [False] * 3, [False] * 3]),
         previous_columns=np.array([[0, 3, -1], [2, 3, -1], [1, 0, -1]], dtype=np.int32),
     )
+
+
+@pytest.fixture(scope="session")
+def task_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers that learn "sums" for 50 steps, then grow by one block per row for "text".
+
+    Snapshots at 0, 25, 50, 75 and 100. At 25 row 0 of both swaps column 0 for column 5; nothing
+    else is ever swapped. Two ranks, which disagree on the second layer at 75 and 100.
+    """
+    path = tmp_path_factory.mktemp("runs") / "tasks"
+    layers = [LayerInfo(f"blocks.{i}.fc", R=2, C=6, K=3, B=8) for i in range(2)]
+    config = {"tasks": ["sums", "text"], "steps": [50, 50], "model": {"d": 16}}
+    writer = SnapshotWriter(path, layers=layers, config=config, run_id="tasks", world_size=2)
+    with writer:
+        for step in (0, 25, 50, 75, 100):
+            columns = np.array([[0 if step == 0 else 5, 1, -1], [2, 3, -1]], dtype=np.int32)
+            ages = np.full((2, 3), step, dtype=np.int32)
+            ages[0, 0] = max(step - 25, 0)
+            ages[:, 2] = 0
+            if step > 50:
+                columns[:, 2], ages[:, 2] = 4, step - 50
+            swapped, before = np.zeros((2, 3), dtype=bool), columns.copy()
+            if step == 25:
+                swapped[0, 0], before[0, 0] = True, 0
+            score = np.ones((2, 3), dtype=np.float32)
+            layer = LayerSnapshot(columns, ages, score, swapped, before)
+            sums = {"blocks.0.fc": ["a", "a"], "blocks.1.fc": ["a", "b" if step > 50 else "a"]}
+            writer.write(
+                step,
+                {info.name: layer for info in layers},
+                checksums=sums,
+                swap_counts=dict.fromkeys(sums, int(swapped.sum())),
+            )
+            writer.log({"loss": 8.0 if step == 75 else 1.0, "accuracy": step / 100}, step)
+    return path

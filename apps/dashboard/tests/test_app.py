@@ -64,7 +64,7 @@ def test_a_good_run_shows_everything(open_app, good_run: Path) -> None:
     assert tiles(app)["Density"] == "50.0%"
     assert tiles(app)["Problems"] == "0"
     assert tiles(app)["Last swap rate"].endswith("%")
-    assert len(app.get("download_button")) == 5
+    assert len(app.get("download_button")) == 6
     assert all(chart.proto.alt for chart in app.get("plotly_chart"))
 
 
@@ -195,7 +195,7 @@ def test_bad_files_are_listed_and_the_rest_is_shown(open_app, damaged_run: Path)
     assert not app.exception
     assert len(charts(app)) == 5
     assert tiles(app)["Problems"] == "5"
-    listed = app.dataframe[0].value
+    listed = app.dataframe[-1].value
     assert "is not named like a snapshot; ignored" in listed["reason"].tolist()
     assert len(listed) == 5
 

@@ -56,7 +56,7 @@ def test_heatmap_of_changes(small_layer: LayerSnapshot) -> None:
     assert np.argwhere(~np.isnan(died.z)).tolist() == [[0, 3]]
     assert int((~np.isnan(absent.z)).sum()) == 5
     names = [trace.name for trace in fig.data if trace.name]
-    assert names == ["born (1)", "died (1)", "kept", "no block"]
+    assert names == ["born (1)", "died (1)", "kept (5)", "no block"]
     symbols = [trace.marker.symbol for trace in fig.data if trace.type == "scatter"][:2]
     assert symbols == ["cross-thin", "x-thin"]  # colour does not carry the meaning alone
 

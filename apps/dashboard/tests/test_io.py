@@ -153,3 +153,17 @@ def test_a_run_is_opened_once(good_run: Path) -> None:
 def test_no_run_is_an_error_with_a_reason(garbage_dir: Path) -> None:
     with pytest.raises(RunError, match="is not a run file"):
         io.load_run(garbage_dir)
+
+
+def test_a_snapshot_that_rotted_does_not_change_the_density(tmp_path: Path) -> None:
+    """Its slots were counted instead, spare ones included: half full at first, a sixth later."""
+    layers = EXAMPLE_LAYERS[:1]
+    path = write_example_run(tmp_path / "run", layers=layers, decisions=4, live={NAME: 4})
+    first = sorted((path / "topology").iterdir())[0]
+    content = bytearray(first.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    content[8 + length :] = b"\xff" * (len(content) - 8 - length)
+    first.write_bytes(content)
+    loaded = io.LoadedRun(path)
+    assert loaded.history().blocks[:, 0].tolist() == [4 * layers[0].R] * 4
+    assert len(loaded.run.problems) == 1

@@ -232,3 +232,21 @@ def test_the_table_of_methods_states_mean_spread_and_range() -> None:
     assert table["relative forgetting"][1] == "101.0%"
     assert table["new task's loss, nats"][0] == "1.645 ± 0.006 [1.639 to 1.651]"
     assert table["kept, MB"][0].startswith("21.15")
+
+
+def test_a_task_below_chance_was_not_learned(tmp_path: Path) -> None:
+    """The share that is lost of nothing would be any number: -396% was shown."""
+    matrix = record()["matrix"]
+    matrix[1][0] = 0.19
+    cell = cell_of(tmp_path, matrix=matrix)
+    assert np.isnan(numbers.relative_forgetting(cell))
+    assert np.isnan(numbers.mean_forgetting(cell))
+    assert numbers.kept(cell) == 0.0
+
+
+def test_forgetting_of_all_old_tasks(tmp_path: Path) -> None:
+    cell = cell_of(tmp_path)
+    each = [numbers.relative_forgetting(cell, task) for task in range(2)]
+    assert numbers.mean_forgetting(cell) == pytest.approx(sum(each) / 2)
+    table = tables.method_table(numbers.group_cells([cell]))
+    assert table["of all old tasks"] == [f"{sum(each) / 2:.1%}"]

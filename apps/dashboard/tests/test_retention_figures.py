@@ -68,7 +68,7 @@ def test_the_matrix_states_scores_and_forgetting(groups: list[Group], theme: str
     fig = figures.retention_matrix(groups[1], kind="change", theme=theme)
     np.testing.assert_allclose(fig.data[0].z[2], [-1.0101010, 0.0], atol=1e-6)
     assert np.isnan(fig.data[0].z[:2]).tolist() == [[True, True], [False, True]]
-    assert [note.text for note in fig.layout.annotations] == ["+0.0%", "-101.0%", "+0.0%"]
+    assert [note.text for note in fig.layout.annotations] == ["0.0%", "-101.0%", "0.0%"]
 
 
 def test_an_unknown_matrix_is_refused(groups: list[Group]) -> None:
@@ -136,3 +136,29 @@ def test_names_from_files_are_not_taken_for_markup(groups: list[Group]) -> None:
         page = str(fig.to_dict())
         assert "<i>m" not in page
         assert "<b>x" not in page
+
+
+def test_shares_kept_of_a_task_hardly_learned_do_not_squeeze_the_others(
+    groups: list[Group],
+) -> None:
+    cell = groups[0].cells[0]
+    matrix = cell.matrix.copy()
+    matrix[1, 0] = cell.chance[0] + 0.001
+    wild = dataclasses.replace(
+        groups[0], cells=(*groups[0].cells, dataclasses.replace(cell, matrix=matrix))
+    )
+    fig = figures.retention_tradeoff([wild])
+    assert fig.layout.yaxis.range == (-0.1, 1.25)
+    assert fig.layout.yaxis.title.text == "old task kept (1 outside: zoom out)"
+    same = dataclasses.replace(groups[0], cells=(cell,))
+    low, high = figures.retention_tradeoff([same]).layout.yaxis.range
+    assert low < numbers.kept(cell) < high < low + 0.1
+    assert groups[0].cells[0].matrix[1, 0] > 0.9
+
+
+def test_no_minus_before_nothing(groups: list[Group]) -> None:
+    cell = dataclasses.replace(
+        groups[0].cells[0], matrix=groups[0].cells[0].chance - 1e-4 * np.ones((3, 2))
+    )
+    fig = figures.retention_matrix(dataclasses.replace(groups[0], cells=(cell,)))
+    assert {note.text for note in fig.layout.annotations} == {"0.0%"}

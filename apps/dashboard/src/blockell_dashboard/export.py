@@ -20,6 +20,7 @@ from .layers import layer_label, layer_order
 from .retention import Retention, read_retention
 from .retention_stats import group_cells
 from .retention_tables import method_table
+from .series import is_loss
 
 __all__ = ["export_report"]
 
@@ -167,7 +168,15 @@ def _run_figures(
         steps, values = metrics.get(name)
         yield (
             "Training",
-            figures.loss(steps, values, name=name, decision_steps=swapped, theme=theme),
+            figures.loss(
+                steps,
+                values,
+                name=name,
+                decision_steps=swapped,
+                alarms=is_loss(name),
+                spans=loaded.spans,
+                theme=theme,
+            ),
         )
     pooled = history.pooled_rates() if len(infos) > 1 else np.empty(0)
     for info in infos:
@@ -192,13 +201,21 @@ def _run_figures(
                 name=label,
                 all_steps=history.steps[: len(pooled)],
                 all_rates=pooled,
+                still=history.still,
+                spans=loaded.spans,
                 theme=theme,
             ),
         )
         yield (
             "",
             figures.column_entropy(
-                series.steps, series.entropy, series.dead_columns, C=info.C, name=label, theme=theme
+                series.steps,
+                series.entropy,
+                series.dead_columns,
+                C=info.C,
+                name=label,
+                spans=loaded.spans,
+                theme=theme,
             ),
         )
 

@@ -27,6 +27,7 @@ from blockell_format.snapshots import (
     open_run,
 )
 
+from .ranks import Divergence, find_divergence
 from .retention import RECORDS_FILE, find_retention, retention_stamp
 from .series import (
     SUMMARY_FIELDS,
@@ -37,12 +38,15 @@ from .series import (
     monotone_levels,
     summarise,
 )
+from .tasks import TaskSpan, task_spans
 
 __all__ = ["LoadedRun", "RunChoice", "find_runs", "is_run", "load_run", "opens"]
 
 MAX_SERIES_STEPS = 1000
 """Snapshots read for a layer's series; longer runs are sampled evenly."""
 _KEPT_SNAPSHOTS = 64
+_NEIGHBOURS = (0, 1, -1, 2, -2, 3, -3)
+"""Where to count live blocks if a snapshot cannot be read: hardly ever do they change."""
 
 _FileKey = tuple[str, str, int, int]
 
@@ -112,6 +116,7 @@ class LoadedRun:
         self._live: dict[_FileKey, int] = {}
         self._series: dict[str, tuple[int, LayerSeries]] = {}
         self._history: tuple[int, SwapHistory] | None = None
+        self._divergence: tuple[int, Divergence | None] | None = None
         self._metrics = MetricLog()
         self._metrics_version = -1
         self._snapshots: OrderedDict[_FileKey, LayerSnapshot] = OrderedDict()
@@ -120,6 +125,11 @@ class LoadedRun:
     def run(self) -> Run:
         """The run itself: layers, steps, configuration, problems, checksums."""
         return self._run
+
+    @property
+    def spans(self) -> tuple[TaskSpan, ...]:
+        """The trainings on several tasks, if the run's configuration states them."""
+        return task_spans(self._run.config)
 
     def refresh(self) -> int:
         """Read what is new on disk; returns the version."""
@@ -160,6 +170,13 @@ class LoadedRun:
             if self._history is None or self._history[0] != self.version:
                 self._history = self.version, self._read_history()
             return self._history[1]
+
+    def divergence(self) -> Divergence | None:
+        """Where processes began to disagree on the topology; from the headers."""
+        with self._lock:
+            if self._divergence is None or self._divergence[0] != self.version:
+                self._divergence = self.version, find_divergence(self._run.checksums())
+            return self._divergence[1]
 
     def metrics(self) -> MetricLog:
         """The numeric metrics."""
@@ -212,13 +229,21 @@ class LoadedRun:
         )
 
     def _live_blocks(self, info: LayerInfo, steps: Sequence[int], at: int) -> int:
-        snapshot = self._run.snapshot(steps[at])
+        for offset in _NEIGHBOURS:
+            if 0 <= at + offset < len(steps):
+                count = self._count_blocks(info, steps[at + offset])
+                if count is not None:
+                    return count
+        return info.R * info.K  # nothing can be read around here; slots are the best guess
+
+    def _count_blocks(self, info: LayerInfo, step: int) -> int | None:
+        snapshot = self._run.snapshot(step)
         key = _file_key(info.name, snapshot.path)
         if key not in self._live:
             try:
                 columns = snapshot.layer(info.name, ("col_indices",)).col_indices
             except SnapshotError:
-                return info.R * info.K  # the reader lists it; slots are the best guess
+                return None  # the reader lists it among the problems
             self._live[key] = int((columns >= 0).sum())
         return self._live[key]
 

@@ -23,6 +23,7 @@ __all__ = [
     "group_cells",
     "kept",
     "lowest",
+    "mean_forgetting",
     "new_nats",
     "relative_forgetting",
     "score_matrix",
@@ -109,10 +110,20 @@ def statistic(values: Sequence[float]) -> Statistic:
 
 
 def relative_forgetting(cell: Cell, task: int = 0) -> float:
-    """(before - after) / (before - chance): 0 nothing lost, 1 all; NaN if nothing was learned."""
+    """(before - after) / (before - chance): 0 nothing lost, 1 all.
+
+    NaN if nothing was learned, that is if the task was no better than chance after its training:
+    the share of nothing that is lost would be any number.
+    """
     before, after = cell.matrix[task + 1, task], cell.matrix[-1, task]
-    learned = before - cell.chance[task]
-    return float((before - after) / learned) if learned else np.nan
+    if score_matrix(cell)[task + 1, task] <= 0:
+        return np.nan
+    return float((before - after) / (before - cell.chance[task]))
+
+
+def mean_forgetting(cell: Cell) -> float:
+    """Mean relative forgetting of all tasks but the last; NaN if one was not learned."""
+    return float(np.mean([relative_forgetting(cell, task) for task in range(len(cell.tasks) - 1)]))
 
 
 def kept(cell: Cell) -> float:

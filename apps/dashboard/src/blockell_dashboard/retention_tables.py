@@ -18,10 +18,14 @@ def method_table(groups: Sequence[Group]) -> Table:
     """One line per method and dial, for people: mean ± sd [lowest to highest] over seeds."""
     exact = groups[0].cells[0].metrics[0] == "exact_match"
     share, plain = "{:.1%}", "{:.3f}"
+    several = {}
+    if len(groups[0].cells[0].tasks) > 2:
+        several = {"of all old tasks": [_text(_mean_forgetting(group), share) for group in groups]}
     return {
         "method": [group.label for group in groups],
         "seeds": [len(group.cells) for group in groups],
         "relative forgetting": [_text(_forgetting(group), share) for group in groups],
+        **several,
         "lowest": [_text(_lowest(group), share if exact else plain) for group in groups],
         "new task's loss, nats": [_text(_nats(group), plain) for group in groups],
         "seconds": [_text(_seconds(group), "{:.1f}") for group in groups],
@@ -35,6 +39,7 @@ def statistics_table(groups: Sequence[Group]) -> Table:
     """The numbers of `method_table`, every statistic in its own column."""
     columns: dict[str, Callable[[Group], Statistic]] = {
         "relative_forgetting": _forgetting,
+        "mean_relative_forgetting": _mean_forgetting,
         "lowest": _lowest,
         "new_task_nats": _nats,
         "seconds": _seconds,
@@ -120,6 +125,10 @@ def _names(groups: Sequence[Group]) -> dict[str, list[Any]]:
 
 def _forgetting(group: Group) -> Statistic:
     return numbers.statistic([numbers.relative_forgetting(cell) for cell in group.cells])
+
+
+def _mean_forgetting(group: Group) -> Statistic:
+    return numbers.statistic([numbers.mean_forgetting(cell) for cell in group.cells])
 
 
 def _lowest(group: Group) -> Statistic:

@@ -14,7 +14,7 @@ from blockell_format.snapshots import LayerSnapshot
 
 from . import stats
 
-__all__ = ["LayerSeries", "MetricLog", "SwapHistory", "monotone_levels", "summarise"]
+__all__ = ["LayerSeries", "MetricLog", "SwapHistory", "is_loss", "monotone_levels", "summarise"]
 
 Row = tuple[float, ...]
 _SHORTEST_AGE_AXIS = 10.0
@@ -114,6 +114,23 @@ class SwapHistory:
         """[S] share of the blocks of all layers together; NaN where there was no decision."""
         return self._rates(self.swaps.sum(axis=1), self.blocks.sum(axis=1))
 
+    def outside(self, name: str) -> NDArray[np.bool_]:
+        """[S] decisions at which a layer's rate left the healthy band.
+
+        A snapshot at which no layer swapped anything is none: recorders also write them where the
+        topology stands still on purpose, in the last part of a task for example.
+        """
+        return stats.outside_band(self.rates(name)) & ~self.still
+
+    def pooled_outside(self) -> NDArray[np.bool_]:
+        """The same for all layers together."""
+        return stats.outside_band(self.pooled_rates()) & ~self.still
+
+    @property
+    def still(self) -> NDArray[np.bool_]:
+        """[S] snapshots at which no layer swapped a block."""
+        return np.asarray(self.swaps.sum(axis=1) == 0)
+
     def _rates(self, swaps: NDArray[np.int64], blocks: NDArray[np.int64]) -> NDArray[np.float64]:
         rates = stats.swap_rates(swaps, blocks)
         # A snapshot of the start, before any training, records no decision.
@@ -145,6 +162,11 @@ def monotone_levels(count: int, read: Callable[[int], int]) -> NDArray[np.int64]
         value = read(middle)
         stretches += [(start, middle, first, value), (middle, stop, value, last)]
     return values
+
+
+def is_loss(name: str) -> bool:
+    """Whether a metric is one that should fall: only there a high value is worth an alarm."""
+    return any(word in name.lower() for word in ("loss", "nats", "bits_per", "perplexity"))
 
 
 class MetricLog:

@@ -5,6 +5,7 @@ R block rows, C block columns, K slots per row, S steps of a series.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,6 +26,7 @@ __all__ = [
     "block_grid",
     "bucket_indices",
     "change_grid",
+    "change_since",
     "loss_spikes",
     "nice_ceiling",
     "outside_band",
@@ -45,18 +47,21 @@ CHANGE_NAMES = ("no block", "kept", "born", "died")
 """Names of the codes in `change_grid`, in order."""
 
 
-def block_grid(col_indices: IntArray, values: NDArray[Any], C: int) -> NDArray[np.float32]:
+def block_grid(
+    col_indices: IntArray, values: NDArray[Any], C: int, dtype: Any = np.float32
+) -> NDArray[Any]:
     """Spread a quantity per slot over the [R, C] grid of block positions.
 
     Args:
         col_indices: [R, K] block columns, -1 in spare slots.
         values: [R, K] one number per slot.
         C: block columns.
+        dtype: of the result; float32 holds whole numbers below 16.7 million.
 
     Returns:
-        float32 [R, C]; NaN where there is no block, so that absent never looks like zero.
+        [R, C]; NaN where there is no block, so that absent never looks like zero.
     """
-    grid = np.full((col_indices.shape[0], C), np.nan, dtype=np.float32)
+    grid = np.full((col_indices.shape[0], C), np.nan, dtype=dtype)
     rows, slots = np.nonzero(_present(col_indices, C))
     grid[rows, col_indices[rows, slots]] = values[rows, slots]
     return grid
@@ -87,6 +92,34 @@ def change_grid(
     ):
         rows, slots = np.nonzero(mask)
         grid[rows, columns[rows, slots]] = code
+    return grid
+
+
+def change_since(
+    before: IntArray, ages_before: IntArray, after: IntArray, ages_after: IntArray, C: int
+) -> NDArray[np.uint8]:
+    """What became of every block position between two snapshots of one layer.
+
+    Args:
+        before, after: [R, K] block columns at the earlier and the later one, -1 in spare slots.
+        ages_before, ages_after: [R, K] block ages in steps.
+        C: block columns.
+
+    Returns:
+        uint8 [R, C] of ABSENT, KEPT, BORN, DIED. A position that was given up and taken again in
+        between is BORN, since its weights are new: all blocks that live on age by the same number
+        of steps, and what aged by less was born in between.
+    """
+    old = block_grid(before, ages_before, C, dtype=np.float64)
+    new = block_grid(after, ages_after, C, dtype=np.float64)
+    there, here = np.isfinite(old), np.isfinite(new)
+    grid = np.full(old.shape, ABSENT, dtype=np.uint8)
+    grid[there & ~here] = DIED
+    grid[here] = BORN
+    both = there & here
+    if both.any():
+        aged = np.where(both, new - old, -np.inf)
+        grid[both & (aged == aged.max())] = KEPT
     return grid
 
 
@@ -223,27 +256,42 @@ def outside_band(
         return np.asarray((rates < band[0]) | (rates > band[1]))
 
 
-def rolling_mean(values: FloatArray, window: int) -> NDArray[np.float64]:
-    """Mean of the last `window` finite values at each position (fewer at the start)."""
+def rolling_mean(
+    values: FloatArray, window: int, starts: Sequence[int] | IntArray = ()
+) -> NDArray[np.float64]:
+    """Mean of the last `window` finite values at each position (fewer at the start).
+
+    At the positions `starts` the mean begins anew, as where another task begins.
+    """
     if window < 1:
         raise ValueError(f"window (={window}) must be at least 1.")
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])
     end = np.arange(1, len(values) + 1)
-    start = np.maximum(end - window, 0)
+    begun = np.zeros(len(values) + 1, dtype=np.int64)
+    begun[np.asarray(starts, dtype=np.int64)] = np.asarray(starts, dtype=np.int64)
+    start = np.maximum(end - window, np.maximum.accumulate(begun)[: len(values)])
     mean = np.full(len(values), np.nan)
     seen = count[end] - count[start]
     np.divide(total[end] - total[start], seen, out=mean, where=seen > 0)
     return mean
 
 
-def loss_spikes(losses: FloatArray, factor: float = 2.0, window: int = 50) -> NDArray[np.bool_]:
+def loss_spikes(
+    losses: FloatArray,
+    factor: float = 2.0,
+    window: int = 50,
+    starts: Sequence[int] | IntArray = (),
+) -> NDArray[np.bool_]:
     """True where a loss exceeds `factor` times the mean of the `window` losses before it.
 
-    A loss that is not finite is a spike too.
+    A loss that is not finite is a spike too. `starts` are positions at which another task begins:
+    its losses are not compared with those of the task before.
     """
-    before = np.concatenate([[np.nan], rolling_mean(losses, window)[:-1]])[: len(losses)]
+    before = np.concatenate([[np.nan], rolling_mean(losses, window, starts)[:-1]])[: len(losses)]
+    first = np.asarray(starts, dtype=np.int64)
+    before[first[first < len(losses)]] = np.nan
     with np.errstate(invalid="ignore"):
         return np.asarray((losses > factor * before) | ~np.isfinite(losses))
 

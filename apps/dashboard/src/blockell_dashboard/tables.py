@@ -16,8 +16,9 @@ import numpy as np
 from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 from . import stats
+from .tasks import TaskSpan, birth_tasks
 
-__all__ = ["Table", "age_table", "file_name", "to_csv", "topology_table"]
+__all__ = ["Table", "age_table", "change_table", "file_name", "to_csv", "topology_table"]
 
 Table = Mapping[str, Sequence[Any] | np.ndarray[Any, Any]]
 """Columns of equal length by name."""
@@ -55,11 +56,20 @@ def file_name(*parts: str | int) -> str:
     return name[:150] or "data"
 
 
-def topology_table(layer: LayerSnapshot, info: LayerInfo) -> Table:
-    """One line per block: where it is, its weight slice, age, score and whether it is new."""
+def topology_table(
+    layer: LayerSnapshot, info: LayerInfo, *, step: int = 0, spans: Sequence[TaskSpan] = ()
+) -> Table:
+    """One line per block: where it is, its weight slice, age, score and whether it is new.
+
+    With the trainings of a run (`spans`), also in which of them it was born.
+    """
     rows, slots = np.nonzero(layer.col_indices >= 0)
     columns = layer.col_indices[rows, slots]
     change = np.where(layer.swapped[rows, slots], stats.BORN, stats.KEPT)
+    ages = layer.block_age_steps[rows, slots]
+    tasks: Table = {}
+    if spans:
+        tasks = {"task_of_birth": [spans[i].name for i in birth_tasks(ages, step, spans)]}
     return {
         "row": rows,
         "column": columns,
@@ -68,12 +78,37 @@ def topology_table(layer: LayerSnapshot, info: LayerInfo) -> Table:
         "weight_row_stop": (rows + 1) * info.B,
         "weight_column_start": columns * info.B,
         "weight_column_stop": (columns + 1) * info.B,
-        "age_steps": layer.block_age_steps[rows, slots],
+        "age_steps": ages,
         "score": layer.block_score[rows, slots].astype(np.float64),
         "change": [stats.CHANGE_NAMES[code] for code in change],
         "replaced_column": np.where(
             layer.swapped[rows, slots], layer.previous_columns[rows, slots], -1
         ),
+        **tasks,
+    }
+
+
+def change_table(layer: LayerSnapshot, earlier: LayerSnapshot, info: LayerInfo) -> Table:
+    """One line per position that holds a block now, or held one at the earlier snapshot.
+
+    Age and score are those of now; empty for blocks that died.
+    """
+    changes = stats.change_since(
+        earlier.col_indices,
+        earlier.block_age_steps,
+        layer.col_indices,
+        layer.block_age_steps,
+        info.C,
+    )
+    rows, columns = np.nonzero(changes != stats.ABSENT)
+    ages = stats.block_grid(layer.col_indices, layer.block_age_steps, info.C, dtype=np.float64)
+    scores = stats.block_grid(layer.col_indices, layer.block_score, info.C, dtype=np.float64)
+    return {
+        "row": rows,
+        "column": columns,
+        "change": [stats.CHANGE_NAMES[code] for code in changes[rows, columns]],
+        "age_steps": ages[rows, columns],
+        "score": scores[rows, columns],
     }
 
 

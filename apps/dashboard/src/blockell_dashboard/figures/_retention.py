@@ -10,9 +10,11 @@ import numpy as np
 import plotly.graph_objects as go
 
 from .. import retention_stats as numbers
+from ..retention import Cell
 from ..retention_stats import Group, TaskLine
+from ..tasks import TaskSpan
 from ._retention_matrix import count_seeds
-from ._theme import Theme, apply_layout, palette, step_axis
+from ._theme import Theme, apply_layout, mark_tasks, palette, series_style, step_axis
 
 __all__ = [
     "old_task_over_steps",
@@ -21,13 +23,8 @@ __all__ = [
 ]
 
 _HEIGHT = 400
-# Okabe-Ito without its yellow, lightened for the dark page; symbols tell apart what is left.
-_COLOURS = {
-    "light": ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#b07400", "#3a97cf", "#6b7280"),
-    "dark": ("#56b4e9", "#f0883e", "#2ec99b", "#e29cc6", "#e6b422", "#9ad2f5", "#b0b6c0"),
-}
-_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
-_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
+_KEPT_VIEW = (-0.1, 1.25)
+"""Of a task that was hardly learned, any share may be left; such points stay out of the view."""
 _SCORE_AXIS = {"range": [-0.08, 1.08], "tickformat": ".0%"}
 
 
@@ -48,7 +45,7 @@ def task_scores(group: Group, *, theme: Theme = "light", height: int = _HEIGHT) 
     for task, name in enumerate(cell.tasks):
         lines = [numbers.task_lines(other)[task] for other in group.cells]
         _seeds_and_mean(fig, lines, escape(name), task, theme, metric=cell.metrics[task])
-    _boundaries(fig, cell.tasks, cell.steps, theme)
+    mark_tasks(fig, _spans(cell), theme)
     return apply_layout(
         fig,
         theme,
@@ -85,7 +82,7 @@ def old_task_over_steps(
             after = line.steps >= start
             lines.append(TaskLine(task, *(part[after] for part in line[1:])))
         _seeds_and_mean(fig, lines, escape(group.label), number, theme, metric=cell.metrics[task])
-    _boundaries(fig, cell.tasks, cell.steps, theme, first=task + 1)
+    mark_tasks(fig, _spans(cell)[task + 1 :], theme)
     return apply_layout(
         fig,
         theme,
@@ -119,7 +116,7 @@ def retention_tradeoff(
     fig = go.Figure()
     for number, name in enumerate(curves):
         mine = [group for group in groups if group.curve == name]
-        colour, symbol, dash = _style(number, theme)
+        colour, symbol, dash = series_style(number, theme)
         cells = [(group, cell) for group in mine for cell in group.cells]
         means = [
             (
@@ -161,6 +158,11 @@ def retention_tradeoff(
         )
     losses = np.array([numbers.new_nats(cell) for group in groups for cell in group.cells])
     view, outside = _view(losses)
+    shares = np.array([numbers.kept(cell) for group in groups for cell in group.cells])
+    wild = int(((shares < _KEPT_VIEW[0]) | (shares > _KEPT_VIEW[1])).sum())
+    outliers = f" ({wild} outside: zoom out)" if wild else ""
+    pad = max(0.06 * float(np.ptp(shares)), 0.02)
+    heights = list(_KEPT_VIEW) if wild else [float(shares.min()) - pad, float(shares.max()) + pad]
     beyond = f" ({outside} beyond {view[1]:.1f}: zoom out)" if outside else ""
     return apply_layout(
         fig,
@@ -168,10 +170,10 @@ def retention_tradeoff(
         title="Old task kept against new task's loss",
         subtitle=f"a point per seed; better is up and left; 100%: {escape(first)} as before",
         x_title=f"loss of the new tasks, each right after its training, nats{beyond}",
-        y_title="old task kept",
+        y_title=f"old task kept{outliers}",
         height=height,
         xaxis={"range": view} if outside else {},
-        yaxis={"tickformat": ".0%"},
+        yaxis={"tickformat": ".0%", "range": heights},
     )
 
 
@@ -188,15 +190,6 @@ def _view(losses: numbers.Floats) -> tuple[list[float], int]:
     return [best - pad, widest + pad], outside
 
 
-def _style(number: int, theme: Theme) -> tuple[str, str, str]:
-    colours = _COLOURS[theme]
-    return (
-        colours[number % len(colours)],
-        _SYMBOLS[number % len(_SYMBOLS)],
-        _DASHES[number // len(colours) % len(_DASHES)],
-    )
-
-
 def _seeds_and_mean(
     fig: go.Figure,
     lines: Sequence[TaskLine],
@@ -207,7 +200,7 @@ def _seeds_and_mean(
     metric: str,
 ) -> None:
     """Thin lines of the seeds, and the mean where they were measured at the same steps."""
-    colour, symbol, dash = _style(number, theme)
+    colour, symbol, dash = series_style(number, theme)
     same = all(np.array_equal(line.steps, lines[0].steps) for line in lines)
     single = len(lines) == 1
 
@@ -243,21 +236,6 @@ def _seeds_and_mean(
         draw(TaskLine(lines[0].task, lines[0].steps, values, scores), mean=True, legend=True)
 
 
-def _boundaries(
-    fig: go.Figure, tasks: Sequence[str], steps: Sequence[int], theme: Theme, *, first: int = 0
-) -> None:
-    """A vertical line where each training begins, with the task's name."""
-    muted = palette(theme).muted
-    for number in range(first, len(tasks)):
-        at = sum(steps[:number])
-        fig.add_vline(x=at, line={"color": muted, "width": 1.2, "dash": "dot"})
-        fig.add_annotation(
-            x=at,
-            y=1.0,
-            yref="paper",
-            yanchor="bottom",
-            xanchor="left",
-            text=f"{escape(tasks[number])} begins",
-            showarrow=False,
-            font={"color": muted, "size": 11},
-        )
+def _spans(cell: Cell) -> list[TaskSpan]:
+    stops = [sum(cell.steps[: number + 1]) for number in range(len(cell.tasks))]
+    return list(map(TaskSpan, cell.tasks, [0, *stops[:-1]], stops))

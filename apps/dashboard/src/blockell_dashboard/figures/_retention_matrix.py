@@ -44,7 +44,6 @@ def retention_matrix(
     make = numbers.score_matrix if kind == "score" else numbers.change_matrix
     values = np.mean([make(other) for other in group.cells], axis=0)
     raw = np.mean([other.matrix for other in group.cells], axis=0)
-    shown = "{:.1%}" if kind == "score" else "{:+.1%}"
     # On the strongest colours: white on the light page's, dark on the dark page's.
     contrast = "#ffffff" if theme == "light" or kind == "score" else colours.background
     tasks = [escape(name) for name in cell.tasks]
@@ -55,7 +54,7 @@ def retention_matrix(
         if kind == "score"
         else [[0, colours.second], [0.5, colours.absent], [1, colours.first]]
     )
-    texts = [[shown.format(v) if np.isfinite(v) else "" for v in row] for row in values]
+    texts = [[_percent(v, signed=kind == "change") for v in row] for row in values]
     fig = go.Figure(
         go.Heatmap(
             z=values,
@@ -102,6 +101,14 @@ def retention_matrix(
         tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showgrid=False
     )
     return fig
+
+
+def _percent(value: float, *, signed: bool) -> str:
+    """Empty for NaN; never "-0.0%"."""
+    if not np.isfinite(value):
+        return ""
+    rounded = round(float(value), 3) + 0.0
+    return f"{rounded:+.1%}" if signed and rounded else f"{rounded:.1%}"
 
 
 def count_seeds(count: int) -> str:

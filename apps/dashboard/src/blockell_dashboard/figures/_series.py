@@ -1,7 +1,8 @@
-"""Charts over training steps: swap rate, column entropy, loss. S points in a series."""
+"""Charts over training steps: swap rate, column entropy, density, loss. S points in a series."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import Any
 
@@ -10,9 +11,10 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
-from ._theme import Theme, apply_layout, mark_step, palette, step_axis
+from ..tasks import TaskSpan
+from ._theme import Theme, apply_layout, mark_step, mark_tasks, palette, step_axis
 
-__all__ = ["column_entropy", "loss", "swap_rate"]
+__all__ = ["column_entropy", "density", "loss", "swap_rate"]
 
 _HEIGHT = 370
 _NONE = np.empty(0)
@@ -27,6 +29,8 @@ def swap_rate(
     all_rates: NDArray[Any] = _NONE,
     band: tuple[float, float] = stats.HEALTHY_SWAP_RATE,
     window: int = 10,
+    still: NDArray[np.bool_] | None = None,
+    spans: Sequence[TaskSpan] = (),
     selected_step: int | None = None,
     theme: Theme = "light",
     height: int = _HEIGHT,
@@ -39,12 +43,16 @@ def swap_rate(
         all_steps, all_rates: the same over all layers together, drawn if given.
         band: healthy rates, drawn as an area; decisions outside are marked.
         window: decisions in the rolling mean.
+        still: [S] snapshots at which nothing was swapped anywhere: these are not marked.
+        spans: trainings on several tasks; their boundaries are drawn.
         selected_step: marked by a vertical line.
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
     colours, name = palette(theme), escape(name)
     outside = stats.outside_band(rates, band)
+    quiet = np.zeros(len(rates), dtype=bool) if still is None else still & np.isfinite(rates)
+    outside &= ~quiet
     keep = np.union1d(stats.bucket_indices(rates), np.flatnonzero(outside)[:2000]).astype(int)
     fig = go.Figure()
     fig.add_hrect(y0=band[0], y1=band[1], fillcolor=colours.band, line_width=0, layer="below")
@@ -63,7 +71,7 @@ def swap_rate(
     few = len(keep) <= 60
     _line(fig, name, steps[keep], rates[keep], colours.first, mode="lines+markers" if few else "")
     if np.isfinite(rates).sum() > window:
-        mean = stats.rolling_mean(rates, window)[keep]
+        mean = stats.rolling_mean(rates, window, _starts(steps, spans))[keep]
         _line(fig, f"mean of {window}", steps[keep], mean, colours.text, width=2.4)
     marked = keep[outside[keep]]
     fig.add_trace(
@@ -83,16 +91,20 @@ def swap_rate(
         )
     )
     mark_step(fig, selected_step, theme)
+    mark_tasks(fig, spans, theme)
     top = float(np.nanmax(np.concatenate([rates, all_rates, [band[1]]])))
     subtitle = "share of blocks replaced per decision"
-    decisions = int(np.isfinite(rates).sum())
+    decisions = int((np.isfinite(rates) & ~quiet).sum())
     if decisions:
         subtitle += f"; {int(outside.sum()):,} of {decisions:,} outside the band"
+    if quiet.any():
+        subtitle += f"; none at {int(quiet.sum()):,}"
     return apply_layout(
         fig,
         theme,
         title="Swap rate",
         subtitle=subtitle,
+        margin_t=78 if spans else 60,
         x_title="step",
         y_title="blocks replaced",
         height=height,
@@ -109,6 +121,7 @@ def column_entropy(
     *,
     C: int,
     name: str = "this layer",
+    spans: Sequence[TaskSpan] = (),
     selected_step: int | None = None,
     theme: Theme = "light",
     height: int = _HEIGHT,
@@ -120,6 +133,7 @@ def column_entropy(
         dead_columns: [S] columns that no block reads.
         C: block columns.
         name: of the layer.
+        spans: trainings on several tasks; their boundaries are drawn.
         selected_step: marked by a vertical line.
         theme: "light" or "dark".
         height: of the figure, in pixels.
@@ -140,6 +154,7 @@ def column_entropy(
         showlegend=False,
     )
     mark_step(fig, selected_step, theme)
+    mark_tasks(fig, spans, theme)
     subtitle = "1 is even use of all columns"
     if len(dead_columns):
         subtitle += f"; unused now: {int(dead_columns[-1]):,} of {C:,}"
@@ -152,6 +167,7 @@ def column_entropy(
         theme,
         title="Column entropy",
         subtitle=subtitle,
+        margin_t=78 if spans else 60,
         x_title="step",
         y_title="normalised entropy",
         height=height,
@@ -161,30 +177,88 @@ def column_entropy(
     )
 
 
+def density(
+    steps: NDArray[Any],
+    shares: NDArray[Any],
+    *,
+    name: str = "this layer",
+    all_shares: NDArray[Any] = _NONE,
+    spans: Sequence[TaskSpan] = (),
+    selected_step: int | None = None,
+    theme: Theme = "light",
+    height: int = _HEIGHT,
+) -> go.Figure:
+    """Draw the share of block positions that hold a block, of a model that grows.
+
+    Args:
+        steps, shares: [S] one layer.
+        name: of that layer.
+        all_shares: [S] the same over all layers together, drawn if given.
+        spans: trainings on several tasks; their boundaries are drawn.
+        selected_step: marked by a vertical line.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours, name = palette(theme), escape(name)
+    fig = go.Figure()
+    if len(all_shares):
+        keep = stats.bucket_indices(all_shares)
+        _line(fig, "all layers", steps[keep], all_shares[keep], colours.third, dash="dot")
+    keep = stats.bucket_indices(shares)
+    few = "lines+markers" if len(keep) <= 60 else ""
+    _line(fig, name, steps[keep], shares[keep], colours.first, mode=few)
+    mark_step(fig, selected_step, theme)
+    mark_tasks(fig, spans, theme)
+    subtitle = "share of block positions that hold a block"
+    if len(shares):
+        subtitle += f"; {shares[0]:.1%} at first, {shares[-1]:.1%} now"
+    return apply_layout(
+        fig,
+        theme,
+        title="Density",
+        subtitle=subtitle,
+        margin_t=78 if spans else 60,
+        x_title="step",
+        y_title="density",
+        height=height,
+        hovermode="x unified",
+        xaxis=step_axis(steps),
+        yaxis={"tickformat": ".0%", "hoverformat": ".1%", "range": [0, 1.02]},
+    )
+
+
 def loss(
     steps: NDArray[Any],
     losses: NDArray[Any],
     *,
     name: str = "loss",
     decision_steps: NDArray[Any] = _NONE,
+    alarms: bool = True,
+    spans: Sequence[TaskSpan] = (),
     selected_step: int | None = None,
     theme: Theme = "light",
     height: int = _HEIGHT,
 ) -> go.Figure:
     """Draw a loss over steps, with the topology decisions as ticks below it.
 
-    Losses above twice the mean of the 50 before them are marked: a decision must not cause them.
+    Losses above twice the mean of the 50 before them (of the same task) are marked: a decision
+    must not cause them.
 
     Args:
         steps, losses: [S] one metric; not finite values are marked at the upper edge.
         name: of the metric.
         decision_steps: steps at which blocks were swapped.
+        alarms: mark high values; switch it off for metrics that may rise.
+        spans: trainings on several tasks; their boundaries are drawn.
         selected_step: marked by a vertical line.
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
     colours, name = palette(theme), escape(name)
-    spikes = stats.loss_spikes(losses)
+    spikes: NDArray[np.bool_] = np.zeros(len(losses), dtype=bool)
+    starts = _starts(steps, spans)
+    if alarms:
+        spikes = stats.loss_spikes(losses, starts=starts)
     keep = np.union1d(stats.bucket_indices(losses), np.flatnonzero(spikes)[:2000]).astype(int)
     finite = losses[np.isfinite(losses)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 1.0)
@@ -192,10 +266,19 @@ def loss(
     span = (high - low) or 1.0
     fig = go.Figure()
     clean = np.where(np.isfinite(losses), losses, np.nan)
-    _line(fig, name, steps[keep], clean[keep], colours.first, opacity=0.45)
-    window = max(5, len(losses) // 50)
-    if len(losses) > 20:
-        mean = stats.rolling_mean(losses, window)[keep]
+    window, smoothed = max(5, len(losses) // 50), len(losses) > 20
+    few = "lines+markers" if len(losses) <= 20 else ""
+    _line(
+        fig,
+        name,
+        steps[keep],
+        clean[keep],
+        colours.first,
+        opacity=0.45 if smoothed else 1,
+        mode=few,
+    )
+    if smoothed:
+        mean = stats.rolling_mean(losses, window, starts)[keep]
         _line(fig, f"mean of {window}", steps[keep], mean, colours.first, width=2.4)
     marked = np.flatnonzero(spikes)[:2000]
     fig.add_trace(
@@ -222,11 +305,16 @@ def loss(
         )
     )
     mark_step(fig, selected_step, theme)
+    mark_tasks(fig, spans, theme)
+    subtitle = f"{len(losses):,} values"
+    if alarms:
+        subtitle += f"; {int(spikes.sum()):,} above 2× the mean before them"  # noqa: RUF001
     return apply_layout(
         fig,
         theme,
         title=f"Training metric: {name}",
-        subtitle=f"{len(losses):,} values; {int(spikes.sum()):,} above 2× the mean before them",  # noqa: RUF001
+        subtitle=subtitle,
+        margin_t=78 if spans else 60,
         x_title="step",
         y_title=name,
         height=height,
@@ -234,6 +322,11 @@ def loss(
         xaxis=step_axis(np.concatenate([steps, decision_steps])),
         yaxis={"range": [low - 0.12 * span, high + 0.08 * span], "hoverformat": ".4g"},
     )
+
+
+def _starts(steps: NDArray[Any], spans: Sequence[TaskSpan]) -> NDArray[np.int64]:
+    """Positions of the first values of each later task."""
+    return np.searchsorted(steps, [span.start for span in spans[1:]], side="right")
 
 
 def _line(

@@ -4,11 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from typing import Any, Literal
 
 import plotly.graph_objects as go
 
-__all__ = ["PALETTES", "Palette", "Theme", "apply_layout", "mark_step", "palette"]
+from ..tasks import TaskSpan
+
+__all__ = [
+    "PALETTES",
+    "_SERIES_COLOURS",
+    "Palette",
+    "Theme",
+    "apply_layout",
+    "mark_step",
+    "mark_tasks",
+    "palette",
+    "series_style",
+    "step_axis",
+]
 
 Theme = Literal["light", "dark"]
 
@@ -60,6 +74,15 @@ PALETTES: dict[str, Palette] = {
         band="rgba(0, 190, 140, 0.16)",
     ),
 }
+
+
+# Okabe-Ito without its yellow, lightened for the dark page; symbols tell apart what is left.
+_SERIES_COLOURS: dict[str, tuple[str, ...]] = {
+    "light": ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#b07400", "#3a97cf", "#6b7280"),
+    "dark": ("#56b4e9", "#f0883e", "#2ec99b", "#e29cc6", "#e6b422", "#9ad2f5", "#b0b6c0"),
+}
+_SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
+_DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
 
 def palette(theme: Theme) -> Palette:
@@ -145,6 +168,23 @@ def mark_step(fig: go.Figure, step: int | None, theme: Theme) -> None:
         fig.add_vline(x=step, line={"color": palette(theme).muted, "width": 1.2, "dash": "dot"})
 
 
+def mark_tasks(fig: go.Figure, spans: Sequence[TaskSpan], theme: Theme) -> None:
+    """Draw a vertical line where each training begins, with the task's name above the chart."""
+    muted = palette(theme).muted
+    for span in spans:
+        fig.add_vline(x=span.start, line={"color": muted, "width": 1.2, "dash": "dot"})
+        fig.add_annotation(
+            x=span.start,
+            y=1.0,
+            yref="paper",
+            yanchor="bottom",
+            xanchor="left",
+            text=f"{escape(span.name)} begins",
+            showarrow=False,
+            font={"color": muted, "size": 11},
+        )
+
+
 def step_axis(steps: Sequence[int] | Any) -> dict[str, Any]:
     """A range of steps with a small margin, the same for every chart over time of a run."""
     if len(steps) == 0:
@@ -152,3 +192,13 @@ def step_axis(steps: Sequence[int] | Any) -> dict[str, Any]:
     first, last = float(min(steps)), float(max(steps))
     margin = (last - first) * 0.02 or max(1.0, abs(last) * 0.02)
     return {"range": [first - margin, last + margin], "tickformat": ",d"}
+
+
+def series_style(number: int, theme: Theme) -> tuple[str, str, str]:
+    """Colour, marker symbol and dash of the line of this number (from 0)."""
+    colours = _SERIES_COLOURS[theme]
+    return (
+        colours[number % len(colours)],
+        _SYMBOLS[number % len(_SYMBOLS)],
+        _DASHES[number // len(colours) % len(_DASHES)],
+    )

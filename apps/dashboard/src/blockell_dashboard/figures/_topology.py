@@ -5,31 +5,39 @@ R block rows (output side), C block columns (input side), K slots per row, B til
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 import plotly.graph_objects as go
 from numpy.typing import NDArray
 
+from blockell_format import block_overlap
 from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 from .. import stats
-from ._cells import CellGrid, legend_entry
+from ..tasks import TaskSpan, birth_tasks
+from ._cells import CellGrid
+from ._kinds import draw_changes, draw_tasks
 from ._theme import Palette, Theme, apply_layout, palette
 
 __all__ = ["COLOURS", "Colour", "topology_heatmap"]
 
-Colour = Literal["age", "score", "change"]
-COLOURS: tuple[Colour, ...] = ("age", "score", "change")
+Colour = Literal["age", "score", "change", "since", "task"]
+COLOURS: tuple[Colour, ...] = ("age", "score", "change", "since", "task")
 
 # Both scales are perceptually uniform and readable with any colour deficiency; two different ones,
 # so that an age map is never taken for a score map.
 _SCALES = {"age": "Viridis", "score": "Cividis"}
 _COLOUR_TITLES = {"age": "age<br>(steps)", "score": "score"}
-_TITLES = {"age": "Block age", "score": "Block score", "change": "Born, died and kept"}
+_TITLES = {
+    "age": "Block age",
+    "score": "Block score",
+    "change": "Born, died and kept",
+    "since": "Born, died and kept",
+    "task": "Task of birth",
+}
 _NOT_FINITE = "#cc79a7"
-_MAX_SYMBOLS = 4000
-_MAX_SYMBOL_SIDE = 200
 
 
 def topology_heatmap(
@@ -39,6 +47,8 @@ def topology_heatmap(
     colour: Colour = "age",
     value_range: tuple[float, float] | None = None,
     step: int | None = None,
+    since: tuple[int, LayerSnapshot] | None = None,
+    spans: Sequence[TaskSpan] = (),
     theme: Theme = "light",
     max_cells_per_side: int = 500,
     height: int = 540,
@@ -48,11 +58,14 @@ def topology_heatmap(
     Args:
         layer: arrays of the layer, [R, K] each.
         info: name and sizes of the layer.
-        colour: "age" (steps since the block was born), "score" (what keeps it alive) or
-            "change" (born, died or kept at this decision).
+        colour: "age" (steps since the block was born), "score" (what keeps it alive),
+            "change" (born, died or kept at this decision), "since" (the same since an earlier
+            snapshot) or "task" (in whose training the block was born).
         value_range: ends of the colour scale; give the same ones at every step to compare steps.
             By default the range of this snapshot.
-        step: shown in the title.
+        step: shown in the title; "task" needs it.
+        since: step and arrays of the earlier snapshot, for "since".
+        spans: the trainings of the run, for "task".
         theme: "light" or "dark".
         max_cells_per_side: larger grids are aggregated (`stats.tile_grid`).
         height: of the figure, in pixels.
@@ -66,27 +79,39 @@ def topology_heatmap(
     colours = palette(theme)
     age_grid = stats.block_grid(layer.col_indices, layer.block_age_steps, info.C)
     score_grid = stats.block_grid(layer.col_indices, layer.block_score, info.C)
-    change_grid = stats.change_grid(
-        layer.col_indices, layer.swapped, layer.previous_columns, info.C
-    )
-    changes = stats.tile_grid(change_grid, max_cells_per_side)
+    kinds_grid = _kinds_grid(layer, info, colour, step, since, spans)
+    kinds = stats.tile_grid(kinds_grid, max_cells_per_side)
     age = stats.tile_grid(age_grid, max_cells_per_side).values
     score = stats.tile_grid(score_grid, max_cells_per_side).values
-    cells = CellGrid(changes, info)
+    cells = CellGrid(kinds, info)
 
     fig = go.Figure()
-    if colour == "change":
-        counts = np.bincount(change_grid.ravel(), minlength=len(stats.CHANGE_NAMES))
-        _draw_changes(fig, cells, changes.values, counts, age, score, colours, height)
+    counts = np.bincount(kinds_grid.ravel(), minlength=max(4, len(spans) + 1))
+    title, subtitle = _TITLES[colour], _subtitle(layer, info, cells)
+    title += "" if step is None else f" at step {step:,}"
+    if colour in ("change", "since"):
+        when = "at this decision"
+        if since is not None and colour == "since":
+            when = f"since step {since[0]:,}"
+            title = f"{_TITLES[colour]} {when}" + ("" if step is None else f", at step {step:,}")
+            same = block_overlap(since[1].col_indices, layer.col_indices, info.C)
+            subtitle += f"; overlap {same.fraction:.1%}, by chance {same.chance:.1%}"
+        draw_changes(
+            fig, cells, kinds.values, counts, age, score, when=when, theme=theme, height=height
+        )
+    elif colour == "task":
+        draw_tasks(
+            fig, cells, kinds.values, counts, age, score, spans=spans, theme=theme, height=height
+        )
     else:
         values, grid = (age, age_grid) if colour == "age" else (score, score_grid)
         ends = value_range or _own_range(colour, grid)
-        _draw_values(fig, cells, colour, values, changes.values, age, score, ends, colours)
+        _draw_values(fig, cells, colour, values, kinds.values, age, score, ends, colours)
     return apply_layout(
         fig,
         theme,
-        title=_TITLES[colour] + ("" if step is None else f" at step {step:,}"),
-        subtitle=_subtitle(layer, info, cells),
+        title=title,
+        subtitle=subtitle,
         x_title="block column (input side)",
         y_title="block row (output side)",
         height=height,
@@ -94,6 +119,31 @@ def topology_heatmap(
         xaxis={"showgrid": False, "range": cells.axis_range(info.C, cells.column_step)},
         yaxis={"showgrid": False, "range": cells.axis_range(info.R, cells.row_step)[::-1]},
     )
+
+
+def _kinds_grid(
+    layer: LayerSnapshot,
+    info: LayerInfo,
+    colour: Colour,
+    step: int | None,
+    since: tuple[int, LayerSnapshot] | None,
+    spans: Sequence[TaskSpan],
+) -> NDArray[np.uint8]:
+    """[R, C] codes that say what is at a position: 0 for a position without a block."""
+    if colour == "task":
+        if step is None or not spans:
+            raise ValueError('colour (="task") needs step and spans, the trainings of the run.')
+        tasks = birth_tasks(layer.block_age_steps, step, spans) + 1
+        grid = stats.block_grid(layer.col_indices, tasks, info.C)
+        return np.nan_to_num(grid, nan=0.0).astype(np.uint8)
+    if colour == "since":
+        if since is None:
+            raise ValueError('colour (="since") needs since, an earlier snapshot.')
+        old = since[1]
+        return stats.change_since(
+            old.col_indices, old.block_age_steps, layer.col_indices, layer.block_age_steps, info.C
+        )
+    return stats.change_grid(layer.col_indices, layer.swapped, layer.previous_columns, info.C)
 
 
 def _draw_values(
@@ -134,38 +184,6 @@ def _draw_values(
             "x": 1.01,
         },
     )
-
-
-def _draw_changes(
-    fig: go.Figure,
-    cells: CellGrid,
-    changes: NDArray[np.uint8],
-    counts: NDArray[np.int64],
-    age: NDArray[np.float32],
-    score: NDArray[np.float32],
-    colours: Palette,
-    height: int,
-) -> None:
-    kept, born = changes == stats.KEPT, changes == stats.BORN
-    died, absent = changes == stats.DIED, changes == stats.ABSENT
-    if not cells.large:
-        cells.add_plain(fig, absent, colours.absent, stats.CHANGE_NAMES[stats.ABSENT])
-    cells.add_plain(fig, died, colours.second, "<b>died</b> at this decision")
-    z = np.full(changes.shape, np.nan, dtype=np.float32)
-    z[kept], z[born] = 0, 1
-    text = np.where(born, "<b>born</b> at this decision", "kept")
-    scale = [[0, colours.kept], [0.5, colours.kept], [0.5, colours.first], [1, colours.first]]
-    cells.add_blocks(
-        fig, z, age, score, text=text, colorscale=scale, zmin=0, zmax=1, showscale=False
-    )
-    drawable = max(changes.shape, default=0) <= _MAX_SYMBOL_SIDE
-    if drawable and int((born | died).sum()) <= _MAX_SYMBOLS:
-        cells.add_symbols(fig, born, "cross-thin", colours.background, height)
-        cells.add_symbols(fig, died, "x-thin", colours.background, height)
-    legend_entry(fig, f"born ({counts[stats.BORN]:,})", "square-cross", colours.first, colours)
-    legend_entry(fig, f"died ({counts[stats.DIED]:,})", "square-x", colours.second, colours)
-    legend_entry(fig, "kept", "square", colours.kept, colours)
-    legend_entry(fig, "no block", "square", colours.absent, colours)
 
 
 def _own_range(colour: Colour, grid: NDArray[np.float32]) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from blockell_format.snapshots import Problem, RunError
 
 from ..io import LoadedRun, RunChoice, find_runs, is_run, load_run, opens
 from ..retention import read_retention, retention_stamp
+from ._compare import show_compare
 from ._empty import explain_no_run, explain_unreadable
 from ._history import show_history
 from ._live import redraw_when
@@ -25,7 +26,7 @@ from ._sidebar import (
     show_live_switch,
 )
 from ._state import publish
-from ._topology import show_topology
+from ._topology import show_layers, show_topology
 
 __all__ = ["show_app"]
 
@@ -37,7 +38,13 @@ _ICON = (
 )
 
 
-_STYLE = "<style>[data-testid=stMainBlockContainer] {padding: 2.5rem 2.5rem 4rem}</style>"
+# Columns that would become too narrow to read go below one another.
+_STYLE = """<style>
+[data-testid=stMainBlockContainer] {padding: 2.5rem 2.5rem 4rem}
+[data-testid=stHorizontalBlock] {flex-wrap: wrap}
+[data-testid=stColumn]:has([data-testid=stMetric]) {min-width: 8.5rem}
+[data-testid=stColumn]:has([data-testid=stPlotlyChart]) {min-width: min(100%, 22rem)}
+</style>"""
 
 
 def show_app(directories: Sequence[str]) -> None:
@@ -51,9 +58,13 @@ def show_app(directories: Sequence[str]) -> None:
         return
     with st.sidebar:
         choice = choose_run(choices)
-        page = _choose_page(choice)
+        page = choose_page(_pages(choice, choices))
     if page == "retention":
         _show_retention(choice, directories, problems)
+        publish()
+        return
+    if page == "compare":
+        _show_compare(choices, directories, problems)
         publish()
         return
     try:
@@ -67,25 +78,44 @@ def show_app(directories: Sequence[str]) -> None:
     publish()
 
 
-def _choose_page(choice: RunChoice) -> str:
-    if retention_stamp(choice.path) is None:
-        return PAGES[0]
-    return choose_page() if is_run(choice.path) else "retention"
+def _pages(choice: RunChoice, choices: Sequence[RunChoice]) -> list[str]:
+    """Pages with something to show; a directory that cannot be opened is explained on the first."""
+    has_results = retention_stamp(choice.path) is not None
+    several = sum(is_run(other.path) for other in choices) > 1
+    there = {
+        "topology": is_run(choice.path) or not has_results,
+        "retention": has_results,
+        "compare": several,
+    }
+    return [page for page in PAGES if there[page]]
+
+
+def _show_compare(
+    choices: Sequence[RunChoice], directories: Sequence[str], problems: list[Problem]
+) -> None:
+    with st.sidebar:
+        interval_s = show_live_switch()
+        show_about()
+    news, left_out = show_compare([choice for choice in choices if is_run(choice.path)])
+    show_problems([*problems, *left_out])
+    if interval_s is not None:
+        redraw_when(lambda: news() or len(find_runs(directories)[0]) != len(choices), interval_s)
 
 
 def _show_retention(choice: RunChoice, directories: Sequence[str], problems: list[Problem]) -> None:
     with st.sidebar:
-        live = show_live_switch() is not None
+        interval_s = show_live_switch()
         show_about()
     stamp, runs = retention_stamp(choice.path), find_runs(directories)[0]
     results = read_retention(choice.path)
     show_retention(choice, results)
     show_problems([*problems, *results.problems])
-    if live:
+    if interval_s is not None:
         redraw_when(
             lambda: (
                 retention_stamp(choice.path) != stamp or len(find_runs(directories)[0]) != len(runs)
-            )
+            ),
+            interval_s,
         )
 
 
@@ -104,6 +134,16 @@ def _show_run(
         if layer is not None:
             loaded.series(layer.name)
     show_overview(choice, loaded, directories, interval_s)
-    step = show_topology(choice, loaded, layer) if layer is not None else None
+    step = None
+    if layer is not None:
+        step = show_topology(choice, loaded, layer)
+    else:
+        st.info(
+            "This run has no block-sparse layer, as a dense model: there is no topology to show, "
+            "only its metrics.",
+            icon=":material/grid_off:",
+        )
     show_history(choice, loaded, layer, step)
+    if step is not None and len(layers) > 1:
+        show_layers(choice, loaded, step)
     show_problems([*problems, *loaded.run.problems])

@@ -7,9 +7,10 @@ import streamlit as st
 
 from blockell_format.snapshots import LayerInfo
 
-from .. import figures, stats
+from .. import figures
 from ..io import LoadedRun, RunChoice
 from ..layers import layer_label
+from ..series import is_loss
 from ._chart import chart_card, page_theme
 from ._state import choose
 
@@ -30,6 +31,8 @@ def show_history(
             _swap_rate_card(choice, loaded, info, step)
         with right:
             _entropy_card(choice, loaded, info, step)
+        if (np.diff(loaded.history().blocks, axis=0) != 0).any():
+            _density_card(choice, loaded, info, step)
     if has_metrics:
         _metric_card(choice, loaded, step)
     else:
@@ -42,7 +45,7 @@ def _swap_rate_card(
     history = loaded.history()
     rates, pooled = history.rates(info.name), history.pooled_rates()
     several = len(history.names) > 1
-    outside = int(stats.outside_band(rates).sum())
+    outside = int(history.outside(info.name).sum())
     column = history.names.index(info.name)
     chart_card(
         figures.swap_rate(
@@ -51,6 +54,8 @@ def _swap_rate_card(
             name=layer_label(info.name),
             all_steps=history.steps if several else np.empty(0),
             all_rates=pooled if several else np.empty(0),
+            still=history.still,
+            spans=loaded.spans,
             selected_step=step,
             theme=page_theme(),
         ),
@@ -80,6 +85,7 @@ def _entropy_card(choice: RunChoice, loaded: LoadedRun, info: LayerInfo, step: i
             series.dead_columns,
             C=info.C,
             name=layer_label(info.name),
+            spans=loaded.spans,
             selected_step=step,
             theme=page_theme(),
         ),
@@ -98,6 +104,34 @@ def _entropy_card(choice: RunChoice, loaded: LoadedRun, info: LayerInfo, step: i
         st.caption(f"Read at {len(series.steps):,} evenly spread steps of this long run.")
 
 
+def _density_card(choice: RunChoice, loaded: LoadedRun, info: LayerInfo, step: int | None) -> None:
+    """Only runs that grow have it: in others the tile at the top says all."""
+    history, layers = loaded.history(), loaded.run.layers
+    blocks = history.blocks[:, history.names.index(info.name)]
+    shares = blocks / (info.R * info.C)
+    pooled = history.blocks.sum(axis=1) / sum(other.R * other.C for other in layers.values())
+    chart_card(
+        figures.density(
+            history.steps,
+            shares,
+            name=layer_label(info.name),
+            all_shares=pooled if len(layers) > 1 else np.empty(0),
+            spans=loaded.spans,
+            selected_step=step,
+            theme=page_theme(),
+        ),
+        lambda: {
+            "step": history.steps,
+            "blocks": blocks,
+            "density": shares,
+            "density_all_layers": pooled,
+        },
+        key="density",
+        name=(choice.label, info.name),
+        alt=f"Density of layer {info.name} over time, from {shares[0]:.1%} to {shares[-1]:.1%}.",
+    )
+
+
 def _metric_card(choice: RunChoice, loaded: LoadedRun, step: int | None) -> None:
     metrics, history = loaded.metrics(), loaded.history()
     names = metrics.names
@@ -111,6 +145,8 @@ def _metric_card(choice: RunChoice, loaded: LoadedRun, step: int | None) -> None
             values,
             name=name,
             decision_steps=swapped,
+            alarms=is_loss(name),
+            spans=loaded.spans,
             selected_step=step,
             theme=page_theme(),
         ),

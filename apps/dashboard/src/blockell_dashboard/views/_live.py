@@ -11,10 +11,10 @@ __all__ = ["redraw_when"]
 _INTERVAL_S = 3.0
 
 
-def redraw_when(ready: Callable[[], bool]) -> None:
+def redraw_when(ready: Callable[[], bool], interval_s: float = _INTERVAL_S) -> None:
     """Ask `ready` every few seconds; redraw the page once it says yes."""
 
-    @st.fragment(run_every=_INTERVAL_S)
+    @st.fragment(run_every=interval_s)
     def look() -> None:
         if ready():
             st.rerun()

@@ -28,6 +28,7 @@ def show_overview(
 ) -> None:
     """Tiles with the state of the run. While live, they look for new data and redraw the page."""
     st.header(escape(choice.label), anchor=False)
+    _show_divergence(loaded)
     drawn, runs = loaded.version, len(find_runs(directories)[0])
     results = retention_stamp(choice.path) is not None
 
@@ -49,9 +50,7 @@ def _show_tiles(loaded: LoadedRun) -> None:
     columns = st.columns(6)
     newest = f"{steps[-1]:,}" if len(steps) else "none"
     _tile(columns[0], "Newest step", newest, _count(len(steps), "snapshot"))
-    _tile(
-        columns[1], "Layers", str(len(run.layers)), _count(run.world_size, "process", "processes")
-    )
+    _tile(columns[1], "Layers", str(len(run.layers)), *_ranks(loaded))
     _tile(columns[2], "Density", *_density(loaded, history))
     _tile(columns[3], "Last swap rate", *_last_swap_rate(history))
     age = "none"
@@ -62,6 +61,34 @@ def _show_tiles(loaded: LoadedRun) -> None:
         _tile(columns[5], "Problems", f"{len(problems):,}", "listed below", "orange")
     else:
         _tile(columns[5], "Problems", "0", "all files good", "green")
+
+
+def _show_divergence(loaded: LoadedRun) -> None:
+    """Say where processes that must hold the same topology did not."""
+    apart = loaded.divergence()
+    if apart is None:
+        return
+    groups = " and ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:16]))}"
+        + (" and more" if len(ranks) > 16 else "")
+        for ranks in apart.groups[:4]
+    )
+    st.error(
+        f"The processes do not hold the same topology: at step {apart.step:,}, "
+        f"{_count(apart.layers, 'layer differs', 'layers differ')}, the first is "
+        f"{escape(apart.layer)}, where {groups} disagree. "
+        f"Recorded decisions with a difference: {apart.steps:,} of {len(loaded.run.steps):,}. "
+        "What is shown below is rank 0's."
+    )
+
+
+def _ranks(loaded: LoadedRun) -> tuple[str, _NoteColour]:
+    count = loaded.run.world_size
+    if loaded.divergence() is not None:
+        return "ranks disagree", "orange"
+    if count == 1 or not loaded.run.steps:
+        return _count(count, "process", "processes"), "gray"
+    return f"{count:,} ranks agree", "green"
 
 
 def _tile(
@@ -95,7 +122,9 @@ def _last_swap_rate(history: SwapHistory) -> tuple[str, str, _NoteColour]:
         return "none", "no decision", "gray"
     low, high = stats.HEALTHY_SWAP_RATE
     band = f"{low:.0%}-{high:.0%}"
-    if stats.outside_band(rates[-1:])[0]:
+    if history.still[-1]:
+        return f"{rates[-1]:.2%}", "no swaps", "gray"
+    if history.pooled_outside()[-1]:
         return f"{rates[-1]:.2%}", f"outside {band}", "orange"
     return f"{rates[-1]:.2%}", f"in {band}", "green"
 

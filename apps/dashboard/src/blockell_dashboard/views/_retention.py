@@ -9,8 +9,7 @@ from .. import retention_tables as tables
 from ..io import RunChoice
 from ..retention import RECORDS_FILE, Retention
 from ..retention_stats import Group, group_cells
-from ..tables import file_name, to_csv
-from ._chart import chart_card, page_theme
+from ._chart import chart_card, page_theme, table_card
 from ._state import choose
 from ._text import escape
 
@@ -54,22 +53,12 @@ def _choose_setting(results: Retention) -> str:
 
 def _method_table(choice: RunChoice, groups: list[Group]) -> None:
     st.subheader("Methods", anchor=False)
-    with st.container(border=True, key="card-methods", gap=None):
-        st.dataframe(
-            tables.method_table(groups), width="stretch", hide_index=True, key="methods-table"
-        )
-        with st.container(horizontal=True, horizontal_alignment="right"):
-            st.download_button(
-                "CSV",
-                data=lambda: to_csv(tables.statistics_table(groups)),
-                file_name=f"{file_name(choice.label, 'methods')}.csv",
-                mime="text/csv",
-                key="csv-methods",
-                icon=":material/download:",
-                type="tertiary",
-                on_click="ignore",
-                help="Download the numbers of this table",
-            )
+    table_card(
+        tables.method_table(groups),
+        key="methods",
+        name=(choice.label,),
+        data=lambda: tables.statistics_table(groups),
+    )
     first = escape(groups[0].cells[0].tasks[0])
     st.caption(
         "Mean ± standard deviation \\[lowest to highest\\] over seeds, on test data; one number "
@@ -87,6 +76,14 @@ def _method_table(choice: RunChoice, groups: list[Group]) -> None:
 
 
 def _comparison(choice: RunChoice, groups: list[Group]) -> None:
+    tasks = groups[0].cells[0].tasks
+    task = 0
+    if len(tasks) > 2:
+        names = list(dict.fromkeys(tasks[:-1]))
+        choose("task", names, names[0])
+        task = tasks.index(
+            st.segmented_control("What is left of", names, required=True, key="task") or names[0]
+        )
     left, right = st.columns(2)
     theme, height = page_theme(), 460 + 18 * (len(groups) // 3)  # the legend takes lines
     with left:
@@ -99,11 +96,11 @@ def _comparison(choice: RunChoice, groups: list[Group]) -> None:
         )
     with right:
         chart_card(
-            figures.old_task_over_steps(groups, theme=theme, height=height),
-            lambda: tables.lines_table(groups, 0),
+            figures.old_task_over_steps(groups, task=task, theme=theme, height=height),
+            lambda: tables.lines_table(groups, task),
             key="old-task",
-            name=(choice.label,),
-            alt="The first task over the steps of the later trainings, a line per method.",
+            name=(choice.label, tasks[task]),
+            alt=f"Task {tasks[task]} over the steps of the later trainings, a line per method.",
         )
 
 

@@ -22,7 +22,7 @@ __all__ = [
     "show_live_switch",
 ]
 
-PAGES = ("topology", "retention")
+PAGES = ("topology", "retention", "compare")
 
 _ABOUT = """\
 A **Block-ELL** weight is cut into tiles of B by B numbers. Every block row holds the same number of
@@ -50,13 +50,15 @@ def choose_run(choices: Sequence[RunChoice]) -> RunChoice:
     return by_label[label]
 
 
-def choose_page() -> str:
-    """Topology or retention, for a run that holds both."""
-    choose("page", PAGES, PAGES[0])
+def choose_page(pages: Sequence[str]) -> str:
+    """One of the pages that there is something to show on."""
+    choose("page", pages, pages[0])
+    if len(pages) == 1:
+        return pages[0]
     picked = st.segmented_control(
-        "Page", PAGES, format_func=str.capitalize, required=True, key="page"
+        "Page", pages, format_func=str.capitalize, required=True, key="page"
     )
-    return picked or PAGES[0]
+    return picked or pages[0]
 
 
 def choose_layer(layers: Mapping[str, LayerInfo]) -> LayerInfo:

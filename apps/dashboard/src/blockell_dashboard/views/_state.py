@@ -10,9 +10,22 @@ from collections.abc import Sequence
 import numpy as np
 import streamlit as st
 
-__all__ = ["choose", "choose_step", "move_step", "publish"]
+__all__ = ["choose", "choose_earlier", "choose_several", "choose_step", "move_step", "publish"]
 
-KEYS = ("run", "page", "layer", "step", "colour", "setting", "method", "matrix")
+KEYS = (
+    "run",
+    "page",
+    "layer",
+    "step",
+    "colour",
+    "since",
+    "setting",
+    "task",
+    "method",
+    "matrix",
+    "runs",
+    "metric",
+)
 _NEWEST = "_newest_step"
 
 
@@ -28,6 +41,15 @@ def choose(key: str, options: Sequence[str], default: str) -> str:
     return current
 
 
+def choose_several(key: str, options: Sequence[str], default: Sequence[str]) -> list[str]:
+    """The same for any number of choices; the address has them one by one."""
+    current = st.session_state.get(key)
+    if current is None:
+        current = st.query_params.get_all(key) or default
+    st.session_state[key] = [value for value in current if value in options]
+    return list(st.session_state[key])
+
+
 def choose_step(steps: Sequence[int]) -> int:
     """The selected step: the nearest recorded one to what was asked for.
 
@@ -39,10 +61,22 @@ def choose_step(steps: Sequence[int]) -> int:
         asked = _as_int(st.query_params.get("step"), newest)
     elif asked == st.session_state.get(_NEWEST):
         asked = newest
-    position = int(np.abs(np.asarray(steps, dtype=np.float64) - asked).argmin())
-    st.session_state["step"] = steps[position]
+    st.session_state["step"] = _nearest(steps, asked)
     st.session_state[_NEWEST] = newest
-    return steps[position]
+    return st.session_state["step"]
+
+
+def choose_earlier(steps: Sequence[int]) -> int:
+    """The step to compare with: the nearest recorded one, by default the first."""
+    asked = st.session_state.get("since")
+    if asked is None:
+        asked = _as_int(st.query_params.get("since"), steps[0])
+    st.session_state["since"] = _nearest(steps, asked)
+    return st.session_state["since"]
+
+
+def _nearest(steps: Sequence[int], asked: int) -> int:
+    return steps[int(np.abs(np.asarray(steps, dtype=np.float64) - asked).argmin())]
 
 
 def move_step(steps: Sequence[int], by: int) -> None:
@@ -54,9 +88,10 @@ def move_step(steps: Sequence[int], by: int) -> None:
 def publish() -> None:
     """Write the selection into the address."""
     for key in KEYS:
-        value = str(st.session_state.get(key, ""))
-        if value and st.query_params.get(key) != value:
-            st.query_params[key] = value
+        value = st.session_state.get(key)
+        texts = [str(part) for part in value] if isinstance(value, list) else [str(value)]
+        if value not in (None, "", []) and st.query_params.get_all(key) != texts:
+            st.query_params[key] = texts if isinstance(value, list) else texts[0]
 
 
 def _as_int(text: str | None, default: int) -> int:

@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import numpy as np
 import streamlit as st
 
 from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 from .. import figures, stats
 from ..io import LoadedRun, RunChoice
+from ..layer_table import layer_table
 from ..layers import layer_label
-from ..tables import age_table, topology_table
-from ._chart import chart_card, page_theme
-from ._state import choose, choose_step, move_step
+from ..tables import Table, age_table, change_table, topology_table
+from ._chart import chart_card, page_theme, table_card
+from ._state import choose, choose_earlier, choose_step, move_step
 from ._text import escape
 
-__all__ = ["show_topology"]
+__all__ = ["show_layers", "show_topology"]
 
-_COLOUR_LABELS = {"age": "Age", "score": "Score", "change": "Born, died, kept"}
+_COLOUR_LABELS = {
+    "age": "Age",
+    "score": "Score",
+    "change": "Born, died, kept",
+    "since": "Since a step",
+    "task": "Task of birth",
+}
 
 
 def show_topology(choice: RunChoice, loaded: LoadedRun, info: LayerInfo) -> int | None:
@@ -29,21 +37,59 @@ def show_topology(choice: RunChoice, loaded: LoadedRun, info: LayerInfo) -> int 
             icon=":material/hourglass_empty:",
         )
         return None
-    step, colour = _controls(steps)
+    step, colour, earlier = _controls(steps, has_tasks=bool(loaded.spans))
+    if colour == "change" and _has_grown(loaded, info, step):
+        colour, earlier = "since", steps[steps.index(step) - 1]
     try:
         layer = loaded.snapshot(info.name, step)
+        since = None if earlier is None else (earlier, loaded.snapshot(info.name, earlier))
     except ValueError as error:
         st.warning(f"This layer cannot be shown at step {step:,}.\n\n{escape(str(error))}")
         return step
     left, right = st.columns([5, 3])
     with left:
-        _heatmap_card(choice, loaded, info, layer, step, colour)
+        _heatmap_card(choice, loaded, info, layer, step, colour, since)
     with right:
         _age_card(choice, loaded, info, layer, step)
     return step
 
 
-def _controls(steps: list[int]) -> tuple[int, figures.Colour]:
+def _has_grown(loaded: LoadedRun, info: LayerInfo, step: int) -> bool:
+    """Whether the layer got more blocks after the snapshot before: no decision recorded these."""
+    history = loaded.history()
+    at = int(np.searchsorted(history.steps, step))
+    blocks = history.blocks[:, history.names.index(info.name)]
+    return at > 0 and bool(blocks[at] != blocks[at - 1])
+
+
+def show_layers(choice: RunChoice, loaded: LoadedRun, step: int) -> None:
+    """Show a table of all layers at the selected step."""
+    st.subheader(f"All layers at step {step:,}", anchor=False)
+    table = layer_table(loaded, step)
+    percent = st.column_config.NumberColumn(format="percent")
+    number = st.column_config.NumberColumn(format="%.4f")
+    table_card(
+        table,
+        key="layers",
+        name=(choice.label, f"step-{step}"),
+        columns={
+            "density": percent,
+            "swap_rate": percent,
+            "mean_swap_rate": percent,
+            "column_entropy": number,
+        },
+    )
+    text = (
+        "The mean swap rate and the decisions outside the band of 1 to 10% are of the whole run, "
+        "all else of this step."
+    )
+    if loaded.spans:
+        text += " Born in: live blocks by the training in which they were born or grown."
+    st.caption(text)
+
+
+def _controls(steps: list[int], *, has_tasks: bool) -> tuple[int, figures.Colour, int | None]:
+    """The selected step, the colour, and the earlier step to compare with where asked for."""
     step = choose_step(steps)
     position = steps.index(step)
     with st.container(horizontal=True, vertical_alignment="bottom"):
@@ -74,15 +120,28 @@ def _controls(steps: list[int]) -> tuple[int, figures.Colour]:
             )
         else:
             st.markdown(f"Step {step:,}, the only snapshot so far")
-        choose("colour", figures.COLOURS, figures.COLOURS[0])
+        colours = [colour for colour in figures.COLOURS if has_tasks or colour != "task"]
+        choose("colour", colours, colours[0])
         picked = st.segmented_control(
             "Colour by",
-            figures.COLOURS,
+            colours,
             format_func=lambda value: _COLOUR_LABELS[value],
             required=True,
             key="colour",
         )
-    return step, picked or figures.COLOURS[0]
+        earlier = None
+        if picked == "since":
+            choices = steps[: position + 1]
+            choose_earlier(choices)
+            earlier = st.selectbox(
+                "Since step",
+                choices,
+                format_func=lambda value: f"{value:,}",
+                key="since",
+                width=140,
+                help="Compare with this earlier snapshot",
+            )
+    return step, picked or colours[0], earlier
 
 
 def _heatmap_card(
@@ -92,6 +151,7 @@ def _heatmap_card(
     layer: LayerSnapshot,
     step: int,
     colour: figures.Colour,
+    since: tuple[int, LayerSnapshot] | None,
 ) -> None:
     series = loaded.series(info.name)
     ranges = {"age": (0.0, series.age_limit), "score": series.score_range}
@@ -101,12 +161,20 @@ def _heatmap_card(
         colour=colour,
         value_range=ranges.get(colour),
         step=step,
+        since=since,
+        spans=loaded.spans,
         theme=page_theme(),
     )
     live = int((layer.col_indices >= 0).sum())
+
+    def table() -> Table:
+        if since is not None:
+            return change_table(layer, since[1], info)
+        return topology_table(layer, info, step=step, spans=loaded.spans)
+
     chart_card(
         fig,
-        lambda: topology_table(layer, info),
+        table,
         key="topology",
         name=(choice.label, info.name, f"step-{step}"),
         alt=(

@@ -1,0 +1,93 @@
+"""Several runs in one chart."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from html import escape
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+from numpy.typing import NDArray
+
+from .. import stats
+from ._theme import Theme, apply_layout, palette, series_style, step_axis
+
+__all__ = ["compare_runs"]
+
+
+def compare_runs(
+    series: Sequence[tuple[str, NDArray[Any], NDArray[Any]]],
+    *,
+    title: str,
+    y_title: str,
+    window: int | None = None,
+    share: bool = False,
+    band: tuple[float, float] | None = None,
+    theme: Theme = "light",
+    height: int = 420,
+) -> go.Figure:
+    """Draw one quantity of several runs over steps, a line each.
+
+    Args:
+        series: name, steps [S] and values [S] of each run; NaN where unknown.
+        title: what is drawn.
+        y_title: of the vertical axis, with its unit.
+        window: points in the rolling mean that is drawn of long series; by default a fiftieth of
+            the series, and at least 5. Series of at most 20 points are drawn as they are.
+        share: values are shares, shown in percent.
+        band: healthy values, drawn as an area.
+        theme: "light" or "dark".
+        height: of the figure, in pixels.
+    """
+    colours = palette(theme)
+    fig = go.Figure()
+    if band is not None:
+        fig.add_hrect(y0=band[0], y1=band[1], fillcolor=colours.band, line_width=0, layer="below")
+    smoothed = False
+    for number, (name, steps, values) in enumerate(series):
+        colour, symbol, dash = series_style(number, theme)
+        clean = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
+        options: dict[str, Any] = {"legendgroup": str(number), "name": escape(name)}
+        drawn = clean
+        if len(values) > 20:
+            smoothed = True
+            drawn = stats.rolling_mean(clean, window or max(5, len(values) // 50))
+            keep = stats.bucket_indices(clean)
+            fig.add_trace(
+                go.Scatter(
+                    x=steps[keep],
+                    y=clean[keep],
+                    mode="lines",
+                    line={"color": colour, "width": 1},
+                    opacity=0.3,
+                    hoverinfo="skip",
+                    showlegend=False,
+                    **options,
+                )
+            )
+        keep = stats.bucket_indices(drawn)
+        fig.add_trace(
+            go.Scatter(
+                x=steps[keep],
+                y=drawn[keep],
+                mode="lines+markers" if len(keep) <= 20 else "lines",
+                line={"color": colour, "width": 2.2, "dash": dash},
+                marker={"symbol": symbol, "size": 6},
+                hovertemplate="%{y:.2%}" if share else "%{y:.4g}",
+                **options,
+            )
+        )
+    points = [steps for _, steps, _ in series if len(steps)]
+    return apply_layout(
+        fig,
+        theme,
+        title=escape(title),
+        subtitle="rolling means, single values thin" if smoothed else "a line per run",
+        x_title="step",
+        y_title=escape(y_title),
+        height=height + 18 * (len(series) // 3),  # the legend takes lines
+        hovermode="x unified",
+        xaxis=step_axis(np.concatenate(points)) if points else {},
+        yaxis={"tickformat": ".0%", "rangemode": "tozero"} if share else {},
+    )

@@ -1,0 +1,48 @@
+"""Whether all processes of a training had the same topology, from the recorded checksums."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+__all__ = ["Divergence", "find_divergence"]
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where processes began to disagree."""
+
+    step: int
+    """The first one."""
+    layer: str
+    """The first one of that step, in the order of the layer table."""
+    groups: tuple[tuple[int, ...], ...]
+    """Ranks that agree with one another; the group of rank 0 comes first."""
+    steps: int
+    """Recorded decisions with any disagreement."""
+    layers: int
+    """Layers that disagree at the first step."""
+
+
+def find_divergence(
+    checksums: Mapping[int, Mapping[str, tuple[str, ...]]],
+) -> Divergence | None:
+    """The first disagreement, or None.
+
+    Args:
+        checksums: per step and layer one per rank, as `Run.checksums` gives them.
+    """
+    first: tuple[int, list[str]] | None = None
+    count = 0
+    for step in sorted(checksums):
+        apart = [name for name, sums in checksums[step].items() if sums.count(sums[0]) < len(sums)]
+        if apart:
+            count += 1
+            first = first or (step, apart)
+    if first is None:
+        return None
+    step, layers = first
+    groups: dict[str, list[int]] = {}
+    for rank, checksum in enumerate(checksums[step][layers[0]]):
+        groups.setdefault(checksum, []).append(rank)
+    return Divergence(step, layers[0], tuple(map(tuple, groups.values())), count, len(layers))
