@@ -2,9 +2,9 @@
 
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
 
-A *backend* is one object with a `name` and four functions over 2-D operands of one dtype on one
-device (`Backend` below states the shapes). Operands have been validated; `pattern` carries
-everything known about the sparsity pattern. There are four:
+A *backend* is one object with a `name` and functions over 2-D operands of one dtype on one device
+(`Backend` below states the shapes): the three products, and norms of blocks. Operands have been
+validated; `pattern` carries everything known about the sparsity pattern. There are four backends:
 
 | name      | module       | runs on                       | what it is                            |
 |-----------|--------------|-------------------------------|---------------------------------------|

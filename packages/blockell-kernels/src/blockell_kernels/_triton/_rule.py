@@ -70,7 +70,8 @@ class Found(NamedTuple):
 
 @cache
 def table() -> dict[str, Any]:
-    """The shipped measurements: {"device", "sources", "rows": {"direction arithmetic BxWidth"}}."""
+    """The shipped measurements: "device", "sources", "rows" by "direction arithmetic BxWidth", and
+    "whole" by "direction arithmetic B"."""
     text = files("blockell_kernels._triton").joinpath("measured.json").read_text("utf-8")
     return json.loads(text)
 
