@@ -113,13 +113,14 @@ class _Products(TorchFunctionMode):
         self, func: Any, dims: int, call: Convolution | TransposedConvolution
     ) -> Tensor:
         result: Tensor = func(*call)
-        kernel = self.uses.kernel(call.weight)
+        transposed = isinstance(call, TransposedConvolution)
+        kernel = self.uses.kernel(call.weight, reshaped=not transposed)
         if kernel is None:
             self._note_product(func, call.input, call.weight, result)
             return result
         channels = -1 - dims
         moved = _own(result.movedim(channels, -1))
-        layout = Layout(call.groups, isinstance(call, TransposedConvolution))
+        layout = Layout(call.groups, transposed)
         self.on_product(Product(kernel, call.input, moved, call.windows, layout))
         return moved.movedim(-1, channels)
 

@@ -49,11 +49,11 @@ def consolidate(
     is multiplied with inputs (`nn.Linear`, `CMSBlockLinear`, any `functional.linear` or
     `x @ weight`, so also a head that is tied to the embedding; convolutions, whose tokens are the
     positions of their output; recurrent layers, whose tokens are the steps), the covariance of
-    the inputs; which embedding rows are looked up; from the gradients of the loss, the usage of every block; and which parameters were
-    used at all: others, such as a head for a new task, train freely later (with usage="none" that
-    is not known, and all stay). Weights, gradients, modes and random number generators are left as
-    they were. Under torch.distributed every rank passes its own batches and all get the same
-    result.
+    the inputs; which embedding rows are looked up; from the gradients of the loss, the usage of
+    every block; and which parameters were used at all: others, such as a head for a new task, train
+    freely later (with usage="none" that is not known, and all stay). Weights, gradients, modes and
+    random number generators are left as they were. Under torch.distributed every rank passes its
+    own batches and all get the same result.
 
     Args:
         model: wrapped by DDP or torch.compile or not.
@@ -116,8 +116,8 @@ def consolidate(
             raise ValueError(
                 f"batches (={len(kept)} seen) of task {task!r} reached no weight matrix of "
                 f"{type(model).__name__}, of an nn.Linear, a CMSBlockLinear, a convolution, a "
-                "recurrent layer or another functional.linear; pass at least one batch, and a loss_fn that calls the "
-                "model it is given."
+                "recurrent layer or another functional.linear; pass at least one batch, and a "
+                "loss_fn that calls the model it is given."
             )
         stats.check_finite(task)
         seen = (stats.layers.keys() | stats.rows.keys()) - stats.others.keys()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from cms_topology._retention._budget import make_budget
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import DriftController
+from cms_topology._retention._hooks import act_at_steps
 from cms_topology._retention._mistakes import (
-    check_optimizer,
+    check_optimizers,
+    warn_of_no_steps,
     warn_of_running_statistics,
     warn_of_still_weights,
 )
@@ -51,7 +53,9 @@ class RetentionGuard:
     Args:
         model: wrapped by DDP or torch.compile or not. Its present weights are the anchor W_A.
         optimizer: hooked; None if you call `guard.step()` yourself after every step
-            (and `guard.before_step()` before it, for `gradients`).
+            (and `guard.before_step()` before it, for `gradients`). Several, if they share the
+            model's parameters: the first one's steps are counted. Of a wrapper the one whose
+            `step()` runs (of SAM the base optimizer).
         memory: what is kept, from `consolidate`.
         drift: budget of relative drift D per weight matrix. "auto" finds it: if probes were kept at
             consolidation, by watching how far the answers to them have moved (see
@@ -86,7 +90,7 @@ class RetentionGuard:
     def __init__(
         self,
         model: nn.Module,
-        optimizer: torch.optim.Optimizer | None,
+        optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer] | None,
         memory: Consolidation,
         *,
         drift: str | float | DriftController | None = "auto",
@@ -139,10 +143,12 @@ class RetentionGuard:
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._warned = False
         if optimizer is not None:
-            check_optimizer(self.model, optimizer)
-            if gradients:
-                self._hooks = [optimizer.register_step_pre_hook(lambda *_: self.before_step())]
-            self._hooks.append(optimizer.register_step_post_hook(lambda *_: self.step()))
+            optimizers = (
+                [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+            )
+            check_optimizers(self.model, optimizers)
+            before = self.before_step if gradients else None
+            self._hooks = act_at_steps(optimizers, before, self.step, self._again)
 
     # -- the work -----------------------------------------------------------------------------
 
@@ -158,6 +164,13 @@ class RetentionGuard:
     def step(self) -> None:
         """Do what is due after one optimizer step; the hook calls it."""
         self.steps += 1
+        self._again()
+        if self._active and self.steps % self.every == 0 and self._budget is not None:
+            since = self.steps - self.every
+            self._budget.observe(self.model, self.steps, since, self._last_drifts().max())
+
+    def _again(self) -> None:
+        """Keep to what is allowed, without counting a step."""
         if not self._active:
             return
         if not self._warned:
@@ -173,9 +186,6 @@ class RetentionGuard:
         self._notice_changes()
         if self.steps % self.every == 0:
             self.flush()
-            if self._budget is not None:
-                since = self.steps - self.every
-                self._budget.observe(self.model, self.steps, since, self._last_drifts().max())
 
     @property
     def budget(self) -> float | None:
@@ -247,6 +257,8 @@ class RetentionGuard:
 
     def remove(self) -> None:
         """Project what is pending and let the optimizer go."""
+        if self._hooks and self.steps == 0:
+            warn_of_no_steps()
         self.flush()
         for hook in self._hooks:
             hook.remove()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import nn
@@ -12,19 +12,39 @@ from torch.nn.modules.batchnorm import _NormBase
 from cms_topology._retention._names import parameter_names
 
 
-def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Refuse an optimizer that trains something else.
+def check_optimizers(model: nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Refuse an optimizer that trains something else, and warn of one that keeps other weights.
 
     Raises:
-        ValueError: it holds none of the model's parameters.
+        ValueError: there is none, or one holds none of the model's parameters.
     """
     own = {id(p) for p in model.parameters()}
-    if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-        raise ValueError(
-            f"optimizer (={type(optimizer).__name__}) must hold parameters of model "
-            f"(={type(model).__name__}); it holds none of them. Pass the optimizer that trains "
-            "the model, or None and call guard.step() after every step."
-        )
+    if not optimizers:
+        raise ValueError("optimizer (=[]) must hold at least one, or be None.")
+    for optimizer in optimizers:
+        name = type(optimizer).__name__
+        if not any(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+            raise ValueError(
+                f"optimizer (={name}) must hold parameters of model (={type(model).__name__}); it "
+                "holds none of them. Pass the optimizer that trains the model, or None and call "
+                "guard.step() after every step."
+            )
+        if callable(getattr(optimizer, "eval", None)):
+            warnings.warn(
+                f"{name}.eval() puts other weights into the model than those that were guarded, as "
+                "schedule-free optimizers do: call guard.step() after it, or the old tasks are "
+                "lost there.",
+                stacklevel=4,
+            )
+
+
+def warn_of_no_steps() -> None:
+    """Warn that a guard has never acted."""
+    warnings.warn(
+        "the guard saw no optimizer step, so it has held nothing: pass the optimizer whose step() "
+        "runs (of SAM the base optimizer), or call guard.step() after every step.",
+        stacklevel=3,
+    )
 
 
 def warn_of_running_statistics(model: nn.Module) -> None:

@@ -98,9 +98,14 @@ class WeightUses:
             return tensor
         return self._copies.get(id(tensor))
 
-    def kernel(self, weight: Tensor) -> nn.Parameter | None:
-        """The parameter that `weight` is, whole."""
-        return self._whole(weight)
+    def kernel(self, weight: Tensor, *, reshaped: bool = False) -> nn.Parameter | None:
+        """The parameter that `weight` is, whole; `reshaped`: or a view of it with as many rows."""
+        whole, base = self._whole(weight), weight._base
+        if whole is not None or not reshaped or base is None:
+            return whole
+        same = (weight.numel(), len(weight)) == (base.numel(), len(base))
+        plain = weight.is_contiguous() and base.is_contiguous()
+        return self._whole(base) if same and plain else None
 
     def matrix(self, weight: Tensor) -> Source | None:
         """What `weight`, the second argument of `functional.linear`, is of a parameter."""
@@ -112,13 +117,12 @@ class WeightUses:
         if whole is None or weight.ndim != 2:
             return None
         assert base is not None
+        if self.kernel(weight, reshaped=True) is not None:
+            return Source(whole, PLAIN)
+        turned = base.shape[::-1], base.stride()[::-1]
+        if base.ndim == 2 and (weight.shape, weight.stride()) == turned:
+            return Source(whole, Layout(inputs_first=True))
         offset = int(weight.storage_offset() - base.storage_offset())
-        if weight.numel() == base.numel() and offset == 0:
-            turned = base.shape[::-1], base.stride()[::-1]
-            if base.ndim == 2 and (weight.shape, weight.stride()) == turned:
-                return Source(whole, Layout(inputs_first=True))
-            if weight.is_contiguous() and base.is_contiguous() and len(weight) == len(base):
-                return Source(whole, PLAIN)
         if base.ndim == 2 and weight.stride() == base.stride() and base.is_contiguous():
             return _rows(whole, weight, offset)
         return None
