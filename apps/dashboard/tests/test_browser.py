@@ -171,13 +171,20 @@ def test_hover_and_download(good_url: str, open_page: Callable[..., sync_api.Pag
     assert len(lines) == 1 + 64 * 12
 
 
-def test_a_dark_page_has_dark_charts(
+def test_a_dark_narrow_page_has_dark_charts_and_whole_numbers(
     good_url: str, open_page: Callable[..., sync_api.Page]
 ) -> None:
     page = open_page(good_url, "dark")
+    page.set_viewport_size({"width": 1024, "height": 900})
     see_title(page, "Block age at step 275")
     canvas = page.locator("[data-testid=stPlotlyChart] .main-svg").first
     assert "rgb(14, 17, 23)" in (canvas.get_attribute("style") or "")
+    for part in ("stMetricLabel", "stMetricValue", "stMetricDelta"):
+        cut = page.locator(f"[data-testid={part}] *").evaluate_all(
+            "all => all.filter(e => e.scrollWidth > e.clientWidth + 1 && e.clientWidth)"
+            ".map(e => e.textContent)"
+        )
+        assert cut == [], part
 
 
 def test_a_live_run_appears_and_grows(

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
+
+from blockell_format.snapshots import LayerSnapshot
 
 from .io import LoadedRun
 from .layers import layer_order
 from .series import summarise
 from .tables import Table
-from .tasks import birth_tasks
+from .tasks import TaskSpan, birth_tasks
 
 __all__ = ["layer_table"]
+
+_SUMMARY = ("column_entropy", "unused_columns", "median_age_steps", "p90_age_steps")
+"""The first of what `summarise` gives."""
 
 
 def layer_table(loaded: LoadedRun, step: int) -> Table:
@@ -27,41 +32,37 @@ def layer_table(loaded: LoadedRun, step: int) -> Table:
     rows = []
     for info in sorted(loaded.run.layers.values(), key=lambda info: layer_order(info.name)):
         number = history.names.index(info.name)
+        blocks = int(history.blocks[at, number])
         rates = history.rates(info.name)
         known = rates[np.isfinite(rates)]
-        row: dict[str, Any] = {
-            "layer": info.name,
-            "rows": info.R,
-            "columns": info.C,
-            "tile": info.B,
-            "blocks": int(history.blocks[at, number]),
-            "density": float(history.blocks[at, number]) / (info.R * info.C),
-            "swapped": int(history.swaps[at, number]),
-            "swap_rate": float(rates[at]),
-            "mean_swap_rate": float(known.mean()) if known.size else np.nan,
-            "outside_band": int(history.outside(info.name).sum()),
-        }
-        row |= _at_step(loaded, info.name, info.C, step)
-        rows.append(row)
-    names = [*rows[0]] if rows else []
-    if spans and rows:
-        names = max(([*row] for row in rows), key=len)
-    return {name: [row.get(name, np.nan) for row in rows] for name in names}
+        try:
+            layer = loaded.snapshot(info.name, step)
+        except ValueError:  # the reader lists it among the problems
+            layer = None
+        summary = (np.nan,) * 4 if layer is None else summarise(layer, info.C)[:4]
+        born = _born(layer, step, spans)
+        rows.append(
+            {
+                "layer": info.name,
+                "rows": info.R,
+                "columns": info.C,
+                "tile": info.B,
+                "blocks": blocks,
+                "density": blocks / (info.R * info.C),
+                **{f"born_in_{i}_{span.name}": born[i - 1] for i, span in enumerate(spans, 1)},
+                "swapped": int(history.swaps[at, number]),
+                "swap_rate": float(rates[at]),
+                "mean_swap_rate": float(known.mean()) if known.size else np.nan,
+                "outside_band": int(history.outside(info.name).sum()),
+                **dict(zip(_SUMMARY, summary, strict=True)),
+            }
+        )
+    return {name: [row[name] for row in rows] for name in rows[0]} if rows else {}
 
 
-def _at_step(loaded: LoadedRun, name: str, C: int, step: int) -> dict[str, Any]:
-    """What has to be read from the layer's arrays."""
-    fields = ("column_entropy", "unused_columns", "median_age_steps", "p90_age_steps")
-    try:
-        layer = loaded.snapshot(name, step)
-    except ValueError:  # the reader lists it among the problems
-        return dict.fromkeys(fields, np.nan)
-    found: dict[str, Any] = dict(zip(fields, summarise(layer, C)[:4], strict=True))
-    if loaded.spans:
-        live = layer.block_age_steps[layer.col_indices >= 0]
-        counts = np.bincount(
-            birth_tasks(live, step, loaded.spans), minlength=len(loaded.spans)
-        ).tolist()
-        for number, (span, count) in enumerate(zip(loaded.spans, counts, strict=True), 1):
-            found[f"born_in_{number}_{span.name}"] = count
-    return found
+def _born(layer: LayerSnapshot | None, step: int, spans: Sequence[TaskSpan]) -> list[float]:
+    """Live blocks per training in which they were born; NaN where the layer cannot be read."""
+    if layer is None or not spans:
+        return [np.nan] * len(spans)
+    ages = layer.block_age_steps[layer.col_indices >= 0]
+    return np.bincount(birth_tasks(ages, step, spans), minlength=len(spans)).tolist()

@@ -173,7 +173,7 @@ def retention_tradeoff(
         y_title=f"old task kept{outliers}",
         height=height,
         xaxis={"range": view} if outside else {},
-        yaxis={"tickformat": ".0%", "range": heights},
+        yaxis={"tickformat": ".3~%", "range": heights},
     )
 
 

@@ -203,10 +203,12 @@ def density(
     fig = go.Figure()
     if len(all_shares):
         keep = stats.bucket_indices(all_shares)
-        _line(fig, "all layers", steps[keep], all_shares[keep], colours.third, dash="dot")
+        _line(
+            fig, "all layers", steps[keep], all_shares[keep], colours.third, dash="dot", shape="hv"
+        )
     keep = stats.bucket_indices(shares)
     few = "lines+markers" if len(keep) <= 60 else ""
-    _line(fig, name, steps[keep], shares[keep], colours.first, mode=few)
+    _line(fig, name, steps[keep], shares[keep], colours.first, mode=few, shape="hv")
     mark_step(fig, selected_step, theme)
     mark_tasks(fig, spans, theme)
     subtitle = "share of block positions that hold a block"
@@ -338,6 +340,7 @@ def _line(
     *,
     width: float = 1.6,
     dash: str = "solid",
+    shape: str = "linear",
     mode: str = "",
     **options: Any,
 ) -> None:
@@ -347,7 +350,7 @@ def _line(
             y=y,
             name=name,
             mode=mode or "lines",
-            line={"color": colour, "width": width, "dash": dash},
+            line={"color": colour, "width": width, "dash": dash, "shape": shape},
             marker={"size": 6},
             **options,
         )

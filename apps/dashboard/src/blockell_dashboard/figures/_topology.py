@@ -116,9 +116,22 @@ def topology_heatmap(
         y_title="block row (output side)",
         height=height,
         plot_bgcolor=colours.absent,
-        xaxis={"showgrid": False, "range": cells.axis_range(info.C, cells.column_step)},
-        yaxis={"showgrid": False, "range": cells.axis_range(info.R, cells.row_step)[::-1]},
+        xaxis={
+            "showgrid": False,
+            "range": cells.axis_range(info.C, cells.column_step),
+            **_whole_ticks(info.C),
+        },
+        yaxis={
+            "showgrid": False,
+            "range": cells.axis_range(info.R, cells.row_step)[::-1],
+            **_whole_ticks(info.R),
+        },
     )
+
+
+def _whole_ticks(side: int) -> dict[str, int]:
+    """Keep an axis of few blocks from naming halves of them."""
+    return {"tick0": 0, "dtick": 1} if side <= 8 else {}
 
 
 def _kinds_grid(

@@ -43,7 +43,9 @@ _STYLE = """<style>
 [data-testid=stMainBlockContainer] {padding: 2.5rem 2.5rem 4rem}
 [data-testid=stHorizontalBlock] {flex-wrap: wrap}
 [data-testid=stColumn]:has([data-testid=stMetric]) {min-width: 8.5rem}
-[data-testid=stColumn]:has([data-testid=stPlotlyChart]) {min-width: min(100%, 22rem)}
+[data-testid=stColumn]:has([data-testid=stPlotlyChart]) {min-width: min(100%, 23rem)}
+[data-testid=stColumn]:has(.st-key-card-tradeoff, .st-key-card-old-task)
+  {min-width: min(100%, 29rem)}
 </style>"""
 
 

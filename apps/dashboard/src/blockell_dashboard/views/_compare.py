@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import islice
 
 import numpy as np
 import streamlit as st
@@ -10,7 +11,7 @@ import streamlit as st
 from blockell_format.snapshots import Problem, RunError
 
 from .. import compare, figures, stats
-from ..io import LoadedRun, RunChoice, load_run
+from ..io import LoadedRun, RunChoice, load_run, opens
 from ._chart import chart_card, page_theme, table_card
 from ._state import choose, choose_several
 
@@ -28,7 +29,8 @@ def show_compare(choices: Sequence[RunChoice]) -> tuple[Callable[[], bool], list
     """
     st.header("Compare runs", anchor=False)
     by_label = {choice.label: choice for choice in choices}
-    picked = choose_several("runs", list(by_label), list(by_label)[:_AT_FIRST])
+    good = (choice.label for choice in choices if opens(choice.path))
+    choose_several("runs", list(by_label), list(islice(good, _AT_FIRST)))
     picked = st.multiselect(
         "Runs",
         list(by_label),
