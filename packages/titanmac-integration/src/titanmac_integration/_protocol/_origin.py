@@ -43,7 +43,8 @@ def commit() -> str | None:
 
 def _git(directory: Path, *arguments: str) -> str | None:
     """What git prints; None where it fails or is not there."""
-    command = ["git", "-C", str(directory), *arguments]
+    # without locks: a training must not stand in the way of somebody who commits
+    command = ["git", "--no-optional-locks", "-C", str(directory), *arguments]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
