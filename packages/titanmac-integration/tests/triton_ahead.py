@@ -10,14 +10,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from titanmac_integration import (
+from titanmac_integration._attention import _segment_kernels, _window_kernels
+from titanmac_integration._layers import (
     _loss_kernels,
     _norm_kernels,
     _project_kernels,
     _rotary_kernels,
-    _segment_kernels,
     _tied_kernels,
-    _window_kernels,
 )
 from titanmac_integration._memory import (
     _answer_kernels,

@@ -114,7 +114,7 @@ class TrainingConfig:
         if self.cuda_graph and self.precision == "fp16":
             raise ValueError(
                 "cuda_graph (=True) cannot hold the loss scaling of precision (='fp16'); use "
-                "precision='bf16', or leave cuda_graph out."
+                "precision='bf16', or switch cuda_graph off."
             )
         self._check_optimizer()
         if self.accumulation_steps > self.batch_size:

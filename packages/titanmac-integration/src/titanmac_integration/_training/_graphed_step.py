@@ -80,10 +80,10 @@ def check_place(device: torch.device) -> None:
     if device.type != "cuda":
         raise ValueError(
             f"cuda_graph (=True) needs a model on a CUDA device, and this one is on {device}; "
-            "choose one with device, or leave cuda_graph out."
+            "choose one with device, or switch cuda_graph off."
         )
     if world_size() > 1:
         raise ValueError(
-            f"cuda_graph (=True) needs a single process, and there are {world_size()}; leave it "
-            "out."
+            f"cuda_graph (=True) needs a single process, and there are {world_size()}; switch "
+            "it off."
         )
