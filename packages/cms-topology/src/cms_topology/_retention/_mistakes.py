@@ -81,7 +81,7 @@ def warn_of_still_weights(
         function = unseen.get(name, None if usage_known else "nothing that was seen")
         if function is None or function in ADDED or name not in still:
             continue
-        if parameter.ndim >= 2 and parameter.requires_grad:
+        if parameter.ndim >= 2 and parameter.numel() and parameter.requires_grad:
             kinds.setdefault(function, []).append(name)
     if kinds:
         named = "; ".join(
