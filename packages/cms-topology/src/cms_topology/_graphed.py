@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology._convert import sparse_layers
-from cms_topology._linear import _version as version
 
 WARM_UP = 3
 """Calls that run as they are before one is captured: kernels are compiled, workspaces allocated."""
@@ -173,7 +172,7 @@ class GraphedBackward:
             for layer in self._layers
         )
         # indices written to from outside are checked, and what follows from them rebuilt
-        stale = (version(x.col_indices) != x._index_version for x in self._layers)
+        stale = (x._is_stale() for x in self._layers)
         return not any(collects_loss) and not any(stale)
 
     def _addresses(self) -> Any:

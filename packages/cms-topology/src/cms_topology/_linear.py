@@ -246,6 +246,8 @@ class CMSBlockLinear(nn.Module):
         """What the backward pass of a call made now collects about absent blocks."""
         if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
             return "none"
+        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # its program has no probe
+            return "none"
         return "norms" if self.scorer.config.candidate_score == "outer" else "gradient"
 
     @property
@@ -447,7 +449,7 @@ class CMSBlockLinear(nn.Module):
         if self.scorer.config.candidate_score == "loss":
             size = self.R * self.C + 1
             self._fisher_probe = torch.zeros(size, device=device, requires_grad=True)
-        self._index_version = -1
+        self._index_source: tuple[Tensor, int] | None = None
 
     def _refresh_derived(self) -> None:
         """Rebuild the transposed index in place, so that compiled graphs see it."""
@@ -456,11 +458,17 @@ class CMSBlockLinear(nn.Module):
 
     def _mark_derived(self) -> None:
         """Say that what is derived fits `col_indices` as they are now."""
-        self._index_version = _version(self.col_indices)
+        columns = self.col_indices
+        self._index_source = columns, _version(columns)
+
+    def _is_stale(self) -> bool:
+        """Whether what is derived may not fit `col_indices` any more."""
+        columns, source = self.col_indices, self._index_source
+        return source is None or source[0] is not columns or source[1] != _version(columns)
 
     def _refresh_if_stale(self) -> None:
-        """Notice writes to `col_indices` that went around this class (some loaders do that)."""
-        if _version(self.col_indices) != self._index_version:
+        """Notice what was done to `col_indices` around this class, as some loaders do."""
+        if self._is_stale():
             # indices are nobody's input, but inside a transform of torch.func even their copy on
             # the host would be one of its wrapped tensors, which cannot be read
             with torch._C._DisableFuncTorch():
@@ -473,6 +481,9 @@ class CMSBlockLinear(nn.Module):
         host = self.col_indices.cpu().numpy()
         fmt.validate_col_indices(host, self.C, self.row_group)
         self.num_live = int((host[0] >= 0).sum())
+        if self._probe.device != self.col_indices.device:  # an empty model was filled
+            self._make_derived()
+        self.scorer.follow_buffers()
         self._refresh_derived()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMSBlockLinear:
@@ -480,7 +491,7 @@ class CMSBlockLinear(nn.Module):
         # a cast (.half(), .to(dtype)) leaves the indices alone; a move takes the derived along
         if self._probe.device != self.col_indices.device:
             self._make_derived()
-        self._index_version = -1
+        self._index_source = None
         return self
 
 

@@ -259,7 +259,8 @@ class TopologyScorer(nn.Module):
         parts = [self._sums, self._means]
         if self.loss is not None:
             parts += [self.loss.sums, self.loss.means]
-        return torch.cat(parts).double().cpu()
+        state = torch.cat(parts).double()
+        return state if state.is_meta else state.cpu()
 
     def set_extra_state(self, state: Tensor) -> None:
         sizes = [self._sums.numel()] * 2
@@ -270,13 +271,30 @@ class TopologyScorer(nn.Module):
             found = tuple(state.shape) if isinstance(state, Tensor) else type(state).__name__
             raise ValueError(
                 f"extra state (={found}) must be a tensor of {expected} elements for a layer with "
-                f"R={self.R}, C={self.C}; the checkpoint belongs to another configuration."
+                f"R={self.R}, C={self.C}, candidate_score={self.config.candidate_score!r}; the "
+                "checkpoint belongs to another configuration."
             )
-        parts = [part.clone() for part in torch.split(state.to(self._sums), sizes)]
+        # where the buffers are or, if they are loaded into an empty model after this, will be
+        home = state.device if self.score_ema.is_meta else self.score_ema.device
+        given = state.to(home, self._sums.dtype)
+        parts = [part.clone() for part in torch.split(given, sizes)]
         self._sums, self._means = parts[:2]
         self._unfolded = True
         if self.loss is not None:
             self.loss.sums, self.loss.means = parts[2:]
+
+    def follow_buffers(self) -> None:
+        """Take a rank's own statistics to where buffers were put one by one; empty ones to zero."""
+        home = self.score_ema.device
+        if self._sums.device == home:
+            return
+
+        def taken(own: Tensor) -> Tensor:
+            return torch.zeros_like(own, device=home) if own.is_meta else own.to(home)
+
+        self._sums, self._means = taken(self._sums), taken(self._means)
+        if self.loss is not None:
+            self.loss.sums, self.loss.means = taken(self.loss.sums), taken(self.loss.means)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> TopologyScorer:
         """Follow the module to another device, but keep float32 when it is cast to bf16 or half."""
