@@ -11,6 +11,7 @@ import torch
 
 from titanmac_integration import TitanMACConfig
 
+SEEDED = "import torch\ntorch.manual_seed(0)\n"
 TINY: dict[str, Any] = {
     "d_model": 32,
     "n_heads": 4,
@@ -23,6 +24,11 @@ TINY: dict[str, Any] = {
     "block_sparse_layers": None,
     "block_sparse_row_group": 1,
 }
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
 
 
 @pytest.fixture
@@ -46,7 +52,7 @@ def assert_agrees() -> Callable[[str], None]:
         pytest.importorskip("triton")
         gpu = torch.cuda.is_available()
         done = subprocess.run(
-            [sys.executable, "-c", check, "cuda" if gpu else "cpu"],
+            [sys.executable, "-c", SEEDED + check, "cuda" if gpu else "cpu"],
             env=os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}),
             capture_output=True,
             text=True,
