@@ -45,12 +45,13 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--quick", action="store_true", help="two small cases, a few seconds")
-    add("--shapes", nargs="+", default=SHAPES, metavar="NxINxOUT", help="default: %(default)s")
-    add("--layouts", nargs="+", default=LAYOUTS, metavar="TILExROWGROUP", help="%(default)s")
-    add("--densities", nargs="+", type=float, default=(0.5, 0.25, 0.1))
-    add("--modes", nargs="+", choices=MODES, default=MODES)
-    add("--runs", nargs="+", choices=RUNS, default=("eager",), help="default: %(default)s")
-    add("--dtype", choices=DTYPES, default="float32")
+    default = "default: %(default)s"
+    add("--shapes", nargs="+", default=SHAPES, metavar="NxINxOUT", help=f"N tokens; {default}")
+    add("--layouts", nargs="+", default=LAYOUTS, metavar="TILExROWGROUP", help=default)
+    add("--densities", nargs="+", type=float, default=(0.5, 0.25, 0.1), help=default)
+    add("--modes", nargs="+", choices=MODES, default=MODES, help=default)
+    add("--runs", nargs="+", choices=RUNS, default=("eager",), help=default)
+    add("--dtype", choices=DTYPES, default="float32", help=default)
     add("--device", default="cpu", help="as torch names it: cpu, cuda, cuda:1")
     add("--backends", nargs="+", choices=BACKEND_NAMES, default=("auto",), help="of ours")
     names = ", ".join(repr(name) for name in PEERS)
@@ -62,8 +63,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         metavar="P",
         help=f"any of {names}; default: all but the tuned one, whose tuning takes minutes a case",
     )
-    add("--rounds", type=int, default=21)
-    add("--budget-s", type=float, default=4.0, help="seconds per contender and case, at most")
+    add("--rounds", type=int, default=21, help=f"turns of every contender; {default}")
+    add("--budget-s", type=float, default=4.0, help=f"seconds per contender and case; {default}")
     add("--cpu-time", action="store_true", help="not wall time; for a busy machine, one thread")
     add("--csv", type=Path, help="write all rows to this file")
     add("--plot", type=Path, help="draw the speed-ups into this SVG file")

@@ -34,11 +34,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("--shapes", nargs="+", default=SHAPES, metavar="INxOUT", help="default: %(default)s")
-    add("--layouts", nargs="+", default=LAYOUTS, metavar="TILExROWGROUP", help="%(default)s")
-    add("--tokens", nargs="+", type=int, default=TOKENS)
-    add("--densities", nargs="+", type=float, default=DENSITIES)
-    add("--dtypes", nargs="+", choices=DTYPES, default=("bfloat16",))
+    default = "default: %(default)s"
+    add("--shapes", nargs="+", default=SHAPES, metavar="INxOUT", help=f"of layers; {default}")
+    add("--layouts", nargs="+", default=LAYOUTS, metavar="TILExROWGROUP", help=default)
+    add("--tokens", nargs="+", type=int, default=TOKENS, help=default)
+    add("--densities", nargs="+", type=float, default=DENSITIES, help=default)
+    add("--dtypes", nargs="+", choices=DTYPES, default=("bfloat16",), help=default)
     add("--device", default="cuda", help="as torch names it: cuda, cuda:1")
     return parser.parse_args(arguments)
 
