@@ -138,6 +138,25 @@ def test_bench_leaves_out_what_cannot_be_built(capsys):
     assert "16x4: the row group does not divide the block rows" in printed
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--shapes", "64x96"],
+            "--shapes (='64x96') must have the form NxINxOUT, as 2048x640x2560",
+        ),
+        (["--layouts", "16"], "--layouts (='16') must have the form TILExROWGROUP, as 16x8"),
+        (["--densities", "1.5"], "--densities (=1.5) must be in (0, 1]"),
+        (["--device", "cuda"], "--device (='cuda'): no CUDA device is visible to torch"),
+    ],
+)
+def test_bench_says_what_is_wrong_with_its_arguments(arguments, message, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="2"):
+        bench.main(["--quick", *arguments])
+    assert message in capsys.readouterr().err
+
+
 def test_update_needs_its_markers(tmp_path):
     page = tmp_path / "page.md"
     page.write_text("nothing here")

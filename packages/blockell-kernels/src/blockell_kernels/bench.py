@@ -13,6 +13,7 @@ between `<!-- bench:cpu -->` and `<!-- /bench:cpu -->` (or cuda).
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Iterable, Sequence
 from itertools import product
@@ -70,10 +71,31 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--plot", type=Path, help="draw the speed-ups into this SVG file")
     add("--update", type=Path, help="replace the table in this Markdown file")
     options = parser.parse_args(arguments)
+    wrong = _wrong(options)
+    if wrong:
+        parser.error(wrong)
     if options.quick:
         options.shapes, options.layouts = ("256x128x256",), ("16x8",)
         options.densities, options.rounds = (0.5,), 5
     return options
+
+
+def _wrong(options: argparse.Namespace) -> str | None:
+    """What is wrong with the arguments, or None."""
+    number = r"[1-9]\d*"
+    for name, count, form in (
+        ("shapes", 3, "NxINxOUT, as 2048x640x2560"),
+        ("layouts", 2, "TILExROWGROUP, as 16x8"),
+    ):
+        for text in getattr(options, name):
+            if not re.fullmatch("x".join([number] * count), text):
+                return f"--{name} (={text!r}) must have the form {form}."
+    for density in options.densities:
+        if not 0 < density <= 1:
+            return f"--densities (={density}) must be in (0, 1]."
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        return f"--device (={options.device!r}): no CUDA device is visible to torch."
+    return None
 
 
 def cases(options: argparse.Namespace) -> Iterable[BenchCase]:
