@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -213,7 +214,42 @@ def test_what_is_wrong_is_said() -> None:
         consolidate(model, batches(), loss_fn=lambda m, b: m(b["x"])["logits"])
     with pytest.raises(ValueError, match=r"batch \(=tuple\) must be a dict .* pass outputs_fn"):
         consolidate(nn.Linear(4, 4), [(torch.ones(2, 4),)], usage="sampled")
+    with pytest.raises(
+        ValueError, match=r"batch \(=list of 2\) must fit Linear\.forward \(too many"
+    ):
+        consolidate(nn.Linear(4, 4), [[torch.ones(2, 4), torch.ones(2)]])
     assert model.training  # also after an error
+
+
+def test_what_a_tokenizer_returns_is_a_batch() -> None:
+    wrapped = [UserDict(batch) for batch in batches()]
+    found, expected = (consolidate(Network(), b, usage="sampled") for b in (wrapped, batches()))
+    assert found.tasks == expected.tasks
+    assert found.layers.keys() == expected.layers.keys()
+
+
+def test_modules_beside_the_model_are_warned_of() -> None:
+    body, head, teacher = nn.Linear(4, 4), nn.Linear(4, 2), nn.Linear(4, 4)
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        h = model(x)
+        with torch.no_grad():
+            wanted = teacher(x)
+        return head(h).square().mean() + (h - wanted).square().mean()
+
+    with pytest.warns(
+        UserWarning, match=r"depends on 2 parameters \(first of shape .* none of Lin"
+    ):
+        consolidate(body, [torch.randn(8, 4)], loss_fn=loss)
+
+
+def test_complex_weights_count_as_unseen() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.complex64), nn.Linear(4, 4))
+    model[0].register_forward_hook(lambda _, __, y: y.abs())
+    x = torch.randn(8, 4, dtype=torch.complex64)
+    memory = consolidate(model, [x], loss_fn=lambda m, x: m(x).square().mean())
+    assert memory.layers.keys() == {"1.weight"}
+    assert memory.unseen == {"0.weight": "a product of complex numbers"}
 
 
 def test_plain_batches_need_no_loss_without_error_signals() -> None:

@@ -5,7 +5,9 @@ Legend: N tokens of a pass, n inputs and m outputs of a layer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import inspect
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -60,7 +62,8 @@ def consolidate(
         batches: a little of the task's training data; some thousand tokens are enough.
         task: its name.
         loss_fn: (model, batch) -> scalar, the mean over tokens in nats. Default:
-            `model(**batch)["loss"]` for a dict, else `model(*batch)`.
+            `model(**batch)["loss"]` for a dict or the like, else `model(*batch)`. Modules that it
+            uses beside the model are not guarded.
         previous: what was kept of earlier tasks; the result holds them too.
         weight: how much this task counts beside the others.
         generator: source of the random perturbations and sampled labels, on the CPU; default: one
@@ -120,6 +123,14 @@ def consolidate(
                 "loss_fn that calls the model it is given."
             )
         stats.check_finite(task)
+        if stats.elsewhere:
+            warnings.warn(
+                f"the loss of task {task!r} depends on {len(stats.elsewhere)} parameters (first of "
+                f"shape {tuple(next(iter(stats.elsewhere)).shape)}) that are none of "
+                f"{type(model).__name__}'s, and no guard of it will hold them: pass one module "
+                "that holds all that must be remembered, such as an nn.ModuleDict, or detach them.",
+                stacklevel=2,
+            )
         seen = (stats.layers.keys() | stats.rows.keys()) - stats.others.keys()
         memory = Consolidation(
             {
@@ -152,13 +163,22 @@ def consolidate(
 
 def default_loss(model: nn.Module, batch: Any) -> Any:
     """The loss a model computes by itself; see `consolidate`."""
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):  # also that of a tokenizer, which is no dict
         return model(**batch)["loss"]
-    return model(*batch) if isinstance(batch, (tuple, list)) else model(batch)
+    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+    try:
+        inspect.signature(model.forward).bind(*arguments)
+    except TypeError as error:
+        raise ValueError(
+            f"batch (={type(batch).__name__} of {len(arguments)}) must fit {type(model).__name__}."
+            f"forward ({error}), whose result is then taken for the loss; pass loss_fn, such as "
+            "lambda model, batch: cross_entropy(model(batch[0]), batch[1])."
+        ) from error
+    return model(*arguments)
 
 
 def _default_logits(model: nn.Module, batch: Any) -> Tensor:
-    if isinstance(batch, dict):
+    if isinstance(batch, Mapping):
         logits: Tensor = model(**batch)["logits"]
         return logits
     raise ValueError(
@@ -222,6 +242,9 @@ def _products(
         x, y = product.input, product.output
         if product.weight not in stats.names or x.numel() == 0:  # a parameter from elsewhere
             return
+        if x.is_complex() or y.is_complex():
+            stats.use_otherwise({product.weight: "a product of complex numbers"})
+            return
         products.append(product._replace(input=x.detach(), output=nothing))
         # the edge, not the tensor: what follows may change it in place; none under no_grad
         known = differentiate and y.requires_grad
@@ -233,8 +256,8 @@ def _products(
     stats.use_otherwise(uses.others)
     found: Sequence[Tensor | None] = ()
     if differentiate:
-        for parameter in parameters_behind(result):
-            stats.use(parameter)
+        for leaf in parameters_behind(result):
+            stats.use_leaf(leaf)
         # outside the capture: recomputation (activation checkpointing) must not count twice
         asked = [edge for edge in edges if edge is not None]
         found = torch.autograd.grad(result, asked, allow_unused=True) if asked else ()

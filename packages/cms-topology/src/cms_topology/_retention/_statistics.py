@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
 from cms_topology._linear import CMSBlockLinear
@@ -136,13 +136,21 @@ class TaskStatistics:
         self.layers: dict[str, LayerStatistics] = {}
         self.rows: dict[str, Tensor] = {}
         self.touched: set[str] = set()
+        self.elsewhere: set[Tensor] = set()
+        """Parameters that the loss depends on, but are not the model's."""
         self.others: dict[str, str] = {}
         """Parameters that act where no product is seen, by which function."""
 
     def use(self, parameter: Tensor) -> None:
         """Note that a pass used a parameter in whatever way."""
-        if parameter in self.names:  # else it is one from elsewhere
+        if parameter in self.names:
             self.touched.add(self.names[parameter])
+
+    def use_leaf(self, leaf: Tensor) -> None:
+        """Note a leaf of the loss's graph, a parameter of the model or another."""
+        self.use(leaf)
+        if isinstance(leaf, nn.Parameter) and leaf not in self.names:
+            self.elsewhere.add(leaf)
 
     def use_otherwise(self, others: Mapping[Tensor, str]) -> None:
         """Note what else than products used parameters."""
