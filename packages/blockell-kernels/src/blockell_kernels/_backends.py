@@ -18,8 +18,8 @@ module is imported on first use, never at package import. `unavailable()` says w
 this machine (None: it can), `unsupported(case)` why it cannot run this case, and `verdict(case)`
 whether it beats the dense backend there, and by what evidence. `select(case, requested)` puts the
 three together, per direction: with "auto", each device type has one sparse backend (`SPARSE_ON`),
-taken where it is available, supports the case and wins; otherwise the dense backend, so that the
-operator is never much slower than `torch.nn.Linear`. A request that cannot be followed falls back
+taken where it is available, supports the case and wins; otherwise the dense backend, whose product
+is `torch.nn.Linear`'s, after the weight was put together. A request that cannot be followed falls back
 to "auto" with one warning.
 """
 
