@@ -19,8 +19,8 @@ this machine (None: it can), `unsupported(case)` why it cannot run this case, an
 whether it beats the dense backend there, and by what evidence. `select(case, requested)` puts the
 three together, per direction: with "auto", each device type has one sparse backend (`SPARSE_ON`),
 taken where it is available, supports the case and wins; otherwise the dense backend, whose product
-is `torch.nn.Linear`'s, after the weight was put together. A request that cannot be followed falls back
-to "auto" with one warning.
+is `torch.nn.Linear`'s, after the weight was put together. A request that cannot be followed falls
+back to "auto" with one warning.
 """
 
 from __future__ import annotations
