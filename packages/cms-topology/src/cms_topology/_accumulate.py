@@ -27,11 +27,11 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
     a gradient (frozen, or not used in this step) are left out; None if that is all of them.
 
     Raises:
-        ValueError: the parameters are sharded (FSDP, tensor parallelism).
+        ValueError: the parameters are sharded (FSDP, tensor parallelism), pruned or parametrised.
     """
     active = []
     for layer in layers:
-        _refuse_shards(layer)
+        refuse_foreign_values(layer)
         if layer.values.grad is not None:
             active.append(layer)
     if not active:
@@ -66,8 +66,19 @@ def _accumulate_sampled(layers: Sequence[CMSBlockLinear], finite: Tensor) -> Non
         layer._probe.grad = None
 
 
-def _refuse_shards(layer: CMSBlockLinear) -> None:
-    """Scores of a shard would be wrong without a word, so say the word."""
+def refuse_foreign_values(layer: CMSBlockLinear) -> None:
+    """Scores of a shard, or of a product with a mask, would be wrong without a word: say the word.
+
+    Raises:
+        ValueError: `values` is not the layer's own whole parameter.
+    """
+    if "values" not in layer._parameters:
+        raise ValueError(
+            f"values (={type(layer.values).__name__}, made of other parameters) must be the "
+            "layer's own parameter while a TopologyManager moves its blocks: make what prunes or "
+            "reparametrises it permanent first, for example by torch.nn.utils.prune.remove(layer, "
+            '"values").'
+        )
     values = layer.values
     # a DTensor has placements; importing its class to ask would cost half a second
     whole = type(values) is nn.Parameter or not hasattr(values, "placements")

@@ -38,6 +38,13 @@ def decide_all(
     return {name: results[name] for name in layers}
 
 
+def unchanged(layer: CMSBlockLinear, global_step: int | None) -> TopologyDecisionResult:
+    """The result of a decision that a layer takes no part in."""
+    columns = layer.col_indices[:, : layer.num_live].clone()
+    nothing = torch.zeros_like(columns, dtype=torch.bool)
+    return TopologyDecisionResult(nothing, columns, columns, global_step)
+
+
 def alike(layers: Iterable[CMSBlockLinear]) -> list[list[int]]:
     """Positions of the layers that `decide` takes together."""
     found: dict[object, list[int]] = {}

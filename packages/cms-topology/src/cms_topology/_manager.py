@@ -15,10 +15,11 @@ import blockell_format as fmt
 from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 from cms_topology import _distributed as dist_sync
 from cms_topology._accumulate import accumulate_scores
+from cms_topology._averaged import averaged_layers, restart_averages
 from cms_topology._birth import reset_optimizer_states
 from cms_topology._clock import CMSClock
 from cms_topology._convert import sparse_layers
-from cms_topology._decision import decide_all
+from cms_topology._decision import decide_all, unchanged
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._newborn_steps import NewbornStepCorrection
 from cms_topology._result import TopologyDecisionResult, count_swaps
@@ -89,6 +90,10 @@ class TopologyManager:
         compensate: under retention, let the other blocks of a row absorb, by least squares on the
             earlier tasks' inputs, what a dropped block did.
         bank: keeps dropped blocks.
+        averages: models that average this one's weights, such as
+            `torch.optim.swa_utils.AveragedModel`: their averages of replaced blocks start afresh.
+
+    A layer that is frozen, or got no gradient since the last decision, keeps its blocks.
 
     Raises:
         ValueError: the model has no `CMSBlockLinear`, the optimizer trains none of them, or a
@@ -111,6 +116,7 @@ class TopologyManager:
         drop_cost: float = 0.0,
         compensate: bool = True,
         bank: BlockBank | None = None,
+        averages: Iterable[nn.Module] = (),
     ) -> None:
         self.layers = sparse_layers(model)
         if not self.layers:
@@ -148,7 +154,9 @@ class TopologyManager:
         self._drop_cost, self._compensate, self.bank = drop_cost, compensate, bank
         self.retain(retention)
         self._correction = NewbornStepCorrection() if correct_newborn_steps else None
+        self._averages = [averaged_layers(averaged, self.layers) for averaged in averages]
         self._kernels: StepKernels | None = None
+        self._trained: set[str] = set()  # names of layers with a gradient since the last decision
         self._step = 0
         self._warned_no_grad = False
         self._arm_sampling()
@@ -232,6 +240,8 @@ class TopologyManager:
             self._kernels = StepKernels(layers)
         with torch.no_grad():
             finite = self._kernels.accumulate()
+        if len(self._trained) < len(layers):
+            self._trained |= {n for n, x in self.layers.items() if x.values.grad is not None}
         return accumulate_scores(layers) if finite is None else finite
 
     def _correct_newborns(self) -> None:
@@ -242,11 +252,23 @@ class TopologyManager:
 
     def _decide(self) -> dict[str, TopologyDecisionResult]:
         dist_sync.sync_topology_scores(list(self.layers.values()))
-        generators = {n: decision_generator(self.seed, self._step, n) for n in self.layers}
-        swaps = decide_all(self.layers, generators, self._step, self._rules)
+        # to others scores of long ago would bring blocks that nobody trains
+        taking_part = {
+            n: x for n, x in self.layers.items() if n in self._trained and x.values.requires_grad
+        }
+        self._trained = set()
+        generators = {n: decision_generator(self.seed, self._step, n) for n in taking_part}
+        rules = {n: rule for n, rule in self._rules.items() if n in taking_part}
+        decided = decide_all(taking_part, generators, self._step, rules)
         reset_optimizer_states(
-            self._optimizers, {self.layers[n].values: x.swapped for n, x in swaps.items()}
+            self._optimizers, {self.layers[n].values: x.swapped for n, x in decided.items()}
         )
+        for averaged in self._averages:
+            restart_averages(averaged, self.layers, decided)
+        swaps = {
+            n: decided[n] if n in decided else unchanged(x, self._step)
+            for n, x in self.layers.items()
+        }
         recording = self.writer is not None or self.logger is not None
         if recording or dist_sync.world_size() > 1:
             self._record(swaps)
@@ -372,6 +394,7 @@ class TopologyManager:
             "seed": self.seed,
             "periods": list(self.clock.periods),
             "corrected_steps": self._correction.state_dict(seen) if self._correction else {},
+            "trained": sorted(self._trained),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -388,6 +411,7 @@ class TopologyManager:
                     f"{state[name]}."
                 )
         self._step = int(state["step"])
+        self._trained = set(state.get("trained", self.layers))
         if self._correction is not None:
             parameters: dict[str, Tensor] = {n: x.values for n, x in self.layers.items()}
             self._correction.load_state_dict(state.get("corrected_steps", {}), parameters)

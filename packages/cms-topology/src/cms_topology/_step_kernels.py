@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from cms_topology._accumulate import refuse_foreign_values
 from cms_topology._averages import Averages
 from cms_topology._blocks import kernels, kernels_for
 
@@ -31,6 +32,8 @@ class StepKernels:
     """
 
     def __init__(self, layers: Sequence[CMSBlockLinear]) -> None:
+        for layer in layers:
+            refuse_foreign_values(layer)
         self._layers = list(layers)
         self._held = _tensors(layers)
         self._fits = _one_launch(layers)
@@ -116,6 +119,6 @@ def _tensors(layers: Sequence[CMSBlockLinear]) -> list[Tensor]:
     for layer in layers:
         # a module's attributes take several times as long
         held = layer._modules["scorer"]._buffers  # type: ignore[union-attr]
-        values = layer._parameters["values"]
+        values = layer._parameters.get("values")  # not there while it is pruned
         found += (values, held["score_ema"], held["score_weight"], held["block_age"])  # type: ignore[arg-type]
     return found
