@@ -98,7 +98,7 @@ def measure(server: Server, page: Page, steps: list[int], layers: list[str]) -> 
 
     def colour(index: int) -> None:
         label, title = (("Born, died, kept", "Born, died"), ("Age", "Block age"))[index % 2]
-        page.get_by_text(label, exact=True).click()
+        page.locator(".st-key-colour").get_by_text(label, exact=True).click()
         see(page, title)
 
     def layer(index: int) -> None:

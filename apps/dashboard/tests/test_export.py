@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -62,6 +63,33 @@ def test_what_is_not_there_is_named(good_run: Path, tmp_path: Path) -> None:
         export_report(tmp_path / "none", tmp_path / "r.html")
     with SnapshotWriter(tmp_path / "new", layers=()):
         pass
-    with pytest.raises(ValueError, match="holds no readable snapshot yet"):
+    with pytest.raises(ValueError, match="holds no readable snapshot yet and no metric"):
         export_report(tmp_path / "new", tmp_path / "r.html")
     assert not (tmp_path / "r.html").exists()
+
+
+def test_a_run_of_several_tasks(task_run: Path, tmp_path: Path) -> None:
+    page = export_report(task_run, tmp_path / "r.html").read_text(encoding="utf-8")
+    for part in ("Task of birth at step 100", "<th>born in 2 text</th>", "text begins", "Density"):
+        assert part in page
+    assert "in blocks.1.fc, rank 0 and rank 1 disagree" in page
+
+
+def test_a_dense_run_has_a_report_of_its_metrics(tmp_path: Path) -> None:
+    with SnapshotWriter(tmp_path / "dense", layers=()) as writer:
+        writer.log({"accuracy": 0.5}, 1)
+    page = export_report(tmp_path / "dense", tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "Training metric: accuracy" in page
+
+
+def test_a_layer_that_rotted_does_not_stop_the_report(run_copy: Path, tmp_path: Path) -> None:
+    newest = sorted((run_copy / "topology").iterdir())[-1]
+    content = bytearray(newest.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    tensor = json.loads(content[8 : 8 + length])["blocks.0.mlp.fc1/col_indices"]
+    start, stop = (8 + length + offset for offset in tensor["data_offsets"])
+    content[start:stop] = b"\xff" * (stop - start)
+    newest.write_bytes(content)
+    page = export_report(run_copy, tmp_path / "r.html").read_text(encoding="utf-8")
+    assert page.count("Block age at step 275") == 3
+    assert "Problems (1)" in page

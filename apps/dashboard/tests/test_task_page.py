@@ -63,9 +63,8 @@ def test_changes_since_a_step_and_their_link(
 def test_ranks_that_disagree_are_named(open_app: Callable[..., AppTest], task_run: Path) -> None:
     app = open_app(task_run)
     (message,) = (error.value.replace("\\", "") for error in app.error)
-    assert "at step 75, 1 layer differs, the first is blocks.1.fc" in message
-    assert "where rank 0 and rank 1 disagree" in message
-    assert "2 of 5" in message
+    assert "at step 75, 1 layer differs; in blocks.1.fc, rank 0 and rank 1 disagree" in message
+    assert "2 snapshots with a difference" in message
 
 
 def test_runs_side_by_side(

@@ -11,16 +11,19 @@ from pathlib import Path
 import numpy as np
 import plotly.graph_objects as go
 
-from blockell_format.snapshots import LayerInfo, Problem
+from blockell_format.snapshots import LayerInfo, Problem, SnapshotError
 
 from . import __version__, figures
 from .figures import Theme
 from .io import LoadedRun, is_run
+from .layer_table import layer_table
 from .layers import layer_label, layer_order
+from .ranks import describe
 from .retention import Retention, read_retention
 from .retention_stats import group_cells
 from .retention_tables import method_table
 from .series import is_loss
+from .tables import Table
 
 __all__ = ["export_report"]
 
@@ -65,28 +68,25 @@ def export_report(
         raise FileExistsError(f"{output} exists; choose another name, or overwrite it (--force).")
     run_dir = Path(run_dir)
     results = read_retention(run_dir)
-    problems = list(results.problems)
-    about: list[str] = []
+    loaded: LoadedRun | None = None
+    parts = [_head(run_dir, theme)]
     charts: list[Iterator[tuple[str, go.Figure]]] = []
     if is_run(run_dir) or not results.cells:
         loaded = LoadedRun(run_dir)
         infos = _chosen_layers(loaded, layers)
-        problems = [*loaded.run.problems, *problems]
-        if loaded.run.steps or step is not None or not results.cells:
+        parts += [_about_run(loaded), _divergence(loaded)]
+        charts.append(_metric_figure(loaded, theme))
+        if loaded.run.steps or step is not None or not (results.cells or loaded.metrics().names):
             step = _chosen_step(loaded, step)
             charts.append(_run_figures(loaded, infos, step, theme))
-        about.append(_about_run(loaded))
+            parts.append(_layers(loaded, step, infos))
     elif step is not None or layers is not None:
         raise ValueError(f"{run_dir} holds no run, so there is no step or layer to choose.")
     charts.append(_retention_figures(results, theme))
-    parts = [
-        _head(run_dir, theme),
-        *about,
-        *_html(itertools.chain(*charts)),
-        _method_tables(results),
-        _problems(problems),
-        "</body></html>\n",
-    ]
+    parts += [*_html(itertools.chain(*charts)), _method_tables(results)]
+    # After the reading: damage inside a snapshot is found by then.
+    problems = [*(loaded.run.problems if loaded else ()), *results.problems]
+    parts += [_problems(problems), "</body></html>\n"]
     # Beside the target, then renamed: a killed export leaves no half report under its name.
     temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
     try:
@@ -110,7 +110,9 @@ def _chosen_layers(loaded: LoadedRun, names: Sequence[str] | None) -> list[Layer
 def _chosen_step(loaded: LoadedRun, step: int | None) -> int:
     steps = loaded.run.steps
     if not steps:
-        raise ValueError(f"{loaded.path} holds no readable snapshot yet, so there is no chart.")
+        raise ValueError(
+            f"{loaded.path} holds no readable snapshot yet and no metric, so there is no chart."
+        )
     if step is None:
         return steps[-1]
     if step not in steps:
@@ -144,6 +146,33 @@ def _about_run(loaded: LoadedRun) -> str:
     )
 
 
+def _divergence(loaded: LoadedRun) -> str:
+    apart = loaded.divergence()
+    return f"<p><b>{html.escape(describe(apart))}</b></p>" if apart is not None else ""
+
+
+def _layers(loaded: LoadedRun, step: int, infos: Sequence[LayerInfo]) -> str:
+    """The layers of the report at the step of its heatmaps."""
+    if len(infos) < 2:
+        return ""
+    return f"<h2>All layers at step {step:,}</h2>{_table(layer_table(loaded, step, infos))}"
+
+
+def _table(table: Table) -> str:
+    head = "".join(f"<th>{html.escape(name.replace('_', ' '))}</th>" for name in table)
+    rows = "".join(
+        "<tr>" + "".join(f"<td>{html.escape(_cell(cell))}</td>" for cell in row) + "</tr>"
+        for row in zip(*table.values(), strict=True)
+    )
+    return f"<table><tr>{head}</tr>{rows}</table>"
+
+
+def _cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}" if np.isfinite(value) else ""
+    return str(value)
+
+
 def _html(charts: Iterable[tuple[str, go.Figure]]) -> Iterator[str]:
     script: bool = True
     for heading, figure in charts:
@@ -158,36 +187,48 @@ def _html(charts: Iterable[tuple[str, go.Figure]]) -> Iterator[str]:
         script = False
 
 
+def _metric_figure(loaded: LoadedRun, theme: Theme) -> Iterator[tuple[str, go.Figure]]:
+    """The training loss, or whatever else was logged."""
+    history, metrics = loaded.history(), loaded.metrics()
+    names = [name for name in metrics.names if is_loss(name)] or metrics.names
+    for name in names[:1]:
+        steps, values = metrics.get(name)
+        figure = figures.loss(
+            steps,
+            values,
+            name=name,
+            decision_steps=history.steps[~history.still],
+            alarms=is_loss(name),
+            spans=loaded.spans,
+            theme=theme,
+        )
+        yield "Training", figure
+
+
 def _run_figures(
     loaded: LoadedRun, infos: Sequence[LayerInfo], step: int, theme: Theme
 ) -> Iterator[tuple[str, go.Figure]]:
-    history, metrics = loaded.history(), loaded.metrics()
-    names = [name for name in metrics.names if "loss" in name.lower()] or metrics.names[:1]
-    swapped = history.steps[history.swaps.sum(axis=1) > 0]
-    for name in names[:1]:
-        steps, values = metrics.get(name)
-        yield (
-            "Training",
-            figures.loss(
-                steps,
-                values,
-                name=name,
-                decision_steps=swapped,
-                alarms=is_loss(name),
-                spans=loaded.spans,
-                theme=theme,
-            ),
-        )
+    history = loaded.history()
     pooled = history.pooled_rates() if len(infos) > 1 else np.empty(0)
     for info in infos:
-        label, series = layer_label(info.name), loaded.series(info.name)
-        layer = loaded.snapshot(info.name, step)
+        name, series = layer_label(info.name), loaded.series(info.name)
+        try:
+            layer = loaded.snapshot(info.name, step)
+        except SnapshotError:
+            continue  # it is in the list of problems
         yield (
-            label,
+            name,
             figures.topology_heatmap(
                 layer, info, step=step, value_range=(0.0, series.age_limit), theme=theme
             ),
         )
+        if loaded.spans:
+            yield (
+                "",
+                figures.topology_heatmap(
+                    layer, info, colour="task", step=step, spans=loaded.spans, theme=theme
+                ),
+            )
         ages = layer.block_age_steps[layer.col_indices >= 0]
         yield (
             "",
@@ -198,7 +239,7 @@ def _run_figures(
             figures.swap_rate(
                 history.steps,
                 history.rates(info.name),
-                name=label,
+                name=name,
                 all_steps=history.steps[: len(pooled)],
                 all_rates=pooled,
                 still=history.still,
@@ -206,6 +247,12 @@ def _run_figures(
                 theme=theme,
             ),
         )
+        shares = history.density(info)
+        if np.ptp(shares):
+            yield (
+                "",
+                figures.density(history.steps, shares, name=name, spans=loaded.spans, theme=theme),
+            )
         yield (
             "",
             figures.column_entropy(
@@ -213,7 +260,7 @@ def _run_figures(
                 series.entropy,
                 series.dead_columns,
                 C=info.C,
-                name=label,
+                name=name,
                 spans=loaded.spans,
                 theme=theme,
             ),
@@ -235,16 +282,11 @@ def _method_tables(results: Retention) -> str:
     """Per experiment, what the dashboard's table of methods shows."""
     parts = []
     for setting in results.settings:
-        table = method_table(group_cells(results.of(setting)))
-        head = "".join(f"<th>{html.escape(name)}</th>" for name in table)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-            for row in zip(*table.values(), strict=True)
-        )
+        table = _table(method_table(group_cells(results.of(setting))))
         parts.append(
             f"<h2>Methods: {html.escape(setting)}</h2><p>Mean ± standard deviation [lowest to "
             "highest] over seeds, on test data; one number where all seeds agree to the digits "
-            f"shown.</p><table><tr>{head}</tr>{rows}</table>"
+            f"shown.</p>{table}"
         )
     return "".join(parts)
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
-from blockell_format.snapshots import LayerSnapshot
+from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 from .io import LoadedRun
 from .layers import layer_order
@@ -20,8 +20,8 @@ _SUMMARY = ("column_entropy", "unused_columns", "median_age_steps", "p90_age_ste
 """The first of what `summarise` gives."""
 
 
-def layer_table(loaded: LoadedRun, step: int) -> Table:
-    """What is known of every layer at one recorded step.
+def layer_table(loaded: LoadedRun, step: int, infos: Iterable[LayerInfo] | None = None) -> Table:
+    """What is known of every layer, or of those given, at one recorded step.
 
     Swap rates are of the whole run but for `swap_rate`, which is of this decision. Where the run
     states several tasks, a column for each counts the live blocks born in its training. A layer
@@ -30,7 +30,8 @@ def layer_table(loaded: LoadedRun, step: int) -> Table:
     history, spans = loaded.history(), loaded.spans
     at = int(np.searchsorted(history.steps, step))
     rows = []
-    for info in sorted(loaded.run.layers.values(), key=lambda info: layer_order(info.name)):
+    chosen = loaded.run.layers.values() if infos is None else infos
+    for info in sorted(chosen, key=lambda info: layer_order(info.name)):
         number = history.names.index(info.name)
         blocks = int(history.blocks[at, number])
         rates = history.rates(info.name)

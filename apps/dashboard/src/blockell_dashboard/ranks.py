@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Divergence", "find_divergence"]
+__all__ = ["Divergence", "describe", "find_divergence"]
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,19 @@ def find_divergence(
     for rank, checksum in enumerate(checksums[step][layers[0]]):
         groups.setdefault(checksum, []).append(rank)
     return Divergence(step, layers[0], tuple(map(tuple, groups.values())), count, len(layers))
+
+
+def describe(apart: Divergence) -> str:
+    """One sentence for people."""
+    groups = " and ".join(
+        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:16]))}"
+        + (" and more" if len(ranks) > 16 else "")
+        for ranks in apart.groups[:4]
+    )
+    layers = "1 layer differs" if apart.layers == 1 else f"{apart.layers:,} layers differ"
+    decisions = "1 snapshot" if apart.steps == 1 else f"{apart.steps:,} snapshots"
+    return (
+        f"The processes do not hold the same topology: at step {apart.step:,}, {layers}; in "
+        f"{apart.layer}, {groups} disagree. {decisions} with a difference. What is shown is "
+        "rank 0's."
+    )

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from blockell_format import column_entropy, column_usage
-from blockell_format.snapshots import LayerSnapshot
+from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 from . import stats
 
@@ -113,6 +113,10 @@ class SwapHistory:
     def pooled_rates(self) -> NDArray[np.float64]:
         """[S] share of the blocks of all layers together; NaN where there was no decision."""
         return self._rates(self.swaps.sum(axis=1), self.blocks.sum(axis=1))
+
+    def density(self, info: LayerInfo) -> NDArray[np.float64]:
+        """[S] live blocks of a layer as a share of its block positions."""
+        return np.asarray(self.blocks[:, self.names.index(info.name)] / (info.R * info.C))
 
     def outside(self, name: str) -> NDArray[np.bool_]:
         """[S] decisions at which a layer's rate left the healthy band.

@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
-from ._theme import Theme, apply_layout, palette
+from ._theme import Theme, apply_layout, palette, vertical_line
 
 __all__ = ["age_histogram"]
 
@@ -58,7 +58,7 @@ def age_histogram(
             f"{summary.blocks:,} blocks; median {summary.median:,.0f}, p90 {summary.p90:,.0f} steps"
         )
         for value, name, dash in ((summary.median, "median", "dash"), (summary.p90, "p90", "dot")):
-            fig.add_vline(x=value, line={"color": colours.second, "width": 1.6, "dash": dash})
+            vertical_line(fig, value, color=colours.second, width=1.6, dash=dash)
             near_end = value > 0.6 * float(right[-1])
             fig.add_annotation(
                 text=name,

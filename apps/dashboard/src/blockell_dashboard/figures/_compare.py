@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
-from ._theme import Theme, apply_layout, palette, series_style, step_axis
+from ._theme import Theme, apply_layout, draw_band, series_style, step_axis
 
 __all__ = ["compare_runs"]
 
@@ -40,10 +40,9 @@ def compare_runs(
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
-    colours = palette(theme)
     fig = go.Figure()
     if band is not None:
-        fig.add_hrect(y0=band[0], y1=band[1], fillcolor=colours.band, line_width=0, layer="below")
+        draw_band(fig, band, theme)
     smoothed = False
     for number, (name, steps, values) in enumerate(series):
         colour, symbol, dash = series_style(number, theme)

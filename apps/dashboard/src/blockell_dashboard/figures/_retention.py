@@ -57,7 +57,7 @@ def task_scores(group: Group, *, theme: Theme = "light", height: int = _HEIGHT) 
         height=height,
         xaxis=step_axis([0, sum(cell.steps)]),
         yaxis=_SCORE_AXIS,
-        margin_t=78,
+        top=78,
     )
 
 
@@ -91,7 +91,7 @@ def old_task_over_steps(
         x_title="step, over all trainings",
         y_title="score",
         height=height,
-        margin_t=78,
+        top=78,
         xaxis=step_axis([start, sum(cell.steps)]),
         yaxis=_SCORE_AXIS,
     )

@@ -87,7 +87,7 @@ def retention_matrix(
         "score": "0% is chance, 100% perfect",
         "change": "change since it was learned",
     }
-    apply_layout(
+    return apply_layout(
         fig,
         theme,
         title=titles[kind],
@@ -95,12 +95,14 @@ def retention_matrix(
         x_title="measured on",
         y_title="",
         height=height,
+        xaxis={"tickvals": list(range(len(tasks))), "ticktext": tasks, "showgrid": False},
+        yaxis={
+            "tickvals": list(range(len(rows))),
+            "ticktext": rows,
+            "autorange": "reversed",
+            "showgrid": False,
+        },
     )
-    fig.update_xaxes(tickvals=list(range(len(tasks))), ticktext=tasks, showgrid=False)
-    fig.update_yaxes(
-        tickvals=list(range(len(rows))), ticktext=rows, autorange="reversed", showgrid=False
-    )
-    return fig
 
 
 def _percent(value: float, *, signed: bool) -> str:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .. import stats
 from ..tasks import TaskSpan
-from ._theme import Theme, apply_layout, mark_step, mark_tasks, palette, step_axis
+from ._theme import Theme, apply_layout, draw_band, mark_step, mark_tasks, palette, step_axis
 
 __all__ = ["column_entropy", "density", "loss", "swap_rate"]
 
@@ -55,7 +55,7 @@ def swap_rate(
     outside &= ~quiet
     keep = np.union1d(stats.bucket_indices(rates), np.flatnonzero(outside)[:2000]).astype(int)
     fig = go.Figure()
-    fig.add_hrect(y0=band[0], y1=band[1], fillcolor=colours.band, line_width=0, layer="below")
+    draw_band(fig, band, theme)
     fig.add_annotation(
         text=f"healthy: {band[0]:.0%} to {band[1]:.0%}",
         x=0.01,
@@ -104,7 +104,7 @@ def swap_rate(
         theme,
         title="Swap rate",
         subtitle=subtitle,
-        margin_t=78 if spans else 60,
+        top=78 if spans else 60,
         x_title="step",
         y_title="blocks replaced",
         height=height,
@@ -167,7 +167,7 @@ def column_entropy(
         theme,
         title="Column entropy",
         subtitle=subtitle,
-        margin_t=78 if spans else 60,
+        top=78 if spans else 60,
         x_title="step",
         y_title="normalised entropy",
         height=height,
@@ -219,7 +219,7 @@ def density(
         theme,
         title="Density",
         subtitle=subtitle,
-        margin_t=78 if spans else 60,
+        top=78 if spans else 60,
         x_title="step",
         y_title="density",
         height=height,
@@ -316,7 +316,7 @@ def loss(
         theme,
         title=f"Training metric: {name}",
         subtitle=subtitle,
-        margin_t=78 if spans else 60,
+        top=78 if spans else 60,
         x_title="step",
         y_title=name,
         height=height,

@@ -108,7 +108,7 @@ def _density_card(choice: RunChoice, loaded: LoadedRun, info: LayerInfo, step: i
     """Only runs that grow have it: in others the tile at the top says all."""
     history, layers = loaded.history(), loaded.run.layers
     blocks = history.blocks[:, history.names.index(info.name)]
-    shares = blocks / (info.R * info.C)
+    shares = history.density(info)
     pooled = history.blocks.sum(axis=1) / sum(other.R * other.C for other in layers.values())
     chart_card(
         figures.density(

@@ -14,6 +14,7 @@ from blockell_format.snapshots import Problem
 
 from .. import stats
 from ..io import LoadedRun, RunChoice, find_runs
+from ..ranks import describe
 from ..retention import retention_stamp
 from ..series import SwapHistory
 from ._text import duration, escape
@@ -66,20 +67,8 @@ def _show_tiles(loaded: LoadedRun) -> None:
 def _show_divergence(loaded: LoadedRun) -> None:
     """Say where processes that must hold the same topology did not."""
     apart = loaded.divergence()
-    if apart is None:
-        return
-    groups = " and ".join(
-        f"{'rank' if len(ranks) == 1 else 'ranks'} {', '.join(map(str, ranks[:16]))}"
-        + (" and more" if len(ranks) > 16 else "")
-        for ranks in apart.groups[:4]
-    )
-    st.error(
-        f"The processes do not hold the same topology: at step {apart.step:,}, "
-        f"{_count(apart.layers, 'layer differs', 'layers differ')}, the first is "
-        f"{escape(apart.layer)}, where {groups} disagree. "
-        f"Recorded decisions with a difference: {apart.steps:,} of {len(loaded.run.steps):,}. "
-        "What is shown below is rank 0's."
-    )
+    if apart is not None:
+        st.error(escape(describe(apart)))
 
 
 def _ranks(loaded: LoadedRun) -> tuple[str, _NoteColour]:

@@ -59,13 +59,15 @@ def _method_table(choice: RunChoice, groups: list[Group]) -> None:
         name=(choice.label,),
         data=lambda: tables.statistics_table(groups),
     )
-    first = escape(groups[0].cells[0].tasks[0])
+    tasks = groups[0].cells[0].tasks
+    first = escape(tasks[0])
+    several = "Of all old tasks: its mean over all but the last. " if len(tasks) > 2 else ""
     st.caption(
         "Mean ± standard deviation \\[lowest to highest\\] over seeds, on test data; one number "
         "where all seeds agree to the digits shown. Relative "
-        f"forgetting of {first}: 0% is nothing lost, 100% everything down to chance. Lowest: the "
-        f"worst {first} at any time after it was learned. Block overlap: blocks that both tasks "
-        "use, and the same with the second task's blocks shuffled within their rows."
+        f"forgetting of {first}: 0% is nothing lost, 100% everything down to chance. {several}"
+        f"Lowest: the worst {first} at any time after it was learned. Block overlap: blocks that "
+        "both tasks use, and the same with the second task's blocks shuffled within their rows."
     )
     void = [group.label for group in groups if group.void]
     if void:
