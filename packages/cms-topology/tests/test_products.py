@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -111,7 +112,17 @@ OTHERWISE: dict[str, tuple[Apply, str]] = {
     ),
     "divided by its norm": (lambda m, x: functional.linear(x, m.w) / m.w.norm(), "__truediv__"),
     "einsum": (lambda m, x: torch.einsum("bti,oi->bto", x, m.w), "einsum"),
+    "written into another": (
+        lambda m, x: functional.linear(x, m.w) + written_into(m, x),
+        "__setitem__",
+    ),
 }
+
+
+def written_into(model: nn.Module, x: Tensor) -> Tensor:
+    whole = torch.zeros(M, N)
+    whole[:] = model.w
+    return functional.linear(x, whole)
 
 
 @pytest.mark.parametrize("written", OTHERWISE)
@@ -127,6 +138,7 @@ def test_a_weight_that_acts_in_another_way_too_stays(written: str) -> None:
     before = model.w.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
     guard = RetentionGuard(model, optimizer, memory)
+    assert guard.metrics()["retention/drift_max"] == 0
     loss_of(model, NEW).backward()
     if function == "mul":
         optimizer.step()
@@ -141,6 +153,9 @@ def test_a_weight_that_acts_in_another_way_too_stays(written: str) -> None:
 
 UNTOUCHED: dict[str, Apply] = {
     "shape and type only": lambda m, x: functional.linear(x.to(m.w.dtype), m.w)[..., : len(m.w)],
+    "as an input, changed in place": lambda m, x: functional.linear(
+        m.b[:N].repeat(5, 7, 1).add_(x), m.w
+    ),
     "zeros of its kind": lambda m, x: functional.linear(x, m.w) + m.w.new_zeros(M).add(0),
 }
 
@@ -256,3 +271,56 @@ def test_low_rank_groups() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         guard.step()
+
+
+class EveryKind(nn.Module):
+    """A layer of each layout: groups, transposed kernels, inputs first, slices, steps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv = nn.Conv1d(4, 8, 3, groups=4, padding=1)
+        self.up = nn.ConvTranspose1d(8, N, 3, groups=2, padding=1)
+        self.w = nn.Parameter(torch.randn(N, M) * 0.3)
+        self.attention = nn.MultiheadAttention(M, 2, batch_first=True)
+        self.recurrent = nn.GRU(M, 10, batch_first=True)
+        self.head = nn.Linear(10, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.up(self.conv(x).relu()).transpose(1, 2) @ self.w
+        other = h.flip(1)
+        h = self.attention(h, other, other, need_weights=False)[0]
+        result: Tensor = self.head(self.recurrent(h)[0])
+        return result
+
+
+def test_every_layout_resumes_to_the_bit_in_mid_interval() -> None:
+    x, y = torch.randn(8, 4, 6), torch.randn(8, 6, 4)
+
+    def setup(model: nn.Module, memory: Consolidation) -> tuple[Any, RetentionGuard]:
+        optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+        return optimizer, RetentionGuard(model, optimizer, memory, drift=1e-3, every=3)
+
+    def train(model: nn.Module, optimizer: Any, first: int, last: int) -> None:
+        for step in range(first, last):
+            optimizer.zero_grad()
+            loss_of(model, (x.roll(step, 0) + step, y)).backward()
+            optimizer.step()
+
+    model = EveryKind()
+    memory = consolidate(model, [(x, y)], loss_fn=loss_of)
+    assert len(memory.layers) == 8
+    optimizer, guard = setup(model, memory)
+    train(model, optimizer, 0, 4)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), guard.state_dict()))
+    train(model, optimizer, 4, 9)
+    assert 5e-4 < max(guard.drift().values()) <= 1e-3 * (1 + 1e-4)
+
+    other = EveryKind()
+    other.load_state_dict(saved[0])
+    resumed, guard = setup(other, Consolidation.from_tensors(memory.to_tensors()))
+    resumed.load_state_dict(saved[1])
+    guard.load_state_dict(saved[2])
+    train(other, resumed, 4, 9)
+    for (name, p), q in zip(model.named_parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q), name

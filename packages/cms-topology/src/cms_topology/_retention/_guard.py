@@ -283,11 +283,13 @@ class RetentionGuard:
     def metrics(self) -> dict[str, float]:
         """Figures of the last projection, for a log."""
         drifts = self._last_drifts()
-        tight = torch.cat([batch.multiplier > 0 for batch in self._batches])
+        tight = [batch.multiplier > 0 for batch in self._batches]
         figures = {
             "retention/drift_mean": float(drifts.mean()),
             "retention/drift_max": float(drifts.max()),
-            "retention/layers_at_budget_frac": float(tight.double().mean()),
+            "retention/layers_at_budget_frac": float(torch.cat(tight).double().mean())
+            if tight
+            else 0.0,
         }
         if self._budget is not None:
             figures.update(self._budget.figures())

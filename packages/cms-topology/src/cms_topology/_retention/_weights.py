@@ -80,6 +80,8 @@ class WeightUses:
         sources = [self.parameters_of(t) for t in given]
         used = frozenset[Tensor]().union(*(s for s in sources if s)) - self._exempt
         made = list(tensors_in(result))
+        if name == "__setitem__":  # returns nothing
+            made = given[:1]
         if not used or not made or name in BLIND:
             return
         if all(s is not None for s in sources):
@@ -92,6 +94,9 @@ class WeightUses:
             # else a penalty on weights that is added to the loss: no answer depends on it
             for parameter in used:
                 self.others.setdefault(parameter, name)
+            for tensor in made:  # changed in place, it is no longer of parameters alone
+                self._made.pop(id(tensor), None)
+                self._copies.pop(id(tensor), None)
 
     def _whole(self, tensor: Tensor) -> nn.Parameter | None:
         if isinstance(tensor, nn.Parameter):
