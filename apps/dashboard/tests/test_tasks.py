@@ -82,7 +82,8 @@ def test_the_heatmap_shows_grown_blocks_by_task(task_run: Path) -> None:
     blocks = [trace for trace in fig.data if trace.type == "heatmap"][-1]
     nan = np.nan
     np.testing.assert_array_equal(blocks.z, [[nan, 0, nan, nan, 1, 0], [nan, nan, 0, 0, 1, nan]])
-    assert "born in the training on <b>text</b>" in blocks.text[0, 4]
+    assert blocks.text[0, 4] == "text"
+    assert "born in the training on <b>%{text}</b>" in blocks.hovertemplate
     names = [trace.name for trace in fig.data if trace.name]
     assert names == ["sums (4)", "text (2)", "no block"]
     with pytest.raises(ValueError, match=r'colour \(="task"\) needs step and spans'):

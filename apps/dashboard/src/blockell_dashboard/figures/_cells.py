@@ -57,16 +57,21 @@ class CellGrid:
         z: NDArray[np.float32],
         age: NDArray[np.float32],
         score: NDArray[np.float32],
+        *,
+        kind: str = "",
         **heatmap: Any,
     ) -> None:
-        """Add the cells that hold a block (z is NaN elsewhere), with age and score on hover."""
+        """Add the cells that hold a block (z is NaN elsewhere), with age and score on hover.
+
+        `kind` is the hover text's line that uses the short `text` of each cell as %{text}.
+        """
         mean = "mean " if self.aggregated else ""
         hover = (
             f"{mean}age <b>%{{customdata[0]:,.0f}}</b> steps<br>"
             f"{mean}score <b>%{{customdata[1]:.4g}}</b>"
         )
-        if "text" in heatmap:
-            hover = f"%{{text}}<br>{hover}"
+        if kind:
+            hover = f"{kind}<br>{hover}"
         self._add(fig, z, [age, score], hover, heatmap)
 
     def add_plain(self, fig: go.Figure, mask: NDArray[np.bool_], colour: str, label: str) -> None:

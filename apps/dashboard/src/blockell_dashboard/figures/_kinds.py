@@ -53,10 +53,18 @@ def draw_changes(
     cells.add_plain(fig, died, colours.second, f"<b>died</b> {when}")
     z = np.full(changes.shape, np.nan, dtype=np.float32)
     z[kept], z[born] = 0, 1
-    text = np.where(born, f"<b>born</b> {when}", "kept")
     scale = _steps((colours.kept, colours.first))
     cells.add_blocks(
-        fig, z, age, score, text=text, colorscale=scale, zmin=0, zmax=1, showscale=False
+        fig,
+        z,
+        age,
+        score,
+        kind=f"<b>%{{text}}</b> {when}",
+        text=np.select([born, kept], ["born", "kept"], ""),
+        colorscale=scale,
+        zmin=0,
+        zmax=1,
+        showscale=False,
     )
     if _drawable(changes, born | died):
         cells.add_symbols(fig, born, "cross-thin", colours.background, height)
@@ -92,14 +100,14 @@ def draw_tasks(
         cells.add_plain(fig, absent, colours.absent, stats.CHANGE_NAMES[stats.ABSENT])
     z = np.where(absent, np.float32(np.nan), tasks.astype(np.float32) - 1)
     names = [escape(span.name) for span in spans]
-    text = np.array(["", *(f"born in the training on <b>{name}</b>" for name in names)])[tasks]
     marks = [_task_colour(number, theme) for number in range(len(spans))]
     cells.add_blocks(
         fig,
         z,
         age,
         score,
-        text=text,
+        kind="born in the training on <b>%{text}</b>",
+        text=np.array(["", *names])[tasks],
         colorscale=_steps(marks),
         zmin=-0.5,
         zmax=len(spans) - 0.5,
