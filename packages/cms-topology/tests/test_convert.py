@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from cms_topology import CMSBlockLinear, densify, sparse_layers, sparsify
 
@@ -85,3 +86,53 @@ def test_nothing_to_replace() -> None:
     with pytest.raises(ValueError, match=r"row_group \(=3\)"):
         sparsify(model, row_group=3)
     assert not sparse_layers(model), "a refused call changes nothing"
+
+
+def test_a_layer_used_in_several_places_is_replaced_in_all_of_them() -> None:
+    """Before, one place was sparse afterwards and the others went on with the dense weight."""
+    shared = nn.Linear(64, 64)
+    model = sparsify(nn.Sequential(shared, nn.ReLU(), nn.ModuleList([shared])))
+    assert isinstance(model[0], CMSBlockLinear)
+    assert model[0] is model[2][0]
+    densify(model)
+    assert type(model[0]) is nn.Linear
+    assert model[0] is model[2][0]
+    with pytest.raises(ValueError, match="found nothing to replace"):
+        sparsify(model, exclude="2.*")
+
+
+def test_frozen_parameters_stay_frozen() -> None:
+    layer = nn.Linear(64, 64)
+    layer.weight.requires_grad_(False)
+    sparse = sparsify(layer)
+    assert isinstance(sparse, CMSBlockLinear)
+    assert sparse.bias is not None
+    assert [sparse.values.requires_grad, sparse.bias.requires_grad] == [False, True]
+    dense = densify(sparse)
+    assert [dense.weight.requires_grad, dense.bias.requires_grad] == [False, True]
+    layer.requires_grad_(True).bias.requires_grad_(False)
+    sparse = CMSBlockLinear.from_dense(layer)
+    assert sparse.bias is not None
+    assert [sparse.values.requires_grad, sparse.bias.requires_grad] == [True, False]
+
+
+def test_what_would_be_lost_stays_dense_and_is_named() -> None:
+    """A shared bias quietly; pruned weights and hooks with a warning each."""
+    model = nn.Sequential(*(nn.Linear(64, 64) for _ in range(5)))
+    model[1].bias = model[0].bias
+    prune.l1_unstructured(model[2], "weight", 0.5)
+    model[3].register_forward_hook(lambda *_: None)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        sparsify(model)
+    assert list(sparse_layers(model)) == ["4"]
+    assert model[1].bias is model[0].bias
+    said = [str(w.message) for w in caught]
+    assert len(said) == 2
+    assert said[0].startswith("sparsify left ['2'] dense: something computes their weights")
+    assert said[1].startswith("sparsify left ['3'] dense: they have hooks")
+    model[4].register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=r"densify dropped the hooks of \['4'\]"):
+        densify(model)
+    with pytest.raises(ValueError, match=r"Left dense were \['2'\]: something computes"):
+        sparsify(model, include="2")

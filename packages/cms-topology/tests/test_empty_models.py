@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -105,3 +106,19 @@ def test_statistics_of_another_kind_of_score_are_refused() -> None:
     said = re.escape("layer with R=6, C=4, candidate_score='loss'; the checkpoint belongs to")
     with pytest.raises(ValueError, match=said):
         layer.load_state_dict(CMSBlockLinear(32, 48, tile_size=8).state_dict())
+
+
+def test_an_ensemble_maps_over_models_of_other_topologies() -> None:
+    """As torch's tutorial does it: stacked states of an empty base, in one call."""
+    models = [model(seed) for seed in range(3)]
+    states = torch.func.stack_module_state(models)
+    base = copy.deepcopy(models[0]).to("meta")
+    x = torch.randn(5, 32)
+
+    def output(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        y: Tensor = torch.func.functional_call(base, (parameters, buffers), (x,))
+        return y
+
+    y = torch.vmap(output)(*states)
+    for i, one in enumerate(models):
+        torch.testing.assert_close(y[i], one(x))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
@@ -16,6 +16,8 @@ ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # wrappers that put their name in front of every submodule's
 _WRAPPERS = ("module.", "_orig_mod.")
+_OWN = ("weight", "bias")
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, CMSBlockLinear]:
@@ -42,9 +44,10 @@ def sparsify(
 ) -> ModuleT:
     """Replace the `nn.Linear` layers of a model by block-sparse ones, in place.
 
-    Every replaced layer keeps its blocks of largest norm. Left alone are layers that another module
-    shares weights with (a head tied to its embedding), subclasses of `nn.Linear`, and, with one
-    warning that names them, layers whose sizes the tile does not divide.
+    Every replaced layer keeps its blocks of largest norm; one that is used in several places, is
+    replaced in all of them. Left alone are layers that share a parameter with another module (a
+    head tied to its embedding), subclasses of `nn.Linear`, and, with one warning that names them,
+    layers whose sizes the tile does not divide, that are pruned, or that have hooks.
 
     Args:
         model: changed in place. Build the optimizer afterwards: the parameters are new.
@@ -64,42 +67,54 @@ def sparsify(
         for parameter in module._parameters.values():
             if parameter is not None:
                 uses[id(parameter)] = uses.get(id(parameter), 0) + 1
-    linears = {n: m for n, m in model.named_modules() if type(m) is nn.Linear}
-    chosen = {
-        name: linear
-        for name, linear in linears.items()
-        if _matches(name, include) and not _matches(name, exclude) and uses[id(linear.weight)] == 1
-    }
-    indivisible = [
-        name
-        for name, linear in chosen.items()
-        if linear.in_features % tile_size or linear.out_features % tile_size
-    ]
-    fitting = {name: linear for name, linear in chosen.items() if name not in indivisible}
+    names: dict[nn.Linear, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if type(module) is nn.Linear:
+            names.setdefault(module, []).append(name)
+    left: dict[str, list[str]] = {}
+    fitting = []
+    for linear, places in names.items():
+        if not any(_matches(name, include) for name in places) or any(
+            _matches(name, exclude) for name in places
+        ):
+            continue
+        if any(uses[id(p)] > 1 for p in linear.parameters()):
+            continue
+        reason = _reason_to_leave(linear, tile_size)
+        if reason is None:
+            fitting.append(linear)
+        else:
+            left.setdefault(reason, []).append(places[0])
+    said = "".join(f" Left dense were {sorted(names)}: {why}." for why, names in left.items())
     if not fitting:
         raise ValueError(
             f"sparsify found nothing to replace with include (={include!r}), exclude "
             f"(={exclude!r}) and tile_size (={tile_size}); linear layers of the model: "
-            f"{sorted(linears) or 'none'}."
+            f"{sorted(places[0] for places in names.values()) or 'none'}.{said}"
         )
     if isinstance(row_group, int):
-        for linear in fitting.values():
+        for linear in fitting:
             resolve_row_group(row_group, linear.out_features // tile_size, tile_size)
-    if indivisible:
-        warnings.warn(
-            f"sparsify left {sorted(indivisible)} dense: their sizes are not multiples of "
-            f"tile_size (={tile_size}).",
-            stacklevel=2,
+    for reason, those in left.items():
+        warnings.warn(f"sparsify left {sorted(those)} dense: {reason}.", stacklevel=2)
+    made = {
+        linear: CMSBlockLinear.from_dense(
+            linear, density=density, tile_size=tile_size, row_group=row_group, **kwargs
         )
-    return _replace(
-        model,
-        {
-            name: CMSBlockLinear.from_dense(
-                linear, density=density, tile_size=tile_size, row_group=row_group, **kwargs
-            )
-            for name, linear in fitting.items()
-        },
-    )
+        for linear in fitting
+    }
+    return _replace(model, made)
+
+
+def _reason_to_leave(linear: nn.Linear, tile_size: int) -> str | None:
+    """Why a layer cannot be replaced without losing something; None: it can."""
+    if linear.in_features % tile_size or linear.out_features % tile_size:
+        return f"their sizes are not multiples of tile_size (={tile_size})"
+    if any(linear._parameters.get(name, None) is not getattr(linear, name) for name in _OWN):
+        return "something computes their weights, pruning for instance; make that permanent first"
+    if _hooks(linear):
+        return "they have hooks, which would be lost; register hooks after sparsify"
+    return None
 
 
 def densify(model: ModuleT) -> ModuleT:
@@ -109,16 +124,31 @@ def densify(model: ModuleT) -> ModuleT:
         `model`, or its replacement if `model` itself is a `CMSBlockLinear`.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CMSBlockLinear)}
-    return _replace(model, {name: layer.to_linear() for name, layer in layers.items()})
+    hooked = sorted(name for name, layer in layers.items() if _hooks(layer))
+    if hooked:
+        warnings.warn(
+            f"densify dropped the hooks of {hooked}; register them again, on the dense layers.",
+            stacklevel=2,
+        )
+    return _replace(model, {layer: layer.to_linear() for layer in layers.values()})
 
 
-def _replace(model: ModuleT, new: dict[str, Any]) -> ModuleT:
-    for name, module in new.items():
-        if name == "":
-            return module
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, module)
+def _replace(model: ModuleT, new: Mapping[Any, Any]) -> ModuleT:
+    """Put new modules wherever the old ones are: one may be used in several places."""
+    if model in new:
+        replacement: ModuleT = new[model]
+        return replacement
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in new:
+                setattr(parent, name, new[child])
     return model
+
+
+def _hooks(module: nn.Module) -> bool:
+    """Whether something happens when the module is called besides its class's `forward`."""
+    held = vars(module)
+    return "forward" in held or any(held[name] for name in _HOOKS)
 
 
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:

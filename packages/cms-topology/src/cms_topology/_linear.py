@@ -13,10 +13,11 @@ from typing import Any, Literal, NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 import blockell_format as fmt
 from blockell_format import num_blocks_for_density
-from blockell_kernels import block_ell_linear, probe_size
+from blockell_kernels import block_ell_linear, probe_size, transforms_active
 from cms_topology import _distributed as dist_sync
 from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import reset_optimizer_state
@@ -171,7 +172,8 @@ class CMSBlockLinear(nn.Module):
     ) -> CMSBlockLinear:
         """A sparse layer that keeps, in every row (group), the blocks of largest Frobenius norm.
 
-        Takes device, dtype and training mode of `linear`; further arguments as in the constructor.
+        Takes device, dtype, training mode and `requires_grad` of `linear`; further arguments as in
+        the constructor.
         """
         layer = cls(
             linear.in_features,
@@ -190,14 +192,15 @@ class CMSBlockLinear(nn.Module):
         )
         layer.values[:, : layer.num_live] = kept.values
         layer.col_indices[:, : layer.num_live] = kept.col_indices
+        layer.values.requires_grad_(linear.weight.requires_grad)
         if layer.bias is not None:
-            layer.bias.copy_(linear.bias)
+            layer.bias.copy_(linear.bias).requires_grad_(linear.bias.requires_grad)
         layer._refresh_derived()
         return layer.train(linear.training)
 
     @torch.no_grad()
     def to_linear(self) -> nn.Linear:
-        """A dense `nn.Linear` with the same function, device, dtype and training mode."""
+        """A dense `nn.Linear`: same function, device, dtype, training mode, `requires_grad`."""
         linear = nn.Linear(
             self.in_features,
             self.out_features,
@@ -205,9 +208,9 @@ class CMSBlockLinear(nn.Module):
             device=self.values.device,
             dtype=self.values.dtype,
         )
-        linear.weight.copy_(self.to_dense())
+        linear.weight.copy_(self.to_dense()).requires_grad_(self.values.requires_grad)
         if self.bias is not None:
-            linear.bias.copy_(self.bias)
+            linear.bias.copy_(self.bias).requires_grad_(self.bias.requires_grad)
         return linear.train(self.training)
 
     # -- the layer ----------------------------------------------------------------------------
@@ -246,8 +249,8 @@ class CMSBlockLinear(nn.Module):
         """What the backward pass of a call made now collects about absent blocks."""
         if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
             return "none"
-        if torch.jit.is_tracing():  # type: ignore[attr-defined]  # its program has no probe
-            return "none"
+        if transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
+            return "none"  # there probes collect nothing
         return "norms" if self.scorer.config.candidate_score == "outer" else "gradient"
 
     @property
@@ -467,8 +470,11 @@ class CMSBlockLinear(nn.Module):
         return source is None or source[0] is not columns or source[1] != _version(columns)
 
     def _refresh_if_stale(self) -> None:
-        """Notice what was done to `col_indices` around this class, as some loaders do."""
-        if self._is_stale():
+        """Notice what was done to `col_indices` around this class, as some loaders do.
+
+        Not of indices that `torch.func` maps over: products composed for it need nothing derived.
+        """
+        if self._is_stale() and not is_functorch_wrapped_tensor(self.col_indices):
             # indices are nobody's input, but inside a transform of torch.func even their copy on
             # the host would be one of its wrapped tensors, which cannot be read
             with torch._C._DisableFuncTorch():
