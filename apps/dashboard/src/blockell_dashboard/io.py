@@ -27,7 +27,7 @@ from blockell_format.snapshots import (
     open_run,
 )
 
-from .ranks import Divergence, find_divergence
+from .ranks import Divergence, find_divergence, layers_apart
 from .retention import RECORDS_FILE, find_retention, retention_stamp
 from .series import (
     SUMMARY_FIELDS,
@@ -117,6 +117,7 @@ class LoadedRun:
         self._series: dict[str, tuple[int, LayerSeries]] = {}
         self._history: tuple[int, SwapHistory] | None = None
         self._divergence: tuple[int, Divergence | None] | None = None
+        self._agreed: dict[int, tuple[str, int]] = {}
         self._metrics = MetricLog()
         self._metrics_version = -1
         self._snapshots: OrderedDict[_FileKey, LayerSnapshot] = OrderedDict()
@@ -172,11 +173,27 @@ class LoadedRun:
             return self._history[1]
 
     def divergence(self) -> Divergence | None:
-        """Where processes began to disagree on the topology; from the headers."""
+        """Where processes began to disagree on the topology; from the headers, each seen once."""
         with self._lock:
             if self._divergence is None or self._divergence[0] != self.version:
-                self._divergence = self.version, find_divergence(self._run.checksums())
+                self._divergence = self.version, self._find_divergence()
             return self._divergence[1]
+
+    def _find_divergence(self) -> Divergence | None:
+        if all(attempt.world_size == 1 for attempt in self._run.attempts):
+            return None
+        apart: dict[int, dict[str, tuple[str, ...]]] = {}
+        for step in self._run.steps:
+            snapshot = self._run.snapshot(step)
+            seen = self._run.run_id, snapshot.attempt
+            if self._agreed.get(step) == seen:
+                continue
+            checksums = snapshot.checksums
+            if layers_apart(checksums):
+                apart[step] = checksums
+            else:
+                self._agreed[step] = seen
+        return find_divergence(apart)
 
     def metrics(self) -> MetricLog:
         """The numeric metrics."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-__all__ = ["Divergence", "describe", "find_divergence"]
+__all__ = ["Divergence", "describe", "find_divergence", "layers_apart"]
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,11 @@ class Divergence:
     """Layers that disagree at the first step."""
 
 
+def layers_apart(checksums: Mapping[str, tuple[str, ...]]) -> list[str]:
+    """Layers whose checksums, one per rank, are not all the same."""
+    return [name for name, sums in checksums.items() if sums.count(sums[0]) < len(sums)]
+
+
 def find_divergence(
     checksums: Mapping[int, Mapping[str, tuple[str, ...]]],
 ) -> Divergence | None:
@@ -35,7 +40,7 @@ def find_divergence(
     first: tuple[int, list[str]] | None = None
     count = 0
     for step in sorted(checksums):
-        apart = [name for name, sums in checksums[step].items() if sums.count(sums[0]) < len(sums)]
+        apart = layers_apart(checksums[step])
         if apart:
             count += 1
             first = first or (step, apart)
