@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from collections.abc import Callable
@@ -250,3 +251,20 @@ def test_forgetting_of_all_old_tasks(tmp_path: Path) -> None:
     assert numbers.mean_forgetting(cell) == pytest.approx(sum(each) / 2)
     table = tables.method_table(numbers.group_cells([cell]))
     assert table["of all old tasks"] == [f"{sum(each) / 2:.1%}"]
+
+
+def test_figures_of_the_methods_own_and_old_data_are_told(tmp_path: Path) -> None:
+    own = {"drift": 0.25, "budget": float("nan"), "note": "x", "done": True, "eps": 1, "n": 10**400}
+    cell = cell_of(tmp_path, method_metrics=own, uses_old_data=True)
+    assert cell.own == {"drift": 0.25, "eps": 1.0}
+    (group,) = numbers.group_cells([cell])
+    table = tables.own_table(group)
+    assert table["figure"] == ["drift", "eps"]
+    assert table["mean"] == [0.25, 1.0]
+    assert tables.method_table([group])["old data"] == ["yes"]
+
+    plain = cell_of(tmp_path, method_metrics=[3])
+    assert plain.own == {}
+    assert "old data" not in tables.method_table(numbers.group_cells([plain]))
+    both = tables.method_table(numbers.group_cells([plain, dataclasses.replace(cell, method="m")]))
+    assert both["old data"] == ["no", "yes"]

@@ -148,3 +148,17 @@ def test_a_report_of_a_run_holds_both(run_copy: Path, tmp_path: Path) -> None:
     page = export_report(tmp_path / "new", tmp_path / "n.html").read_text(encoding="utf-8")
     assert "Forgetting matrix" in page
     assert "0 snapshots" in page
+
+
+def test_figures_of_the_methods_own_are_a_table(
+    open_app: Callable[..., AppTest], results_dir: Path
+) -> None:
+    path = results_dir / FILE.name
+    first, *rest = path.read_text().splitlines()
+    record = {**json.loads(first), "method_metrics": {"retention/drift_max": 0.5}}
+    path.write_text("\n".join([json.dumps(record), *rest]) + "\n")
+    app = open_app(results_dir)
+    assert not app.exception
+    own = app.dataframe[1].value
+    assert own["figure"].tolist() == ["retention/drift_max"]
+    assert own["n"].tolist() == [1]

@@ -34,6 +34,7 @@ VERSION = 1
 MAX_DEPTH = 3
 MAX_PROBLEMS = 200
 """Bad lines listed one by one; of more, the number is stated."""
+MAX_FIGURE = 1e300
 
 Floats = NDArray[np.float64]
 
@@ -81,6 +82,10 @@ class Cell:
     """What the method keeps of old tasks, beside the model."""
     overlap: Mapping[str, float]
     """Blocks that both tasks use, as a share; "used", "used_shuffled", "chance". May be empty."""
+    own: Mapping[str, float]
+    """Figures of the method's own after the last task, such as drift and its budget; by name."""
+    uses_old_data: bool
+    """Whether the method trains on data of old tasks."""
 
 
 @dataclass(frozen=True)
@@ -228,7 +233,22 @@ def _cell(record: Mapping[str, Any]) -> Cell:
         seconds=float(_numbers(record, "seconds", (n - 1,)).sum()),
         kept_bytes=int(_numbers(record, "kept_bytes", ())),
         overlap={key: _number(overlap, key) for key in overlap},
+        own=_finite(record.get("method_metrics")),
+        uses_old_data=record.get("uses_old_data") is True,
     )
+
+
+def _finite(values: Any) -> dict[str, float]:
+    """What is a finite number of an object that only informs; nothing depends on the rest."""
+    if not isinstance(values, dict):
+        return {}
+    return {
+        key: float(value)
+        for key, value in values.items()
+        if isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and abs(value) < MAX_FIGURE
+    }
 
 
 def _path(record: Mapping[str, Any], n: int) -> tuple[tuple[PathPoint, ...], ...]:

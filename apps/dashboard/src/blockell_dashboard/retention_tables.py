@@ -11,7 +11,14 @@ from . import retention_stats as numbers
 from .retention_stats import Group, Statistic
 from .tables import Table
 
-__all__ = ["cell_table", "lines_table", "matrix_table", "method_table", "statistics_table"]
+__all__ = [
+    "cell_table",
+    "lines_table",
+    "matrix_table",
+    "method_table",
+    "own_table",
+    "statistics_table",
+]
 
 
 def method_table(groups: Sequence[Group]) -> Table:
@@ -21,8 +28,10 @@ def method_table(groups: Sequence[Group]) -> Table:
     several = {}
     if len(groups[0].cells[0].tasks) > 2:
         several = {"of all old tasks": [_text(_mean_forgetting(group), share) for group in groups]}
+    rehearsing = [any(cell.uses_old_data for cell in group.cells) for group in groups]
     return {
         "method": [group.label for group in groups],
+        **({"old data": ["yes" if it else "no" for it in rehearsing]} if any(rehearsing) else {}),
         "seeds": [len(group.cells) for group in groups],
         "relative forgetting": [_text(_forgetting(group), share) for group in groups],
         **several,
@@ -71,6 +80,21 @@ def cell_table(groups: Sequence[Group]) -> Table:
         "lowest": [numbers.lowest(cell) for _, cell in each],
         "seconds": [cell.seconds for _, cell in each],
         "kept_bytes": [cell.kept_bytes for _, cell in each],
+    }
+
+
+def own_table(group: Group) -> Table:
+    """Figures of a method's own after the last task, a line each: over the seeds that have it."""
+    names = dict.fromkeys(name for cell in group.cells for name in cell.own)
+    found = [
+        numbers.statistic([cell.own.get(name, np.nan) for cell in group.cells]) for name in names
+    ]
+    return {
+        "figure": list(names),
+        **{
+            field: [getattr(value, field) for value in found]
+            for field in ("mean", "sd", "min", "max", "n")
+        },
     }
 
 

@@ -140,3 +140,13 @@ def _one_method(choice: RunChoice, groups: list[Group]) -> None:
             name=(choice.label, group.label),
             alt=f"Every task's score after every training with {group.label}.",
         )
+    own = tables.own_table(group)
+    if len(own["figure"]):
+        st.markdown("Figures of the method's own, after the last task, over seeds:")
+        number = st.column_config.NumberColumn(format="%.4g")
+        table_card(
+            own,
+            key="own",
+            name=(choice.label, group.label),
+            columns=dict.fromkeys(("mean", "sd", "min", "max"), number),
+        )
