@@ -291,6 +291,10 @@ def test_bad_arguments(run_maker: Any, options: dict[str, Any], message: str) ->
 
 
 def test_config_that_json_cannot_hold(run_maker: Any) -> None:
+    itself: dict[str, Any] = {}
+    itself["itself"] = itself
+    with pytest.raises(TypeError, match="config is nested too deeply, or holds itself"):
+        run_maker.writer(config=itself)
     with pytest.raises(TypeError, match=r"config.path is a PosixPath|WindowsPath"):
         run_maker.writer(config={"path": Path()})
     assert not run_maker.path.exists()

@@ -18,6 +18,13 @@ def to_plain(value: Any, where: str) -> Any:
     Raises:
         TypeError: a value that JSON cannot hold; the message names `where`.
     """
+    try:
+        return _plain(value, where)
+    except RecursionError:
+        raise TypeError(f"{where} is nested too deeply, or holds itself.") from None
+
+
+def _plain(value: Any, where: str) -> Any:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, str):
@@ -27,13 +34,13 @@ def to_plain(value: Any, where: str) -> Any:
             return float(value)
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     if isinstance(value, Mapping):
-        return {_clean(str(k)): to_plain(v, f"{where}.{k}") for k, v in value.items()}
+        return {_clean(str(k)): _plain(v, f"{where}.{k}") for k, v in value.items()}
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return [to_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
     item = getattr(value, "item", None)
     if callable(item):
         try:
-            return to_plain(item(), where)
+            return _plain(item(), where)
         except (ValueError, RuntimeError) as error:
             raise TypeError(
                 f"{where} is a {type(value).__name__} of several elements; log scalars, or a list."
