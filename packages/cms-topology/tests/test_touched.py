@@ -97,6 +97,33 @@ def test_a_head_added_later_is_free_until_its_task_is_consolidated() -> None:
     assert "heads.c.bias" in guard.still
 
 
+@pytest.mark.parametrize("controls", [{"drift": 1e-3}, {"drift": None, "eps": 0.01}])
+def test_frozen_weights_cost_nothing_until_they_are_trained(controls: dict[str, Any]) -> None:
+    """As the base beside adapters; unfrozen later, they are held as if they always had been."""
+    memory = consolidate(Heads(), data("a"), "a", loss_fn=loss_of)
+    models, guards, sizes = [], [], []
+    for frozen in (False, True):
+        model = Heads()
+        model.body.weight.requires_grad_(not frozen)
+        optimizer = torch.optim.SGD(model.parameters(), 0.1)
+        guard = RetentionGuard(model, optimizer, memory, **controls)
+        assert ("body.weight" in guard.drift()) == (not frozen)
+        sizes.append(guard.num_bytes)
+        if not frozen:
+            model.body.weight.requires_grad_(False)
+        train(model, optimizer, "b", 2)
+        model.body.weight.requires_grad_(True)
+        train(model, optimizer, "b", 3)
+        models.append(model)
+        guards.append(guard)
+    assert sizes[0] - sizes[1] >= 4 * 32 * 16
+    for (name, p), q in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(p, q, msg=name)
+    assert guards[1].drift() == pytest.approx(guards[0].drift(), rel=1e-3)
+    assert guards[1].drift()["body.weight"] > 0
+    assert guards[1].state_dict()["weights"].keys() == guards[0].state_dict()["weights"].keys()
+
+
 def test_without_a_graph_nothing_is_known_to_be_unused() -> None:
     model = Heads()
     memory = consolidate(model, data("a"), "a", loss_fn=loss_of, usage="none")

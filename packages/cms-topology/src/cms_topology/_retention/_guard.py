@@ -25,6 +25,7 @@ from cms_topology._retention._precision import products
 from cms_topology._retention._probes import LogitsFn, default_logits
 from cms_topology._retention._projection import ProjectionBatch
 from cms_topology._retention._state import WeightState
+from cms_topology._retention._units import ProtectedWeight
 
 
 class RetentionGuard:
@@ -39,6 +40,7 @@ class RetentionGuard:
     - norm gains, biases, used embedding rows and every other parameter without statistics that an
       old task used stay to the bit.
     - embedding rows and parameters that no old task used, such as a new head, train freely.
+    - frozen weight matrices cost nothing, until they begin to train (`requires_grad_(True)`).
 
     Acting after the optimizer, it also undoes what momentum and weight decay do to protected parts,
     and needs to know nothing about the optimizer, gradient scaling, accumulation or compilation.
@@ -131,15 +133,13 @@ class RetentionGuard:
             self.eps = None
         self.steps = 0
         """Optimizer steps seen."""
-        weights, self._still = sort_parameters(self.model, memory)
-        with products(full=True), torch.no_grad():
-            states = {weight.name: WeightState.of(weight) for weight in weights}
-        self._weights = weights
+        self._weights: list[ProtectedWeight] = []
+        weights, self._frozen, self._still = sort_parameters(self.model, memory)
         device = next(self.model.parameters()).device
         if self._budget is not None:
             self._budget.begin(self.model)
         self._allowed = torch.zeros((), dtype=torch.float64, device=device)
-        self._arrange(states)
+        self._take_up(weights, {})
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._warned = False
         if optimizer is not None:
@@ -148,12 +148,16 @@ class RetentionGuard:
             )
             check_optimizers(self.model, optimizers)
             before = self.before_step if gradients else None
-            self._hooks = act_at_steps(optimizers, before, self.step, self._again)
+            self._hooks = act_at_steps(
+                optimizers, self._notice_thaw, before, self.step, self._again
+            )
 
     # -- the work -----------------------------------------------------------------------------
 
     def before_step(self) -> None:
-        """Damp the gradients if that was asked for; a hook calls it."""
+        """Damp the gradients if that was asked for; a hook calls it. Without hooks, call it where
+        weights that were frozen begin to train, too."""
+        self._notice_thaw()
         eps = self._eps_now()
         if self.gradients and eps is not None:
             self._notice_changes()
@@ -229,12 +233,29 @@ class RetentionGuard:
         What a row held on blocks that are gone is absorbed by its other inputs, in the anchor;
         weights that do not follow (see `TopologyManager(retention=...)`) are drawn there.
         """
-        states: dict[str, WeightState] = {}
+        states = self._states()
         with products(full=True):
-            for batch in self._batches:
-                for weight, state in zip(batch.weights, batch.states(), strict=True):
-                    states[weight.name] = state.carried_over(weight)
-        self._arrange(states)
+            self._arrange({w.name: states[w.name].carried_over(w) for w in self._weights})
+
+    def _states(self) -> dict[str, WeightState]:
+        return {
+            weight.name: state
+            for batch in self._batches
+            for weight, state in zip(batch.weights, batch.states(), strict=True)
+        }
+
+    def _notice_thaw(self) -> None:
+        """Take up weights that were frozen until now, as they are."""
+        thawed = [w for w in self._frozen if w.parameter.requires_grad]
+        if thawed:
+            self._frozen = [w for w in self._frozen if not w.parameter.requires_grad]
+            self._take_up(thawed, self._states())
+
+    def _take_up(self, weights: list[ProtectedWeight], states: dict[str, WeightState]) -> None:
+        with products(full=True), torch.no_grad():
+            new = {weight.name: WeightState.of(weight) for weight in weights}
+        self._weights = [*self._weights, *weights]
+        self._arrange({**states, **new})
 
     def _notice_changes(self) -> None:
         if self._topologies() != self._known_topologies:
@@ -317,11 +338,7 @@ class RetentionGuard:
 
     def state_dict(self) -> dict[str, Any]:
         """Anchors, what is pending in the interval, and the step; the memory has its own state."""
-        weights = {
-            weight.name: state.tensors()
-            for batch in self._batches
-            for weight, state in zip(batch.weights, batch.states(), strict=True)
-        }
+        weights = {name: state.tensors() for name, state in self._states().items()}
         return {
             "steps": self.steps,
             "every": self.every,

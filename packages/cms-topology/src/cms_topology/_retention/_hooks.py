@@ -12,27 +12,34 @@ Act = Callable[[], None]
 
 
 def act_at_steps(
-    optimizers: Sequence[torch.optim.Optimizer], before: Act | None, after: Act, after_others: Act
+    optimizers: Sequence[torch.optim.Optimizer],
+    begin: Act,
+    before: Act | None,
+    after: Act,
+    after_others: Act,
 ) -> list[RemovableHandle]:
-    """Call `before` every step, when its gradients are there, and `after` it.
+    """Call `begin` at the start of every step, `before` when its gradients are there, and `after`.
 
     Args:
         optimizers: of one model.
+        begin: called before anything has moved.
         before: None: nothing.
         after: called after steps of the first optimizer.
         after_others: called after steps of the others.
     """
     handles = []
     for optimizer in optimizers:
-        if before is not None:
-            handles.append(optimizer.register_step_pre_hook(_before(before)))
+        handles.append(optimizer.register_step_pre_hook(_before(begin, before)))
         act = after if optimizer is optimizers[0] else after_others
         handles.append(optimizer.register_step_post_hook(_after(act)))
     return handles
 
 
-def _before(act: Act) -> Any:
+def _before(begin: Act, act: Act | None) -> Any:
     def hook(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+        begin()
+        if act is None:
+            return None
         # a closure computes the gradients inside of the step, perhaps several times
         self, *rest = args
         closure = rest[0] if rest else kwargs.get("closure")

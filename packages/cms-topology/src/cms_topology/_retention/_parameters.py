@@ -15,8 +15,8 @@ from cms_topology._retention._units import ProtectedWeight
 
 def sort_parameters(
     model: nn.Module, memory: Consolidation
-) -> tuple[list[ProtectedWeight], StillParameters]:
-    """Which parameters are projected, and which stay.
+) -> tuple[list[ProtectedWeight], list[ProtectedWeight], StillParameters]:
+    """Which parameters are projected, which would be if they were not frozen, and which stay.
 
     Raises:
         ValueError: the memory is that of another model, or a parameter is sharded.
@@ -29,7 +29,8 @@ def sort_parameters(
             f"{missing[0]!r}; pass the model that was consolidated, or one built like it."
         )
     sparse = sparse_by_values(model)
-    weights = []
+    weights: list[ProtectedWeight] = []
+    frozen: list[ProtectedWeight] = []
     still = StillParameters()
     for parameter, name in names.items():
         if hasattr(parameter, "placements"):
@@ -53,10 +54,12 @@ def sort_parameters(
                     f"memory of {name} (={weight.memory.covariance.n} inputs) must fit the layer "
                     f"(={_inputs(weight)} inputs); pass the model that was consolidated."
                 )
-            weights.append(weight)
+            # blocks may come and go although none is trained
+            idle = not parameter.requires_grad and weight.layer is None
+            (frozen if idle else weights).append(weight)
         elif indices is None and (memory.touched is None or name in memory.touched):
             still.add(name, parameter)
-    return weights, still
+    return weights, frozen, still
 
 
 def _fits(weight: ProtectedWeight) -> bool:
