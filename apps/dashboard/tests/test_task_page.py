@@ -93,4 +93,5 @@ def test_a_dense_run_says_why_there_is_no_topology(
         writer.log({"loss": 1.0}, 1)
     app = open_app(tmp_path / "dense")
     assert "no block-sparse layer" in app.info[0].value
+    assert app.metric[0].value == "1"  # the newest step, of the metrics
     assert titles(app) == ["Training metric: loss"]

@@ -206,6 +206,11 @@ class MetricLog:
 
         return sorted(self._values, key=order)
 
+    @property
+    def newest_step(self) -> int | None:
+        """The last step of any metric."""
+        return max((steps[-1] for steps, _ in self._values.values()), default=None)
+
     def get(self, name: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """Steps and values of a metric, ascending by step."""
         steps, values = self._values.get(name, ([], []))

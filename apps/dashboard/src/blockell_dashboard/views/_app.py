@@ -141,7 +141,7 @@ def _show_run(
         step = show_topology(choice, loaded, layer)
     else:
         st.info(
-            "This run has no block-sparse layer, as a dense model: there is no topology to show, "
+            "This run has no block-sparse layer: its model is dense. There is no topology to show, "
             "only its metrics.",
             icon=":material/grid_off:",
         )
