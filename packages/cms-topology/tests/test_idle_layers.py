@@ -138,3 +138,46 @@ def test_pruned_values_are_refused() -> None:
         train(net, optimizer, manager, range(2, 3))
     prune.remove(net.fc1, "values")
     train(net, optimizer, manager, range(3, 4))
+
+
+def test_managers_that_take_turns_are_noticed() -> None:
+    """Every step counts twice then; a manager that follows another one is fine."""
+    net, optimizer, first = setup()
+    train(net, optimizer, first, range(2))
+    second = TopologyManager(net, optimizer, periods=(1, 2, 4))
+    train(net, optimizer, second, range(2, 4))
+    net(torch.ones(1, 32)).sum().backward()
+    with pytest.warns(UserWarning, match="two TopologyManagers step the same layers in turns"):
+        first.step()
+    first.step()  # said once
+
+
+def test_a_wrapped_optimizer_is_seen_through() -> None:
+    """As Accelerate wraps them; before, newborns' steps went uncorrected then."""
+
+    class Wrapped(torch.optim.Optimizer):
+        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+            self.optimizer = optimizer
+
+        @property  # type: ignore[override]
+        def param_groups(self) -> list[dict[str, object]]:
+            return self.optimizer.param_groups
+
+        @property  # type: ignore[override]
+        def state(self) -> dict[Tensor, object]:
+            return self.optimizer.state
+
+        def step(self, *_: object) -> None:  # type: ignore[override]
+            self.optimizer.step()
+
+        def zero_grad(self, set_to_none: bool = True) -> None:
+            self.optimizer.zero_grad(set_to_none)
+
+    found = []
+    for wrap in (lambda o: o, Wrapped):
+        net = Net()
+        optimizer = wrap(torch.optim.AdamW(net.parameters(), lr=1e-2))
+        manager = TopologyManager(net, optimizer, periods=(1, 2, 4))
+        train(net, optimizer, manager, range(10))
+        found.append(net)
+    assert torch.equal(found[0].fc1.values, found[1].fc1.values)

@@ -16,7 +16,8 @@ from cms_topology._result import TopologyDecisionResult
 from cms_topology._scores import record_swaps, select_swaps
 
 if TYPE_CHECKING:
-    from cms_topology._linear import CMSBlockLinear, SwapRetention
+    from cms_topology._linear import CMSBlockLinear
+    from cms_topology._swap_retention import SwapRetention
 
 
 def decide_all(

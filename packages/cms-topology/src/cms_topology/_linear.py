@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -28,29 +28,7 @@ from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyS
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
 from cms_topology._shapes import TILE_SIZES, check_divisible, resolve_row_group
-
-
-class LiveBlocks(NamedTuple):
-    """The live blocks of a layer at one moment."""
-
-    columns: Tensor
-    """int32 [R, k]."""
-    values: Tensor
-    """[R, k, B, B]."""
-    ages: Tensor
-    """int32 [R, k], optimizer steps since birth."""
-
-
-class SwapRetention(Protocol):
-    """What a decision asks of those who keep an old task; see `TopologyManager(retention=...)`."""
-
-    def locked_and_cost(self, layer: CMSBlockLinear) -> tuple[Tensor, Tensor]:
-        """bool [R, k] live blocks that must stay, and float [R, k] what dropping each costs."""
-        ...
-
-    def after_swap(self, layer: CMSBlockLinear, swapped: Tensor, before: LiveBlocks) -> None:
-        """Make up for what was dropped; `swapped` is bool [R, k]."""
-        ...
+from cms_topology._swap_retention import LiveBlocks, SwapRetention
 
 
 class CMSBlockLinear(nn.Module):
@@ -126,6 +104,9 @@ class CMSBlockLinear(nn.Module):
         self.collect_candidates = True
         """Collect statistics of absent blocks in the backward pass. They cost about one more
         weight-gradient product; `TopologyManager` turns them on only just before a decision."""
+
+        self._clock: object | None = None
+        """What counts the layer's steps: a token of the last manager that did."""
 
         kwargs: dict[str, Any] = {"device": device, "dtype": dtype}
         self.values = nn.Parameter(torch.empty(self.R, self.K, self.B, self.B, **kwargs))

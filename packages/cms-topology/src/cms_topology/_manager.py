@@ -130,6 +130,7 @@ class TopologyManager:
             self._optimizers = [optimizer]
         else:
             self._optimizers = list(optimizer)
+        self._optimizers = [_unwrapped(optimizer) for optimizer in self._optimizers]
         self._check_optimizers(model)
         self.clock = CMSClock(tuple(periods))  # type: ignore[arg-type]
         if self.clock.periods[0] != 1:
@@ -159,6 +160,7 @@ class TopologyManager:
         self._trained: set[str] = set()  # names of layers with a gradient since the last decision
         self._step = 0
         self._warned_no_grad = False
+        self._token, self._stepped, self._warned_turns = object(), False, False
         self._arm_sampling()
 
     def _check_optimizers(self, model: nn.Module) -> None:
@@ -219,6 +221,7 @@ class TopologyManager:
         due = self.clock.due(self._step)
         sampled = any(layer.collect_candidates for layer in self.layers.values())
         layers = list(self.layers.values())
+        self._notice_other_clock(layers[0])
         if 0 in due:
             if self._accumulate(layers) is None:
                 self._warn_no_grad()
@@ -233,6 +236,19 @@ class TopologyManager:
         spent = time.perf_counter() - started
         self.overhead_seconds += spent
         return StepReport(self._step, due, sampled, spent, swaps)
+
+    def _notice_other_clock(self, layer: CMSBlockLinear) -> None:
+        """Warn, once, if another manager counts the same layers' steps in turns with this one."""
+        if layer._clock is not self._token:
+            if self._stepped and not self._warned_turns:
+                self._warned_turns = True
+                warnings.warn(
+                    "two TopologyManagers step the same layers in turns, so every step is counted "
+                    "and every decision made twice; keep one of them.",
+                    stacklevel=3,
+                )
+            layer._clock = self._token
+        self._stepped = True
 
     def _accumulate(self, layers: list[CMSBlockLinear]) -> Tensor | None:
         """`accumulate_scores`, by the short way where there is one."""
@@ -416,6 +432,13 @@ class TopologyManager:
             parameters: dict[str, Tensor] = {n: x.values for n, x in self.layers.items()}
             self._correction.load_state_dict(state.get("corrected_steps", {}), parameters)
         self._arm_sampling()
+
+
+def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """Accelerate's wrapper hides what kind of optimizer it is, by which newborns are corrected."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
 
 
 def _swap_rate(swaps: Mapping[str, TopologyDecisionResult]) -> float:

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from cms_topology._birth import reset_optimizer_state
-from cms_topology._linear import CMSBlockLinear, LiveBlocks
+from cms_topology._linear import CMSBlockLinear
+from cms_topology._swap_retention import LiveBlocks
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,11 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cms_topology._linear import CMSBlockLinear, LiveBlocks
+from cms_topology._linear import CMSBlockLinear
 from cms_topology._retention._bank import BlockBank
 from cms_topology._retention._compensation import RIDGE, absorb
 from cms_topology._retention._consolidation import LayerMemory
 from cms_topology._retention._units import ProtectedWeight
+from cms_topology._swap_retention import LiveBlocks
 
 
 def removal_cost(layer: CMSBlockLinear, memory: LayerMemory, *, compensated: bool = True) -> Tensor:
