@@ -129,6 +129,21 @@ def test_a_growing_run_is_followed_while_the_newest_step_is_selected(
     assert tiles(app)["Newest step"] == "325"
 
 
+def test_another_page_in_between_does_not_stop_the_following(
+    open_app, tmp_path: Path, good_run: Path
+) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(good_run, tmp_path / name)
+    app = open_app(tmp_path, run="a")
+    app.session_state["page"] = "compare"
+    app.run()
+    assert titles(app)[0] == "loss"
+    _continue(tmp_path / "a", 300)
+    app.session_state["page"] = "topology"
+    app.run()
+    assert titles(app)[0] == "Block age at step 300"
+
+
 def _continue(path: Path, step: int) -> None:
     run = open_run(path)
     layers = {name: run.snapshot(run.steps[-1]).layer(name) for name in run.layers}

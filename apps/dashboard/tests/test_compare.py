@@ -9,6 +9,7 @@ import pytest
 
 from blockell_dashboard import compare, figures
 from blockell_dashboard.io import LoadedRun
+from blockell_dashboard.tasks import TaskSpan
 
 
 @pytest.fixture
@@ -22,7 +23,7 @@ def test_a_line_per_run(runs: dict[str, LoadedRun]) -> None:
     assert table["newest_step"] == [100, 275]
     assert table["density"] == [0.5, 0.5]
     assert table["decisions"] == [1, 11]
-    assert table["mean_swap_rate"][0] == pytest.approx(0.25 / 4)
+    assert table["mean_swap_rate"][0] == pytest.approx(0.25)  # standstill is no decision
     assert table["last loss"][0] == 1.0
     assert table["lowest loss"][1] == np.nanmin(runs["good"].metrics().get("loss")[1])
     assert np.isnan(compare.run_table(runs, "accuracy")["last accuracy"][1])
@@ -59,6 +60,12 @@ def test_lines_of_runs_can_be_told_apart() -> None:
     assert next(trace.name for trace in drawn) == "run &lt;0&gt;"
     looks = {(trace.line.color, trace.marker.symbol, trace.line.dash) for trace in drawn}
     assert len(looks) == len(drawn) == 10
+    spans = (TaskSpan("a", 0, 49), TaskSpan("b", 49, 99))
+    step = np.where(steps > 49, 8.0, 1.0)
+    mean = figures.compare_runs(
+        [("x", steps, step)], title="loss", y_title="loss", spans={"x": spans}
+    ).data[-1]
+    np.testing.assert_array_equal(mean.y, step)
     assert figures.compare_runs([], title="x", y_title="y").data == ()
     table = compare.series_table(series, "loss")
     assert len(table["run"]) == len(table["step"]) == len(table["loss"]) == 903

@@ -117,6 +117,7 @@ def test_the_table_of_layers_counts_blocks_per_task(task_run: Path) -> None:
     assert table["born_in_1_sums"] == [4, 4]
     assert table["born_in_2_text"] == [2, 2]
     assert table["unused_columns"] == [1, 1]
+    assert table["mean_swap_rate"] == [0.25, 0.25]  # of the one decision
     assert layer_table(loaded, 25)["swapped"] == [1, 1]
     assert layer_table(loaded, 25)["outside_band"] == [1, 1]  # a quarter, and only there a swap
 

@@ -32,7 +32,7 @@ def run_table(runs: Mapping[str, LoadedRun], metric: str | None) -> Table:
     for name, loaded in runs.items():
         history, layers = loaded.history(), loaded.run.layers.values()
         rates = history.pooled_rates()
-        known = rates[np.isfinite(rates)]
+        known = rates[np.isfinite(rates) & ~history.still]
         positions = sum(info.R * info.C for info in layers)
         blocks = int(history.blocks[-1].sum()) if len(history.steps) else 0
         row: dict[str, Any] = {

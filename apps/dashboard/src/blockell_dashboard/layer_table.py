@@ -35,7 +35,7 @@ def layer_table(loaded: LoadedRun, step: int, infos: Iterable[LayerInfo] | None 
         number = history.names.index(info.name)
         blocks = int(history.blocks[at, number])
         rates = history.rates(info.name)
-        known = rates[np.isfinite(rates)]
+        known = rates[np.isfinite(rates) & ~history.still]
         try:
             layer = loaded.snapshot(info.name, step)
         except ValueError:  # the reader lists it among the problems

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TaskSpan", "birth_tasks", "task_spans"]
+__all__ = ["TaskSpan", "birth_tasks", "task_spans", "task_starts"]
 
 MAX_TASKS = 50
 """More cannot be told apart in a chart."""
@@ -60,3 +60,8 @@ def birth_tasks(
     starts = np.array([span.start for span in spans], dtype=np.int64)
     births = step - ages.astype(np.int64)
     return np.maximum(np.searchsorted(starts, births, side="right") - 1, 0)
+
+
+def task_starts(steps: NDArray[Any], spans: Sequence[TaskSpan]) -> NDArray[np.int64]:
+    """Positions in `steps` [S] (ascending) of the first entry of each task but the first."""
+    return np.searchsorted(steps, [span.start for span in spans[1:]], side="right")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -11,6 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
+from ..tasks import TaskSpan, task_starts
 from ._theme import Theme, apply_layout, draw_band, series_style, step_axis
 
 __all__ = ["compare_runs"]
@@ -24,6 +25,7 @@ def compare_runs(
     window: int | None = None,
     share: bool = False,
     band: tuple[float, float] | None = None,
+    spans: Mapping[str, Sequence[TaskSpan]] | None = None,
     theme: Theme = "light",
     height: int = 420,
 ) -> go.Figure:
@@ -37,6 +39,7 @@ def compare_runs(
             the series, and at least 5. Series of at most 20 points are drawn as they are.
         share: values are shares, shown in percent.
         band: healthy values, drawn as an area.
+        spans: by name, the trainings of runs on several tasks: their means begin anew with each.
         theme: "light" or "dark".
         height: of the figure, in pixels.
     """
@@ -51,7 +54,8 @@ def compare_runs(
         drawn = clean
         if len(values) > 20:
             smoothed = True
-            drawn = stats.rolling_mean(clean, window or max(5, len(values) // 50))
+            starts = task_starts(steps, (spans or {}).get(name, ()))
+            drawn = stats.rolling_mean(clean, window or max(5, len(values) // 50), starts)
             keep = stats.bucket_indices(clean)
             fig.add_trace(
                 go.Scatter(

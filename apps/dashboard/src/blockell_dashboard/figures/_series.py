@@ -11,7 +11,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
-from ..tasks import TaskSpan
+from ..tasks import TaskSpan, task_starts
 from ._theme import Theme, apply_layout, draw_band, mark_step, mark_tasks, palette, step_axis
 
 __all__ = ["column_entropy", "density", "loss", "swap_rate"]
@@ -71,7 +71,7 @@ def swap_rate(
     few = len(keep) <= 60
     _line(fig, name, steps[keep], rates[keep], colours.first, mode="lines+markers" if few else "")
     if np.isfinite(rates).sum() > window:
-        mean = stats.rolling_mean(rates, window, _starts(steps, spans))[keep]
+        mean = stats.rolling_mean(rates, window, task_starts(steps, spans))[keep]
         _line(fig, f"mean of {window}", steps[keep], mean, colours.text, width=2.4)
     marked = keep[outside[keep]]
     fig.add_trace(
@@ -258,7 +258,7 @@ def loss(
     """
     colours, name = palette(theme), escape(name)
     spikes: NDArray[np.bool_] = np.zeros(len(losses), dtype=bool)
-    starts = _starts(steps, spans)
+    starts = task_starts(steps, spans)
     if alarms:
         spikes = stats.loss_spikes(losses, starts=starts)
     keep = np.union1d(stats.bucket_indices(losses), np.flatnonzero(spikes)[:2000]).astype(int)
@@ -324,11 +324,6 @@ def loss(
         xaxis=step_axis(np.concatenate([steps, decision_steps])),
         yaxis={"range": [low - 0.12 * span, high + 0.08 * span], "hoverformat": ".4g"},
     )
-
-
-def _starts(steps: NDArray[Any], spans: Sequence[TaskSpan]) -> NDArray[np.int64]:
-    """Positions of the first values of each later task."""
-    return np.searchsorted(steps, [span.start for span in spans[1:]], side="right")
 
 
 def _line(

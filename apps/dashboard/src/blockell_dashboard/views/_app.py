@@ -44,6 +44,7 @@ _STYLE = """<style>
 [data-testid=stHorizontalBlock] {flex-wrap: wrap}
 [data-testid=stColumn]:has([data-testid=stMetric]) {min-width: 8.5rem}
 [data-testid=stColumn]:has([data-testid=stPlotlyChart]) {min-width: min(100%, 23rem)}
+.st-key-page button {padding-inline: 0.6rem}
 [data-testid=stColumn]:has(.st-key-card-tradeoff, .st-key-card-old-task)
   {min-width: min(100%, 29rem)}
 </style>"""

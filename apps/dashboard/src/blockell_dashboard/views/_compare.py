@@ -85,7 +85,13 @@ def _metric_card(runs: dict[str, LoadedRun], metric: str) -> None:
     series = [(name, *loaded.metrics().get(metric)) for name, loaded in runs.items()]
     series = [line for line in series if len(line[1])]
     chart_card(
-        figures.compare_runs(series, title=metric, y_title=metric, theme=page_theme()),
+        figures.compare_runs(
+            series,
+            title=metric,
+            y_title=metric,
+            spans={name: loaded.spans for name, loaded in runs.items()},
+            theme=page_theme(),
+        ),
         lambda: compare.series_table(series, metric),
         key="compare-metric",
         name=("compare", metric),
@@ -110,6 +116,7 @@ def _swap_card(runs: dict[str, LoadedRun]) -> None:
             window=10,
             share=True,
             band=stats.HEALTHY_SWAP_RATE,
+            spans={name: loaded.spans for name, loaded in runs.items()},
             theme=page_theme(),
         ),
         lambda: compare.series_table(series, "swap_rate"),

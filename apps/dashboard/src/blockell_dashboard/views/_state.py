@@ -57,9 +57,9 @@ def choose_step(steps: Sequence[int]) -> int:
     """
     newest = steps[-1]
     asked = st.session_state.get("step")
-    if asked is None:
+    if asked is None:  # a new session, or another page was shown in between
         asked = _as_int(st.query_params.get("step"), newest)
-    elif asked == st.session_state.get(_NEWEST):
+    if asked == st.session_state.get(_NEWEST):
         asked = newest
     st.session_state["step"] = _nearest(steps, asked)
     st.session_state[_NEWEST] = newest

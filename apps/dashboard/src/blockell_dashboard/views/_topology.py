@@ -80,8 +80,8 @@ def show_layers(choice: RunChoice, loaded: LoadedRun, step: int) -> None:
         },
     )
     text = (
-        "The mean swap rate and the decisions outside the band of 1 to 10% are of the whole run, "
-        "all else of this step."
+        "The mean swap rate per decision and the decisions outside the band of 1 to 10% are of the "
+        "whole run, all else of this step."
     )
     if loaded.spans:
         text += " Born in: live blocks by the training in which they were born or grown."
