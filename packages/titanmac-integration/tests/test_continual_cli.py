@@ -92,6 +92,22 @@ def test_seeds_and_a_time_limit(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not list((out / "topology").glob("*"))
 
 
+def test_a_training_that_breaks_down_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["continual", "--out", str(out), "--steps", "1", "3", "--warmup-steps", "0"]
+    command += ["--no-record", *TASKS, *SMALL, "--methods"]
+    assert main([*command, "fine-tuning=1e30"]) == 1
+    shown = capsys.readouterr().out
+    assert "fine-tuning@sparse=1e+30/seed0 broke down: no finite loss and gradient in" in shown
+    assert "right answers" not in shown, "nothing to show a table of"
+    assert main([*command, "fine-tuning=1e30,1e-3"]) == 0
+    shown = capsys.readouterr().out
+    assert "right answers" in shown
+    assert "broke down" in shown
+
+
 def test_a_run_of_another_command_is_not_touched(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

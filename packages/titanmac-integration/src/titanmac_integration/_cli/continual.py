@@ -47,8 +47,8 @@ examples:
   titanmac continual --out runs/mine --tasks qa:questions.jsonl text:novel.txt \\
       --steps 1200 400 --methods ours-releasing fine-tuning=6e-3 --seeds 0 1
 
-exit status: 0 done, also where --time-limit left something out; 1 error,
-2 unknown flag, 130 interrupted"""
+exit status: 0 done, also where --time-limit left something out; 1 error, or all
+trainings broke down; 2 unknown flag; 130 interrupted"""
 
 
 def add_parser(commands: Any) -> None:
@@ -124,7 +124,7 @@ def add_parser(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Run every cell that is missing, print the tables."""
+    """Run every cell that is missing, print the tables; 1 if all trainings broke down."""
     setting = _setting(arguments)
     asked = parse_methods(arguments.methods or [*DEFAULT_METHODS[arguments.preset]])
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
@@ -157,7 +157,8 @@ def run(arguments: argparse.Namespace) -> int:
         return 130
     wanted = {record_id(setting.key, cell, seed) for cell in asked for seed in seeds}
     records = [record for record in read_records([out]) if record["id"] in wanted]
-    if records:
+    all_broke_down = all(record["failed"] for record in records)
+    if not all_broke_down:
         print(retention_tables(summarise(records)))
     for record in records:
         if record["failed"]:
@@ -167,7 +168,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(f"\nresults: {out / RECORDS_FILE}, summary: {out / SUMMARY_FILE}")
     if (out / RUN_FILE).exists():
         print(f"look at the first of these runs: blockell-dashboard {out}")
-    return 0
+    return 1 if records and all_broke_down else 0
 
 
 def _setting(arguments: argparse.Namespace) -> Setting:
