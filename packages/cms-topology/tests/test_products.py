@@ -17,7 +17,7 @@ from cms_topology import Consolidation, RetentionGuard, consolidate
 
 Apply = Callable[[nn.Module, Tensor], Tensor]
 N, M = 8, 12
-SHAPES = {"rows": (M, N), "columns": (N, M)}
+SHAPES = {"rows": (M, N), "columns": (N, M), "experts": (3, N, 4), "experts first": (3, 4, N)}
 """Of the weight: outputs first, as of nn.Linear, or inputs first, as of GPT-2's Conv1D."""
 WRITTEN: dict[str, tuple[str, Apply]] = {
     "x @ w": ("columns", lambda m, x: x @ m.w),
@@ -32,6 +32,23 @@ WRITTEN: dict[str, tuple[str, Apply]] = {
     "matmul of transposed": ("rows", lambda m, x: torch.matmul(x, m.w.transpose(0, 1))),
     "w @ x": ("rows", lambda m, x: (m.w @ x.mT).mT),
     "w.T @ x": ("columns", lambda m, x: (m.w.mT @ x.mT).mT),
+    "experts": ("experts", lambda m, x: (x[:, None] @ m.w).transpose(1, 2).flatten(-2)),
+    "experts by bmm": (
+        "experts first",
+        lambda m, x: (
+            torch.bmm(x.flatten(0, 1).expand(3, -1, -1), m.w.transpose(1, 2))
+            .transpose(0, 1)
+            .reshape(*x.shape[:-1], M)
+        ),
+    ),
+    "experts one by one": (
+        "experts first",
+        lambda m, x: torch.cat([functional.linear(x, m.w[i]) for i in torch.arange(3)], -1),
+    ),
+    "an expert's x @ w": (
+        "experts",
+        lambda m, x: torch.cat([x @ m.w[i] for i in range(3)], -1),
+    ),
     "linear of slices": (
         "rows",
         lambda m, x: torch.cat([functional.linear(x, part) for part in m.w.chunk(3)], -1),
@@ -75,7 +92,7 @@ def test_products_are_seen_however_they_are_written(written: str) -> None:
     K = x.T @ x / len(x)
     assert memory.layers.keys() == {"w", "head.weight"}
     found = memory.layers["w"]
-    groups = 3 if "slices" in written else 1
+    groups = 3 if "slices" in written or "expert" in written else 1
     got = found.covariance.dense().view(groups, N, N) * found.energy.double()
     torch.testing.assert_close(got, K.expand(groups, N, N), rtol=1e-5, atol=1e-6)
     assert found.usage is not None
@@ -95,6 +112,26 @@ def test_products_are_seen_however_they_are_written(written: str) -> None:
     assert not torch.equal(model.w, w)
     torch.testing.assert_close(model(OLD[0]), before, rtol=0, atol=1e-5)
     assert max(guard.drift().values()) < 1e-9
+
+
+@pytest.mark.skipif(not hasattr(torch, "_grouped_mm"), reason="torch 2.8")
+@pytest.mark.parametrize("kind", ["experts", "experts first"])
+def test_experts_of_consecutive_tokens_have_statistics_of_their_own(kind: str) -> None:
+    def apply(model: nn.Module, x: Tensor) -> Tensor:
+        w: Tensor = model.w  # type: ignore[assignment]
+        return sorted_by_expert(x, w if kind == "experts" else w.transpose(1, 2))
+
+    model, x = Network(kind, apply).bfloat16(), torch.randn(5, 7, N).bfloat16()
+    model.w = nn.Parameter(torch.randn(3, N, N).bfloat16())
+    batch = x, torch.ones(5, 7, 4).bfloat16()
+    memory = consolidate(model, [batch], loss_fn=lambda m, b: loss_of(m, b).float())
+    found = memory.layers["w"]
+    flat = x.flatten(0, 1).double()
+    want = torch.stack([p.T @ p / len(p) for p in (flat[:10], flat[10:24], flat[24:])])
+    got = found.covariance.dense() * found.energy.double()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert found.layout == (3, kind == "experts", True)
+    assert RetentionGuard(model, None, memory, drift=1e-3).drift()["w"] == 0
 
 
 OTHERWISE: dict[str, tuple[Apply, str]] = {
@@ -117,6 +154,12 @@ OTHERWISE: dict[str, tuple[Apply, str]] = {
         "__setitem__",
     ),
 }
+
+
+def sorted_by_expert(x: Tensor, w: Tensor) -> Tensor:
+    offsets = torch.tensor([10, 24, 35], dtype=torch.int32)
+    y: Tensor = torch._grouped_mm(x.flatten(0, 1), w, offs=offsets)
+    return y.view(*x.shape[:-1], N).repeat(1, 1, 2)[..., :M]
 
 
 def written_into(model: nn.Module, x: Tensor) -> Tensor:

@@ -27,7 +27,15 @@ from cms_topology._retention._weights import WeightUses
 
 OnUse = Callable[[Tensor], None]
 """Called with every parameter that is an argument of a torch function, perhaps several times."""
-MATMULS = frozenset((torch.matmul, torch.mm, Tensor.matmul, Tensor.mm, Tensor.__matmul__))
+MATMULS = frozenset(
+    (torch.matmul, torch.mm, torch.bmm, Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.__matmul__)
+)
+GROUPED = frozenset(
+    getattr(of, name)
+    for of, name in ((functional, "grouped_mm"), (torch, "_grouped_mm"))
+    if hasattr(of, name)
+)
+"""One matrix per expert; of torch 2.8 and later."""
 
 
 class _Products(TorchFunctionMode):
@@ -59,8 +67,10 @@ class _Products(TorchFunctionMode):
         if func in TRANSPOSED:
             call = TransposedConvolution(*args, **kwargs)
             return self._seen_convolution(func, TRANSPOSED[func], call)
-        if func in MATMULS:
-            return self._seen_matmul(*args, **kwargs)
+        if func in MATMULS and not kwargs:
+            return self._seen_matmul(*args)
+        if func in GROUPED and len(args) > 1 and args[0].ndim == 2:
+            return self._seen_experts(func, args, kwargs)
         if func is Tensor.__rmatmul__:
             return self._seen_matmul(args[1], args[0])
         if func is torch.addmm and len(args) == 3 and not kwargs:
@@ -69,6 +79,8 @@ class _Products(TorchFunctionMode):
             return run_layer(LAYERS[func], args, self.on_product)
         if func in CELLS:
             return run_cell(CELLS[func], *args, on_product=self.on_product)
+        if func is Tensor.__getitem__ and isinstance(args[0], nn.Parameter):
+            args = (args[0], _number(args[1]))
         result = func(*args, **kwargs)
         if func in (functional.embedding, functional.embedding_bag):
             weight = self.uses.kernel(args[1] if len(args) > 1 else kwargs["weight"])
@@ -100,6 +112,8 @@ class _Products(TorchFunctionMode):
 
     def _seen_matmul(self, input: Tensor, other: Tensor) -> Tensor:
         left, right = (self.uses.parameters_of(t) is not None for t in (input, other))
+        if right and not left and other.ndim == 3 and input.ndim >= 3:
+            return self._seen_stack(input, other)
         if left == right or min(input.ndim, other.ndim) < 2 or (input if left else other).ndim > 2:
             result = torch.matmul(input, other)
             self._note_product(torch.matmul, input, other, result)
@@ -108,6 +122,41 @@ class _Products(TorchFunctionMode):
         return (
             self._seen_linear(input, other.mT) if right else self._seen_linear(other.mT, input).mT
         )
+
+    def _seen_stack(self, input: Tensor, other: Tensor) -> Tensor:
+        """[..., G, N, n] by [G, n, m]: every group reads inputs of its own."""
+        result = torch.matmul(input, other)
+        source = self.uses.stack(other)
+        if source is None:
+            self._note_product(torch.matmul, input, other, result)
+            return result
+        G, n, m = other.shape
+
+        def rows(x: Tensor) -> Tensor:
+            x = x.expand(*x.shape[:-3], G, *x.shape[-2:])
+            return x.movedim(-3, -2).reshape(-1, G, n)
+
+        moved = _own(result.movedim(-3, -2).flatten(-2))
+        self.on_product(Product(source.parameter, input, moved, rows, source.layout))
+        return moved.unflatten(-1, (G, m)).movedim(-2, -3)
+
+    def _seen_experts(self, func: Any, args: tuple[Any, ...], kwargs: Any) -> Tensor:
+        """Consecutive tokens [N, n] by a matrix [G, n, m] each, up to the offsets."""
+        result: Tensor = func(*args, **kwargs)
+        input, other = args[:2]
+        source = self.uses.stack(other)
+        offsets = args[2] if len(args) > 2 else kwargs.get("offs")
+        if source is None or offsets is None:
+            self._note_product(func, input, other, result)
+            return result
+        parts, first = [], 0
+        for expert, last in enumerate(offsets.tolist()):
+            part = _own(result[first:last])
+            told = (source.parameter, input[first:last], part, flat, source.layout, expert, 1)
+            self.on_product(Product(*told))
+            parts.append(part)
+            first = last
+        return torch.cat((*parts, result[first:]))
 
     def _seen_convolution(
         self, func: Any, dims: int, call: Convolution | TransposedConvolution
@@ -123,6 +172,12 @@ class _Products(TorchFunctionMode):
         layout = Layout(call.groups, transposed)
         self.on_product(Product(kernel, call.input, moved, call.windows, layout))
         return moved.movedim(-1, channels)
+
+
+def _number(index: Any) -> Any:
+    # by a number a matrix of a stack is a view, by a tensor that holds one a copy
+    single = isinstance(index, Tensor) and index.ndim == 0 and index.dtype == torch.int64
+    return int(index) if single else index
 
 
 _LINEAR = functional.linear

@@ -43,11 +43,13 @@ class LayerMemory:
     """bool [R, C]: blocks that were present at a consolidation; None for a dense layer."""
     inputs_first: bool = False
     """How a dense layer's parameter is stored; see `Layout`."""
+    stacked: bool = False
+    """The same."""
 
     @property
     def layout(self) -> Layout:
         """How a dense layer's parameter is cut into matrices."""
-        return Layout(self.covariance.groups, self.inputs_first)
+        return Layout(self.covariance.groups, self.inputs_first, self.stacked)
 
     def plus(self, other: LayerMemory, weights: tuple[float, float]) -> LayerMemory:
         """Statistics of both; `weights` are those of the energies' average."""
@@ -59,6 +61,7 @@ class LayerMemory:
             error=_sum(self.error, other.error),
             live=_union(self.live, other.live),
             inputs_first=self.inputs_first,
+            stacked=self.stacked,
         )
 
     def tensors(self) -> dict[str, Tensor]:
@@ -73,13 +76,13 @@ class LayerMemory:
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], *, inputs_first: bool = False
+        cls, tensors: Mapping[str, Tensor], *, inputs_first: bool = False, stacked: bool = False
     ) -> LayerMemory:
         """The inverse of `tensors`, which do not say how the parameter is stored."""
         head = "covariance."
         covariance = {k.removeprefix(head): v for k, v in tensors.items() if k.startswith(head)}
         others = {k: v for k, v in tensors.items() if not k.startswith(head)}
-        return cls(covariance=Covariance(**covariance), **others, inputs_first=inputs_first)
+        return cls(Covariance(**covariance), **others, inputs_first=inputs_first, stacked=stacked)
 
 
 @dataclass(eq=False, repr=False)
@@ -144,7 +147,7 @@ class Consolidation:
         unseen = {**other.unseen, **self.unseen}
         layers = dict(self.layers)
         for name, layer in other.layers.items():
-            if name in layers and layers[name].inputs_first != layer.inputs_first:
+            if name in layers and not layers[name].layout.alike(layer.layout):
                 unseen[name] = "its transpose"
             else:
                 layers[name] = layers[name].plus(layer, weights) if name in layers else layer
@@ -197,6 +200,7 @@ class Consolidation:
             "touched": self.touched,
             "unseen": self.unseen,
             "inputs_first": [name for name, layer in self.layers.items() if layer.inputs_first],
+            "stacked": [name for name, layer in self.layers.items() if layer.stacked],
         }
         text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
         tensors = {
@@ -245,7 +249,9 @@ class Consolidation:
         return cls(
             {
                 name: LayerMemory.from_tensors(
-                    parts, inputs_first=name in about.get("inputs_first", ())
+                    parts,
+                    inputs_first=name in about.get("inputs_first", ()),
+                    stacked=name in about.get("stacked", ()),
                 )
                 for name, parts in layers.items()
             },

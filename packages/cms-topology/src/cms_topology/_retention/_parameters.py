@@ -64,6 +64,8 @@ def sort_parameters(
 
 def _fits(weight: ProtectedWeight) -> bool:
     whole = weight.layer is not None or math.prod(weight.shape) == weight.parameter.numel()
+    if weight.memory.stacked:
+        whole = whole and len(weight.parameter) == weight.memory.covariance.groups
     return whole and weight.memory.covariance.n == _inputs(weight)
 
 

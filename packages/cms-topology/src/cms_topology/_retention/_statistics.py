@@ -119,6 +119,7 @@ class LayerStatistics:
             error=(self.error / per_row * weight).float() if errors else None,
             live=live,
             inputs_first=self.layout.inputs_first,
+            stacked=self.layout.stacked,
         )
 
 
@@ -173,7 +174,7 @@ class TaskStatistics:
     def _of(self, weight: Tensor, layout: Layout) -> LayerStatistics:
         name = self.names[weight]
         found = self.layers.get(name)
-        if found is not None and found.layout.inputs_first == layout.inputs_first:
+        if found is not None and found.layout.alike(layout):
             return found
         layer = self.sparse.get(weight)
         if layer is not None:

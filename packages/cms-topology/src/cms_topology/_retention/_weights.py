@@ -112,6 +112,18 @@ class WeightUses:
         plain = weight.is_contiguous() and base.is_contiguous()
         return self._whole(base) if same and plain else None
 
+    def stack(self, weight: Tensor) -> Source | None:
+        """What `weight` [G, n, m], the second argument of `torch.matmul`, is of a parameter."""
+        whole, base = self._whole(weight), weight._base
+        if whole is not None:
+            return Source(whole, Layout(len(weight), inputs_first=True, stacked=True))
+        whole = None if base is None else self._whole(base)
+        if whole is None or base is None or base.ndim != 3 or weight.numel() != base.numel():
+            return None
+        if (weight.mT.shape, weight.mT.stride()) != (base.shape, base.stride()):
+            return None
+        return Source(whole, Layout(len(weight), stacked=True))
+
     def matrix(self, weight: Tensor) -> Source | None:
         """What `weight`, the second argument of `functional.linear`, is of a parameter."""
         whole = self._whole(weight)
@@ -122,6 +134,8 @@ class WeightUses:
         if whole is None or weight.ndim != 2:
             return None
         assert base is not None
+        if base.ndim == 3:
+            return _one_of(whole, base, weight)
         if self.kernel(weight, reshaped=True) is not None:
             return Source(whole, PLAIN)
         turned = base.shape[::-1], base.stride()[::-1]
@@ -131,6 +145,16 @@ class WeightUses:
         if base.ndim == 2 and weight.stride() == base.stride() and base.is_contiguous():
             return _rows(whole, weight, offset)
         return None
+
+
+def _one_of(whole: nn.Parameter, base: Tensor, one: Tensor) -> Source | None:
+    """One of the matrices of a parameter [G, ...]."""
+    offset = int(one.storage_offset() - base.storage_offset())
+    straight = (one.shape, one.stride()) == (base.shape[1:], base.stride()[1:])
+    turned = (one.mT.shape, one.mT.stride()) == (base.shape[1:], base.stride()[1:])
+    if offset % base.stride(0) or not (straight or turned):
+        return None
+    return Source(whole, Layout(len(base), not straight, stacked=True), offset // base.stride(0), 1)
 
 
 def _rows(whole: nn.Parameter, part: Tensor, offset: int) -> Source | None:
