@@ -136,3 +136,10 @@ def test_what_would_be_lost_stays_dense_and_is_named() -> None:
         densify(model)
     with pytest.raises(ValueError, match=r"Left dense were \['2'\]: something computes"):
         sparsify(model, include="2")
+
+
+def test_no_layer_hides_behind_another_ones_name() -> None:
+    """Before, `fc` took the place of `module.fc`, whose blocks never moved then."""
+    model = nn.ModuleDict({"module": nn.ModuleDict({"fc": nn.Linear(16, 16)})})
+    model["fc"] = nn.Linear(16, 16)
+    assert sparse_layers(sparsify(model)) == {"module.fc": model["module"]["fc"], "fc": model["fc"]}

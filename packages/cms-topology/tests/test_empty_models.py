@@ -122,3 +122,41 @@ def test_an_ensemble_maps_over_models_of_other_topologies() -> None:
     y = torch.vmap(output)(*states)
     for i, one in enumerate(models):
         torch.testing.assert_close(y[i], one(x))
+
+
+@pytest.mark.parametrize("candidate_score", ["gradient", "loss"])
+@pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+def test_the_default_dtype_matters_to_parameters_only(
+    default: torch.dtype, candidate_score: str
+) -> None:
+    """Loaders build models under another one; before, scores were kept in it or refused."""
+    scoring = ScoringConfig(
+        candidate_score=candidate_score,  # type: ignore[arg-type]
+        keep_score="loss" if candidate_score == "loss" else "gradient",
+        min_swap_frac=0.05,
+    )
+
+    def trained() -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        layer = CMSBlockLinear(
+            64, 64, tile_size=8, scoring=scoring, dtype=torch.float32, generator=generator
+        )
+        optimizer = torch.optim.AdamW(layer.parameters())
+        manager = TopologyManager(layer, optimizer, periods=(1, 2, 4))
+        for _ in range(9):
+            x = torch.randn(16, 64, generator=generator, dtype=torch.float32)
+            layer(x).square().mean().backward()
+            optimizer.step()
+            manager.step()
+            optimizer.zero_grad()
+        assert manager.swap_rate
+        return layer.state_dict()
+
+    want, before = trained(), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        got = trained()
+    finally:
+        torch.set_default_dtype(before)
+    for name, t in want.items():
+        assert torch.equal(got[name], t), name

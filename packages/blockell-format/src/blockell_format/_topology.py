@@ -63,7 +63,7 @@ def create_random_topology(
     if device.type == "meta":
         return torch.empty(R, K, dtype=torch.int32, device=device)
     draw_on = generator.device if generator is not None else device
-    keys = torch.rand(R // row_group, C, generator=generator, device=draw_on)
+    keys = torch.rand(R // row_group, C, generator=generator, dtype=torch.float32, device=draw_on)
     chosen = keys.argsort(dim=1, stable=True)[:, :K]
     columns = chosen.sort(dim=1).values.to(device=device, dtype=torch.int32)
     return expand_row_group(columns, row_group)

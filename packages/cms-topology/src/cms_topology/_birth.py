@@ -51,7 +51,7 @@ def write_newborn_values(
     newborn = flat.gather(1, slots)[:, :, None, None]
     slots = (slots // k) * K + slots % k
     for layer, here, born, generator in zip(values, slots, newborn, generators, strict=True):
-        drawn = torch.empty(max_swaps, B, B, device=generator.device)
+        drawn = torch.empty(max_swaps, B, B, dtype=torch.float32, device=generator.device)
         drawn.uniform_(-bound, bound, generator=generator)
         blocks = layer.view(R * K, B, B)
         fresh = torch.where(born, drawn.to(layer, non_blocking=True), blocks[here])

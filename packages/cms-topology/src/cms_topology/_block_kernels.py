@@ -103,7 +103,7 @@ def _clear_blocks(
 def norms(tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
     """See `finite_block_norms`; contiguous tensors of one dtype and tile side on one GPU."""
     counts = [tensor.shape[0] * tensor.shape[1] for tensor in tensors]
-    flat = torch.empty(sum(counts), device=tensors[0].device)
+    flat = torch.empty(sum(counts), dtype=torch.float32, device=tensors[0].device)
     finite = torch.ones((), dtype=torch.int8, device=flat.device)
     addresses = [tensor.data_ptr() for tensor in tensors]
     starts = list(itertools.accumulate(counts, initial=0))[:-1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -21,15 +22,21 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def sparse_layers(model: nn.Module) -> dict[str, CMSBlockLinear]:
-    """All `CMSBlockLinear` of a model by name, without the prefixes of DDP and torch.compile."""
-    found = {}
-    for name, module in model.named_modules():
-        if isinstance(module, CMSBlockLinear):
-            for wrapper in _WRAPPERS:
-                while name.startswith(wrapper):
-                    name = name[len(wrapper) :]
-            found[name.replace("._orig_mod", "") or "layer"] = module
-    return found
+    """All `CMSBlockLinear` of a model by name, without the prefixes of DDP and torch.compile.
+
+    Layers that would have one name then keep their prefixes.
+    """
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, CMSBlockLinear)}
+    plain = {name: _without_wrappers(name) for name in layers}
+    seen = Counter(plain.values())
+    return {name if seen[plain[name]] > 1 else plain[name]: m for name, m in layers.items()}
+
+
+def _without_wrappers(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        while name.startswith(wrapper):
+            name = name[len(wrapper) :]
+    return name.replace("._orig_mod", "") or "layer"
 
 
 def sparsify(

@@ -354,7 +354,9 @@ class CMSBlockLinear(nn.Module):
             scores = self.scorer.compute_candidate_scores()
         grouped = scores.view(-1, self.row_group, self.C).square().sum(1)
         source = generator.device if generator is not None else grouped.device
-        noise = torch.rand(grouped.shape, generator=generator, device=source).to(grouped.device)
+        noise = torch.rand(
+            grouped.shape, generator=generator, dtype=torch.float32, device=source
+        ).to(grouped.device)
         if not bool((grouped > 0).any() and grouped.isfinite().all()):
             grouped = noise
         grouped = grouped.scatter(1, live.view(-1, self.row_group, live.shape[1])[:, 0], -1.0)
@@ -428,11 +430,11 @@ class CMSBlockLinear(nn.Module):
     def _make_derived(self) -> None:
         device = self.col_indices.device
         self._index = fmt.transposed_index(self.col_indices.clamp(min=-1), self.C)
-        self._probe = torch.zeros(probe_size(self.R, self.C), device=device, requires_grad=True)
+        kind: dict[str, Any] = {"dtype": torch.float32, "device": device, "requires_grad": True}
+        self._probe = torch.zeros(probe_size(self.R, self.C), **kind)
         self._fisher_probe: Tensor | None = None
         if self.scorer.config.candidate_score == "loss":
-            size = self.R * self.C + 1
-            self._fisher_probe = torch.zeros(size, device=device, requires_grad=True)
+            self._fisher_probe = torch.zeros(self.R * self.C + 1, **kind)
         self._index_source: tuple[Tensor, int] | None = None
 
     def _refresh_derived(self) -> None:

@@ -60,7 +60,7 @@ class LossStatistics:
 
     def __init__(self, R: int, C: int, B: int, device: torch.device | str | None) -> None:
         self.R, self.C, self.B = R, C, B
-        self.sums = torch.zeros(2 * R * C + 1, device=device)
+        self.sums = torch.zeros(2 * R * C + 1, dtype=torch.float32, device=device)
         self.means = torch.zeros_like(self.sums)
 
     @property

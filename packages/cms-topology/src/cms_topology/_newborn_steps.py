@@ -222,7 +222,7 @@ class NewbornStepCorrection:
 
     def load_state_dict(self, state: Mapping[str, float], parameters: Mapping[str, Tensor]) -> None:
         self._last_step = {
-            parameters[name]: torch.tensor(t, device=parameters[name].device)
+            parameters[name]: torch.tensor(t, dtype=torch.float32, device=parameters[name].device)
             for name, t in state.items()
             if name in parameters
         }

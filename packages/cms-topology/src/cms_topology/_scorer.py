@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -43,10 +44,10 @@ def compute_column_entropy(col_indices: Tensor, C: int) -> Tensor:
     Spare slots (-1) do not count. C = 1 gives 1.
     """
     if C == 1:
-        return torch.ones((), device=col_indices.device)
+        return torch.ones((), dtype=torch.float32, device=col_indices.device)
     flat = col_indices.flatten().long()
     live = (flat >= 0).float()
-    usage = torch.zeros(C, device=flat.device).scatter_add_(0, flat.clamp(min=0), live)
+    usage = live.new_zeros(C).scatter_add_(0, flat.clamp(min=0), live)
     p = usage / usage.sum()
     return torch.special.entr(p).sum() / math.log(C)
 
@@ -83,17 +84,18 @@ class TopologyScorer(nn.Module):
         super().__init__()
         self.R, self.C, self.K, self.B = R, C, K, B
         self.config = config if config is not None else ScoringConfig()
-        self.register_buffer("score_ema", torch.zeros(R, K, device=device))
-        self.register_buffer("score_weight", torch.zeros(R, K, device=device))
+        real: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever the default is
+        self.register_buffer("score_ema", torch.zeros(R, K, **real))
+        self.register_buffer("score_weight", torch.zeros(R, K, **real))
         self.register_buffer("block_age", torch.zeros(R, K, dtype=torch.int32, device=device))
         self.register_buffer("block_grace", torch.zeros(R, K, dtype=torch.int32, device=device))
         self.register_buffer("num_decisions", torch.zeros((), dtype=torch.int64, device=device))
-        self.register_buffer("swap_history", torch.zeros(HISTORY_DECISIONS, device=device))
+        self.register_buffer("swap_history", torch.zeros(HISTORY_DECISIONS, **real))
         size = R + C + R * C + 1
         # sums over the sampled steps since the last fold, and their means after it; layout:
         # error norms [R], activation norms [C], candidate norms [R * C], number of sampled steps
-        self._sums = torch.zeros(size, device=device)
-        self._means = torch.zeros(size, device=device)
+        self._sums = torch.zeros(size, **real)
+        self._means = torch.zeros(size, **real)
         self._unfolded = False  # whether anything was added since the last fold
         self.loss: LossStatistics | None = None
         """Statistics of the scores in nats; None for others."""

@@ -99,7 +99,7 @@ def record_swaps(
     torch._foreach_copy_([scorer.score_weight for scorer in scorers], weight.unbind())
     count = torch.stack([scorer.num_decisions for scorer in scorers])
     history = torch.stack([scorer.swap_history for scorer in scorers])
-    rate = swapped.flatten(1).sum(1, keepdim=True) / swapped[0].numel()
+    rate = swapped.flatten(1).sum(1, keepdim=True).float() / swapped[0].numel()
     history.scatter_(1, (count % HISTORY_DECISIONS)[:, None], rate)
     torch._foreach_copy_([scorer.swap_history for scorer in scorers], history.unbind())
     torch._foreach_add_([scorer.num_decisions for scorer in scorers], 1)

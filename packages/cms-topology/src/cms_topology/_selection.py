@@ -179,6 +179,7 @@ def _explore(
                 columns.shape[1],
                 C + proposals,
                 generator=generator,
+                dtype=torch.float32,
                 device=generator.device if generator is not None else accept.device,
             )
             for generator in generators

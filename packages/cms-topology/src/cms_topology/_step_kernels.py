@@ -44,7 +44,7 @@ class StepKernels:
         self._shapes = [values.shape for values in self._values]
         self._dtype, self._device = self._values[0].dtype, self._values[0].device
         counts = [values.shape[0] * values.shape[1] for values in self._values]
-        self._norms = torch.empty(sum(counts), device=self._device)
+        self._norms = torch.empty(sum(counts), dtype=torch.float32, device=self._device)
         self._finite = torch.empty((), dtype=torch.int8, device=self._device)
         starts = list(itertools.accumulate(counts, initial=0))[:-1]
         self._places = list(zip(counts, starts, strict=True))
