@@ -262,6 +262,34 @@ def test_a_head_that_multiplies_with_the_embedding_transposed() -> None:
     torch.testing.assert_close(model(old), before, rtol=0, atol=1e-4)
 
 
+class FusedHead(torch.autograd.Function):
+    """A head fused with its loss, which no function mode is shown."""
+
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(h, weight)
+        return (h @ weight).square().mean()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        h, weight = ctx.saved_tensors
+        error = 2 * gradients[0] * (h @ weight) / (len(h) * weight.shape[1])
+        return error @ weight.T, h.T @ error
+
+
+def test_an_embedding_that_is_the_weight_of_a_fused_head_stays_whole() -> None:
+    model = nn.Sequential(nn.Embedding(10, 8), nn.Linear(8, 8))
+
+    def loss(model: nn.Module, x: Tensor) -> Tensor:
+        result: Tensor = FusedHead.apply(model(x), model[0].weight.T)  # type: ignore[index]
+        return result
+
+    memory = consolidate(model, [torch.arange(4)], loss_fn=loss)
+    assert memory.layers.keys() == {"1.weight"}
+    assert not memory.rows
+    assert memory.unseen == {"0.weight": "FusedHead"}
+
+
 def test_embeddings_in_bags_and_soft_look_ups() -> None:
     """Rows of a bag count as looked up; probabilities times an embedding are a product, whose
     inputs are the rows."""

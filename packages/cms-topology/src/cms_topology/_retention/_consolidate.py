@@ -20,7 +20,7 @@ from cms_topology._retention._probes import LogitsFn, Probes, default_logits, kn
 from cms_topology._retention._product import Product, flat
 from cms_topology._retention._sensitivity import measure_sensitivity
 from cms_topology._retention._statistics import TaskStatistics
-from cms_topology._retention._touched import parameters_behind
+from cms_topology._retention._touched import given_to_functions, parameters_behind
 
 LossFn = Callable[[nn.Module, Any], Any]
 UNKNOWN = "an operation that is not shown"
@@ -258,6 +258,10 @@ def _products(
     if differentiate:
         for leaf in parameters_behind(result):
             stats.use_leaf(leaf)
+        hidden = {
+            leaf: name for leaf, name in given_to_functions(result) if leaf not in stats.sparse
+        }
+        stats.use_otherwise(hidden)
         # outside the capture: recomputation (activation checkpointing) must not count twice
         asked = [edge for edge in edges if edge is not None]
         found = torch.autograd.grad(result, asked, allow_unused=True) if asked else ()
