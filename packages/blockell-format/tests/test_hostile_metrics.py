@@ -62,6 +62,17 @@ def test_bad_line(run_maker: Any, line: bytes, reason: str) -> None:
     str(problem).encode()
 
 
+@pytest.mark.parametrize("depth", [300, 700, 950, 5000])
+def test_a_nested_line_is_read_or_dropped(run_maker: Any, depth: int) -> None:
+    nested = b'{"step": 8, "metrics": ' + b'{"a":' * depth + b"1" + b"}" * depth + b"}"
+    metrics_file(run_maker, nested + b"\n" + GOOD + b"\n")
+    run = open_run(run_maker.path)
+    assert run.metrics()[-1] == {"step": 7, "loss": 0.25}
+    reasons = [problem.reason for problem in run.problems]
+    assert reasons in ([], ["line 1 dropped: nested too deeply"])
+    assert len(run.metrics()) == 2 - len(reasons)
+
+
 def test_harmless_oddities(run_maker: Any) -> None:
     lines = [b"", b"   ", GOOD + b"\r", GOOD.replace(b"}}", b', "extra": NaN}}')]
     metrics_file(run_maker, b"\n".join([*lines, b""]))

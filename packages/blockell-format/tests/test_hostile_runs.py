@@ -97,6 +97,23 @@ def test_unusable_run_file(run_maker: Any, damage: Callable[[Path], object], rea
     assert problem.reason.endswith("the last good content is used")
 
 
+@pytest.mark.parametrize("depth", [300, 700, 950, 5000])
+def test_a_nested_configuration_is_read_or_refused(run_maker: Any, depth: int) -> None:
+    """Between what the parser and what the reader can take, RecursionError came out."""
+    run_maker.make(100, config={"a": "nested"})
+    path = run_maker.path / "run.json"
+    nested = '{"a":' * depth + "1" + "}" * depth
+    path.write_text(path.read_text().replace('{"a":"nested"}', nested))
+    assert nested in path.read_text()
+    steps, reason = [100], ""
+    try:
+        steps = open_run(run_maker.path).steps
+    except RunError as error:
+        reason = str(error)
+    assert steps == [100]
+    assert not reason or (depth > 300 and "nested too deeply" in reason)
+
+
 def test_run_file_that_is_repaired(run_maker: Any) -> None:
     run_maker.make(100)
     path = run_maker.path / "run.json"

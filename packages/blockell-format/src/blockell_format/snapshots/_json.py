@@ -57,13 +57,24 @@ def _clean(text: str) -> str:
 
 
 def from_plain(value: Any) -> Any:
-    """Turn "NaN", "Infinity" and "-Infinity" back into numbers, at any depth."""
+    """Turn "NaN", "Infinity" and "-Infinity" back into numbers.
+
+    Raises:
+        ValueError: nested too deeply; `loads` goes deeper than this can.
+    """
+    try:
+        return _restore(value)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def _restore(value: Any) -> Any:
     if isinstance(value, str):
         return _NON_FINITE.get(value, value)
     if isinstance(value, dict):
-        return {k: from_plain(v) for k, v in value.items()}
+        return {k: _restore(v) for k, v in value.items()}
     if isinstance(value, list):
-        return [from_plain(v) for v in value]
+        return [_restore(v) for v in value]
     return value
 
 
