@@ -51,6 +51,18 @@ def test_settings_that_differ() -> None:
     }
 
 
+def test_settings_that_lie_deep_are_compared_as_text() -> None:
+    one: dict[str, object] = {"x": 1}
+    two: dict[str, object] = {"x": 2}
+    for _ in range(400):
+        one, two = {"a": one}, {"a": two}
+    table = compare.config_differences({"one": one, "two": two, "none": {}})
+    assert table["setting"] == ["a.a.a.a.a.a.a.a"]
+    assert [len(table[name][0]) for name in ("one", "two", "none")] == [60, 60, 0]
+    same = {"one": {"seeds": list(range(99))}, "two": {"seeds": [*range(98), 0]}}
+    assert compare.config_differences(same)["setting"] == ["seeds"]  # beyond what is shown
+
+
 def test_lines_of_runs_can_be_told_apart() -> None:
     steps = np.arange(100)
     series = [(f"run <{i}>", steps, np.sin(steps + i)) for i in range(9)]

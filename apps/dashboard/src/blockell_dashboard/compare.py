@@ -14,6 +14,8 @@ from .tables import Table
 
 __all__ = ["common_metrics", "config_differences", "run_table", "series_table"]
 
+MAX_DEPTH = 8
+"""Levels of a configuration that are told apart; what lies deeper is compared as text."""
 MAX_TEXT = 60
 """Characters shown of a setting."""
 
@@ -75,19 +77,25 @@ def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> Table:
     different = [key for key in keys if len({leaves.get(key, "") for leaves in flat.values()}) > 1]
     return {
         "setting": different,
-        **{name: [leaves.get(key, "") for key in different] for name, leaves in flat.items()},
+        **{
+            name: [_shortened(leaves.get(key, "")) for key in different]
+            for name, leaves in flat.items()
+        },
     }
 
 
-def _leaves(prefix: str, value: Any) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value:
+def _leaves(prefix: str, value: Any, depth: int = 0) -> list[tuple[str, str]]:
+    if isinstance(value, Mapping) and value and depth < MAX_DEPTH:
         return [
             leaf
             for key, inner in value.items()
-            for leaf in _leaves(f"{prefix}.{key}" if prefix else str(key), inner)
+            for leaf in _leaves(f"{prefix}.{key}" if prefix else str(key), inner, depth + 1)
         ]
-    text = value if isinstance(value, str) else json.dumps(value, default=str)
-    return [(prefix, text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…")]
+    return [(prefix, value if isinstance(value, str) else json.dumps(value, default=str))]
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= MAX_TEXT else f"{text[: MAX_TEXT - 1]}…"
 
 
 def series_table(series: Sequence[Series], value: str) -> Table:
