@@ -85,7 +85,7 @@ def config_differences(configs: Mapping[str, Mapping[str, Any]]) -> Table:
 
 
 def _leaves(prefix: str, value: Any, depth: int = 0) -> list[tuple[str, str]]:
-    if isinstance(value, Mapping) and value and depth < MAX_DEPTH:
+    if isinstance(value, Mapping) and (depth == 0 or (value and depth < MAX_DEPTH)):
         return [
             leaf
             for key, inner in value.items()
