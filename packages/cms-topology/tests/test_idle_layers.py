@@ -73,6 +73,15 @@ def test_a_layer_that_stopped_training_keeps_its_blocks(idle: str) -> None:
     assert swaps(train(net, optimizer, manager, range(12, 16)), "fc1") > 0
 
 
+def test_nothing_piles_up_in_a_frozen_layer() -> None:
+    """Before, statistics of all its frozen steps counted as those of its first step after that."""
+    net = Net()
+    net.fc1.values.requires_grad_(False)
+    net(torch.randn(3, 32)).sum().backward()
+    assert net.fc1._probe.grad is None
+    assert net.fc2._probe.grad is not None
+
+
 def test_who_trained_is_remembered_in_a_checkpoint() -> None:
     net, optimizer, manager = setup()
     train(net, optimizer, manager, range(6))  # fc1 last trained two steps before the decision

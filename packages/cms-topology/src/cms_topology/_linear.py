@@ -232,6 +232,8 @@ class CMSBlockLinear(nn.Module):
             return "none"
         if transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return "none"  # there probes collect nothing
+        if not self.values.requires_grad:
+            return "none"  # no step would take what they collect: it would pile up
         return "norms" if self.scorer.config.candidate_score == "outer" else "gradient"
 
     @property
