@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ._summary import KEPT, LEARNED
+from ._summary import HARDLY, KEPT, LEARNED
 
 Row = Mapping[str, Any]
 
 RELEASING = "ours-releasing"
 HELD_BACK = 0.5
-"""Nats behind fine-tuning from which a new text counts as hardly learned: with other symbols at
-most 0.3 were seen, with the same ones 0.5 and more."""
-HALF = 0.5
-"""Share of fine-tuning's right answers below which a new task of answers counts so."""
+"""Nats behind fine-tuning from which a new text counts as held back: with other symbols at most
+0.3 were seen, with the same ones 0.5 and more. Answers count so below the share ``KEPT`` of
+fine-tuning's."""
 WHERE = 'docs/retention.md, "Which method when"'
 
 
@@ -72,9 +71,10 @@ def _held_back(group: Mapping[str, Any]) -> str:
     if not names:
         return ""
     return (
-        f"{names} learned little of {tasks}. Tasks written in the same symbols, such as two texts, "
-        "or what contradicts the old task, leave a trust region or fixed damping no room: try "
-        f"--methods {RELEASING}, which rehearses and lets go ({WHERE})."
+        f"{names} learned much less of {tasks} than fine-tuning. Tasks written in the same "
+        "symbols, such as two texts, or what contradicts the old task, leave a trust region or "
+        f"fixed damping no room: try --methods {RELEASING}, which rehearses and lets go ({WHERE}); "
+        "otherwise more steps (--steps)."
     )
 
 
@@ -89,8 +89,8 @@ def _is_behind(group: Mapping[str, Any], row: Row, number: int) -> bool:
     mine = row["tasks"][number]
     if group["metrics"][number] == "exact_match":
         chance = group["chance"][number]
-        best = max(task["learned"]["mean"] for task in plain)
-        return bool(mine["learned"]["mean"] - chance < HALF * (best - chance))
+        gained = max(task["learned"]["mean"] for task in plain) - chance
+        return gained >= HARDLY and bool(mine["learned"]["mean"] - chance < KEPT * gained)
     best = min(task["learned_nats"]["mean"] for task in plain)
     return bool(mine["learned_nats"]["mean"] > best + HELD_BACK)
 
