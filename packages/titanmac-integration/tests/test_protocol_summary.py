@@ -280,6 +280,8 @@ def test_what_was_not_learned_or_not_kept_is_said() -> None:
     assert "by any method" not in shown(plain)
     poor = second("fine-tuning", 0.6, 0.0)
     assert "Not learned to 95% by any method: prose (at most 60.0%)." in shown(poor)
+    chance = shown(second("fine-tuning", 0.54, 0.0), second("ours", 0.5))
+    assert "learned much less" not in chance, "fine-tuning has learned nothing either"
 
 
 def test_a_method_that_learned_little_is_pointed_to_rehearsal() -> None:
