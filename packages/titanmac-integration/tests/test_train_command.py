@@ -97,7 +97,8 @@ def test_a_stopped_run_continues_to_the_bit(
         assert load_checkpoint(out).block_sparse_layers
     else:
         assert process.returncode == -signal.SIGKILL
-        assert main(["eval", str(out), "--tasks", "prose", "--device", "cpu"]) == 0
+        assert main(["eval", str(out), "--device", "cpu"]) == 0
+        assert "prose  bits per byte" in capsys.readouterr().out, "from the last checkpoint"
     assert not (out / "checkpoints" / f"step-{STEPS:08d}").exists()
     capsys.readouterr()
 
@@ -232,11 +233,20 @@ def test_training_on_files_and_writing(tmp_path: Path, capsys: pytest.CaptureFix
     assert "questions    exact match" in shown
     assert main(["eval", str(out), "--data", str(text), "--device", "cpu"]) == 0
     assert "text  bits per byte" in capsys.readouterr().out
+    assert main(["eval", str(out), "--device", "cpu"]) == 0
+    shown = capsys.readouterr().out
+    assert "text       bits per byte" in shown
+    assert "questions    exact match" in shown
+    assert "arithmetic" not in shown, "what it was trained on"
     write = ["generate", str(out), "--prompt", "abcdef", "--max-new-tokens", "5"]
     assert main([*write, "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "abcdefghijk\n"
     assert main(["generate", str(out), "--prompt", ""]) == 1
     assert "--prompt (='') must hold" in capsys.readouterr().err
+    moved = text.rename(tmp_path / "moved.txt")
+    assert main(["eval", str(out), "--device", "cpu"]) == 1
+    assert f"was trained on {text}, which is not there any more" in capsys.readouterr().err
+    moved.rename(text)
     text.write_text(text.read_text().upper())
     assert train(out, "--resume", "--device", "cpu", "--steps", "130") == 1
     assert "data (=" in capsys.readouterr().err

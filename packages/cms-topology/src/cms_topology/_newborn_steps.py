@@ -221,6 +221,7 @@ class NewbornStepCorrection:
         return {names[p]: float(t) for p, t in self._last_step.items() if p in names}
 
     def load_state_dict(self, state: Mapping[str, float], parameters: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` returned, given the layers' `values` by name."""
         self._last_step = {
             parameters[name]: torch.tensor(t, dtype=torch.float32, device=parameters[name].device)
             for name, t in state.items()

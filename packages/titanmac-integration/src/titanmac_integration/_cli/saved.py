@@ -2,9 +2,14 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 from titanmac_integration._model._checkpoint import CONFIG_FILE
-from titanmac_integration._training._checkpoint import CHECKPOINTS_DIR, CheckpointStore
+from titanmac_integration._training._checkpoint import (
+    CHECKPOINTS_DIR,
+    CheckpointStore,
+    read_training_info,
+)
 
 
 def newest_model(run_dir: Path) -> Path:
@@ -18,3 +23,18 @@ def newest_model(run_dir: Path) -> Path:
     except (OSError, ValueError, KeyError, TypeError):
         return checkpoint
     return run_dir if saved >= steps[-1] else checkpoint
+
+
+def trained_on(directory: Path) -> dict[str, Any] | None:
+    """What the tasks of the model in a directory were made of, as `make_tasks` takes it.
+
+    None if `titanmac train` did not write that down there.
+    """
+    try:
+        source = json.loads((directory / CONFIG_FILE).read_bytes())["info"].get("source")
+        if source is None:
+            source = read_training_info(directory)["source"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return None
+    known = isinstance(source, dict) and {"tasks", "data", "held_out"} <= set(source)
+    return dict(source) if known else None

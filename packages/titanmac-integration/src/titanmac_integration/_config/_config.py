@@ -55,7 +55,7 @@ class TitanMACConfig:
     segment_size: int = 512
     """MAC: tokens per segment; a token attends within its segment and asks memory for the rest."""
     memory_layers: tuple[int, ...] | None = None
-    """Indices of the layers with a memory, from 0; None for all layers."""
+    """Indices of the layers with a memory, from 0; None (as a flag: all) for all."""
     memory_heads: int = 4
     """Memories per layer, each with its own keys, values and gates."""
     memory_width: int = 64
@@ -72,7 +72,7 @@ class TitanMACConfig:
     block_sparse_density: float | Mapping[int, float] = 0.5
     """Share of the blocks that live, in [0.1, 1.0]; or one density per layer index."""
     block_sparse_layers: tuple[int, ...] | None = (8, 9, 10, 11, 12)
-    """Indices of the layers with block-sparse parts, from 0; None for all layers."""
+    """Indices of the layers with block-sparse parts, from 0; None (as a flag: all) for all."""
     block_sparse_components: tuple[str, ...] = ("mlp",)
     """Which parts are block-sparse: "mlp" (fc1, fc2), "attention" (qkv and output)."""
     block_sparse_row_group: int | Literal["auto"] = "auto"
