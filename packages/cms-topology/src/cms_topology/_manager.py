@@ -36,7 +36,8 @@ from cms_topology._step_kernels import StepKernels, values_and_ages
 class Logger(Protocol):
     """Anything that takes metrics: `blockell_format.snapshots.SnapshotWriter` does."""
 
-    def log(self, metrics: Mapping[str, float], step: int) -> None: ...
+    def log(self, metrics: Mapping[str, float], step: int) -> None:
+        """Take numbers by name, of one optimizer step."""
 
 
 @dataclass(frozen=True)
