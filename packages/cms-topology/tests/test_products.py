@@ -26,6 +26,10 @@ WRITTEN: dict[str, tuple[str, Apply]] = {
         "columns",
         lambda m, x: torch.addmm(m.b, x.flatten(0, 1), m.w).view(*x.shape[:-1], M),
     ),
+    "mm of sparse inputs": (
+        "columns",
+        lambda m, x: torch.mm(x.flatten(0, 1).to_sparse(), m.w).view(*x.shape[:-1], M),
+    ),
     "linear of w.T": ("columns", lambda m, x: functional.linear(x, m.w.T, m.b)),
     "x @ w.T": ("rows", lambda m, x: x @ m.w.T + m.b),
     "x @ w.t() cast": ("rows", lambda m, x: x @ m.w.to(x.dtype).clone().t()),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from cms_topology._retention._layout import PLAIN, Layout
@@ -19,7 +20,8 @@ Rows = Callable[[Tensor], Tensor]
 
 
 def flat(x: Tensor) -> Tensor:
-    """[..., n] -> [N, n]."""
+    """[..., n] -> [N, n]; dense."""
+    x = x if x.layout is torch.strided else x.to_dense()
     return x.reshape(-1, x.shape[-1])
 
 
