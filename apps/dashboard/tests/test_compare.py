@@ -72,6 +72,8 @@ def test_lines_of_runs_can_be_told_apart() -> None:
     assert next(trace.name for trace in drawn) == "run &lt;0&gt;"
     looks = {(trace.line.color, trace.marker.symbol, trace.line.dash) for trace in drawn}
     assert len(looks) == len(drawn) == 10
+    long = [(name * 9, *line) for name, *line in series]
+    assert figures.compare_runs(long, title="loss", y_title="loss").layout.height == 390 + 10 * 30
     spans = (TaskSpan("a", 0, 49), TaskSpan("b", 49, 99))
     step = np.where(steps > 49, 8.0, 1.0)
     mean = figures.compare_runs(

@@ -147,3 +147,17 @@ def test_the_first_losses_of_a_task_are_not_spikes() -> None:
     assert "above" not in figures.loss(steps, losses, alarms=False).layout.title.text
     np.testing.assert_allclose(stats.rolling_mean(losses, 4, [4]), [1, 1, 1, 1, 8, 8, 12, 11])
     np.testing.assert_allclose(stats.rolling_mean(losses, 4, [8])[-1], 11)
+
+
+def test_names_of_many_tasks_do_not_cover_one_another() -> None:
+    def labels(count: int) -> list[str]:
+        spans = [TaskSpan(f"permuted-digits:{i}", 10 * i, 10 * i + 10) for i in range(count)]
+        fig = figures.swap_rate(np.arange(9) * 10, np.full(9, 0.05), spans=spans)
+        notes = fig.layout.annotations[-count:]
+        assert notes[-1].hovertext == f"{spans[-1].name} begins at step {spans[-1].start}"
+        return [note.text for note in notes]
+
+    assert labels(3)[2] == "permuted-digits:2 begins"
+    assert labels(4)[3] == "permuted-digits:3"
+    assert labels(8)[7] == "…digits:7"
+    assert labels(20)[19] == "20"

@@ -27,7 +27,7 @@ def compare_runs(
     band: tuple[float, float] | None = None,
     spans: Mapping[str, Sequence[TaskSpan]] | None = None,
     theme: Theme = "light",
-    height: int = 420,
+    height: int = 390,
 ) -> go.Figure:
     """Draw one quantity of several runs over steps, a line each.
 
@@ -41,7 +41,7 @@ def compare_runs(
         band: healthy values, drawn as an area.
         spans: by name, the trainings of runs on several tasks: their means begin anew with each.
         theme: "light" or "dark".
-        height: of the figure, in pixels.
+        height: of the figure without its legend, in pixels.
     """
     fig = go.Figure()
     if band is not None:
@@ -63,7 +63,7 @@ def compare_runs(
                     y=clean[keep],
                     mode="lines",
                     line={"color": colour, "width": 1},
-                    opacity=0.3,
+                    opacity=0.4,
                     hoverinfo="skip",
                     showlegend=False,
                     **options,
@@ -89,8 +89,16 @@ def compare_runs(
         subtitle="rolling means, single values thin" if smoothed else "a line per run",
         x_title="step",
         y_title=escape(y_title),
-        height=height + 18 * (len(series) // 3),  # the legend takes lines
+        height=height + 30 * _legend_lines([name for name, _, _ in series]),
         hovermode="x unified",
         xaxis=step_axis(np.concatenate(points)) if points else {},
         yaxis={"tickformat": ".0%", "rangemode": "tozero"} if share else {},
     )
+
+
+def _legend_lines(names: Sequence[str]) -> int:
+    """Lines that a legend of these names takes in a chart of half the page's width."""
+    if not names:
+        return 0
+    in_a_line = max(1, 76 // (max(map(len, names)) + 7))
+    return -(-len(names) // in_a_line)

@@ -83,6 +83,8 @@ _SERIES_COLOURS: dict[str, tuple[str, ...]] = {
     "light": ("#0072b2", "#d55e00", "#009e73", "#b0568f", "#b07400", "#3a97cf", "#6b7280"),
     "dark": ("#56b4e9", "#f0883e", "#2ec99b", "#e29cc6", "#e6b422", "#9ad2f5", "#b0b6c0"),
 }
+_LABELS_WIDTH = 76
+"""Letters that fit beside one another above a chart of half the page's width."""
 _SYMBOLS = ("circle", "square", "diamond", "triangle-up", "x", "cross", "star", "triangle-down")
 _DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 
@@ -215,9 +217,12 @@ def mark_step(fig: go.Figure, step: int | None, theme: Theme) -> None:
 
 
 def mark_tasks(fig: go.Figure, spans: Sequence[TaskSpan], theme: Theme) -> None:
-    """Draw a vertical line where each training begins, with the task's name above the chart."""
+    """Draw a vertical line where each training begins, with the task's name above the chart.
+
+    Of many tasks the names are shortened, or left to the hover text of their numbers.
+    """
     muted = palette(theme).muted
-    for span in spans:
+    for number, span in enumerate(spans, 1):
         vertical_line(fig, span.start, color=muted, width=1.2, dash="dot")
         fig.add_annotation(
             x=span.start,
@@ -225,10 +230,20 @@ def mark_tasks(fig: go.Figure, spans: Sequence[TaskSpan], theme: Theme) -> None:
             yref="paper",
             yanchor="bottom",
             xanchor="left",
-            text=f"{escape(span.name)} begins",
+            text=escape(_task_label(span.name, number, _LABELS_WIDTH // len(spans))),
+            hovertext=f"{escape(span.name)} begins at step {span.start:,}",
             showarrow=False,
             font={"color": muted, "size": 11},
         )
+
+
+def _task_label(name: str, number: int, width: int) -> str:
+    """What fits into so many letters. The end of a long name tells it from its like."""
+    if len(name) + 7 <= width:
+        return f"{name} begins"
+    if len(name) <= width:
+        return name
+    return f"…{name[-(width - 1) :]}" if width >= 6 else str(number)
 
 
 def step_axis(steps: Sequence[int] | Any) -> dict[str, Any]:
