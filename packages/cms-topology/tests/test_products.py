@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from cms_topology import Consolidation, RetentionGuard, consolidate
+from cms_topology._retention._capture import captured
 
 Apply = Callable[[nn.Module, Tensor], Tensor]
 N, M = 8, 12
@@ -25,6 +26,12 @@ WRITTEN: dict[str, tuple[str, Apply]] = {
     "addmm": (
         "columns",
         lambda m, x: torch.addmm(m.b, x.flatten(0, 1), m.w).view(*x.shape[:-1], M),
+    ),
+    "einsum": ("rows", lambda m, x: torch.einsum("bti,oi->bto", x, m.w)),
+    "einsum with dots": ("columns", lambda m, x: torch.einsum("... i, i o -> ... o", x, m.w)),
+    "einsum, weight first": (
+        "rows",
+        lambda m, x: torch.einsum("oi,bti->tbo", m.w, x).transpose(0, 1),
     ),
     "mm of sparse inputs": (
         "columns",
@@ -91,6 +98,9 @@ OLD, NEW = batch_of(slice(0, 4)), batch_of(slice(4, 8))
 @pytest.mark.parametrize("written", WRITTEN)
 def test_products_are_seen_however_they_are_written(written: str) -> None:
     model = Network(*WRITTEN[written])
+    with captured(model, lambda _: None, lambda *_: None, lambda _: None):
+        seen = model(OLD[0])
+    torch.testing.assert_close(seen, model(OLD[0]))
     memory = consolidate(model, [OLD], loss_fn=loss_of)
     x = OLD[0].flatten(0, 1).double()
     K = x.T @ x / len(x)
@@ -152,7 +162,11 @@ OTHERWISE: dict[str, tuple[Apply, str]] = {
         "mul",
     ),
     "divided by its norm": (lambda m, x: functional.linear(x, m.w) / m.w.norm(), "__truediv__"),
-    "einsum": (lambda m, x: torch.einsum("bti,oi->bto", x, m.w), "einsum"),
+    "bilinear": (lambda m, x: torch.einsum("bti,oi,bti->bto", x, m.w, x), "einsum"),
+    "summed over what stays": (
+        lambda m, x: torch.einsum("bti,oi->to", x, m.w).expand(5, 7, M),
+        "einsum",
+    ),
     "written into another": (
         lambda m, x: functional.linear(x, m.w) + written_into(m, x),
         "__setitem__",
@@ -225,7 +239,7 @@ def test_a_penalty_on_weights_in_the_loss_is_no_use() -> None:
 
 
 def test_what_one_task_used_unseen_stays_although_another_used_it_as_a_product() -> None:
-    model = Network("rows", OTHERWISE["einsum"][0])
+    model = Network("rows", OTHERWISE["bilinear"][0])
     first = consolidate(model, [OLD], "a", loss_fn=loss_of)
     model.apply_ = WRITTEN["x @ w.T"][1]
     second = consolidate(model, [NEW], "b", loss_fn=loss_of)

@@ -19,6 +19,7 @@ from cms_topology._retention._convolution import (
     Convolution,
     TransposedConvolution,
 )
+from cms_topology._retention._einsum import as_linear
 from cms_topology._retention._layout import Layout
 from cms_topology._retention._product import OnProduct, OnRows, Product, flat
 from cms_topology._retention._recurrent import CELLS, LAYERS, run_cell, run_layer
@@ -75,6 +76,10 @@ class _Products(TorchFunctionMode):
             return self._seen_matmul(args[1], args[0])
         if func is torch.addmm and len(args) == 3 and not kwargs:
             return args[0] + self._seen_matmul(*args[1:])
+        if func is torch.einsum and len(args) == 3:
+            product = self._seen_einsum(*args)
+            if product is not None:
+                return product
         if func in LAYERS:
             return run_layer(LAYERS[func], args, self.on_product)
         if func in CELLS:
@@ -122,6 +127,18 @@ class _Products(TorchFunctionMode):
         return (
             self._seen_linear(input, other.mT) if right else self._seen_linear(other.mT, input).mT
         )
+
+    def _seen_einsum(self, equation: Any, first: Any, second: Any) -> Tensor | None:
+        if not isinstance(first, Tensor) or not isinstance(second, Tensor):
+            return None
+        of_weights = [self.uses.parameters_of(t) is not None for t in (first, second)]
+        if of_weights == [False, True]:
+            return as_linear(equation, first, second, self._seen_linear)
+        if of_weights == [True, False] and isinstance(equation, str):
+            operands, arrow, out = equation.partition("->")
+            turned = ",".join(operands.split(",")[::-1]) + arrow + out
+            return as_linear(turned, second, first, self._seen_linear)
+        return None
 
     def _seen_stack(self, input: Tensor, other: Tensor) -> Tensor:
         """[..., G, N, n] by [G, n, m]: every group reads inputs of its own."""
