@@ -93,6 +93,14 @@ def test_a_link_restores_the_selection(open_app, good_run: Path) -> None:
     assert titles(app)[0] == "Block score at step 150"
 
 
+def test_the_metric_is_in_the_link(open_app, good_run: Path) -> None:
+    app = open_app(good_run)
+    app.selectbox(key="metric").set_value("learning_rate").run()
+    assert app.query_params["metric"] == "learning_rate"
+    other = open_app(good_run, metric="learning_rate")
+    assert titles(other)[-1] == "Training metric: learning_rate"
+
+
 @pytest.mark.parametrize("step", ["148", "1e9", "-5", "many", ""])
 def test_a_link_with_nonsense_still_opens(open_app, good_run: Path, step: str) -> None:
     app = open_app(good_run, run="gone", layer="gone", step=step, colour="smell")

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import streamlit
 from streamlit.testing.v1 import AppTest
 
 from blockell_dashboard._server import APP_SCRIPT
@@ -162,3 +163,20 @@ def test_figures_of_the_methods_own_are_a_table(
     own = app.dataframe[1].value
     assert own["figure"].tolist() == ["retention/drift_max"]
     assert own["n"].tolist() == [1]
+
+
+def test_the_page_looks_as_often_as_asked(
+    open_app: Callable[..., AppTest], results_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intervals: list[float | None] = []
+    fragment = streamlit.fragment
+
+    def recording(*arguments: object, run_every: float | None = None) -> object:
+        intervals.append(run_every)
+        return fragment(*arguments, run_every=run_every)  # type: ignore[call-overload]
+
+    monkeypatch.setattr(streamlit, "fragment", recording)
+    app = open_app(results_dir)
+    assert intervals == [3.0]
+    app.select_slider[0].set_value(5).run()
+    assert intervals == [3.0, 5.0]
