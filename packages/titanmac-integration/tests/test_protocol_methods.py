@@ -216,6 +216,7 @@ def test_a_record_says_where_it_comes_from(setting: Setting) -> None:
     assert record["settings"]["steps"] == [4, 4]
     assert record["settings"]["changes"]["d_model"] == 32
     assert record["seed"] == 0
+    assert record["tested_on"] == [4, 4], "as many of six as fill rows"
     assert record["torch"] == torch.__version__
     assert record["threads"] == torch.get_num_threads()
     assert set(record["versions"]) > {"titanmac-integration", "cms-topology"}

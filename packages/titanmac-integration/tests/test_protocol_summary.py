@@ -264,6 +264,13 @@ def test_of_a_task_that_was_hardly_learned_nothing_is_forgotten() -> None:
         assert ("Void: arithmetic was hardly learned before the next task" in shown(text)) is void
 
 
+def test_a_handful_of_held_out_questions_is_said() -> None:
+    assert "Tested coarsely" not in shown(record("ours", None, 0, 1.0, 1.5))
+    for counts, few in (([5, 9], True), ([50, 9], False)):
+        one = record("ours", None, 0, 1.0, 1.5, tested_on=counts)
+        assert ("Tested coarsely: arithmetic on 5 questions. A tenth" in shown(one)) is few
+
+
 def test_what_was_not_learned_or_not_kept_is_said() -> None:
     def second(method: str, share: float, kept: float = 1.0) -> dict[str, Any]:
         """A second task of answers, whose loss hardly tells."""

@@ -14,6 +14,8 @@ HELD_BACK = 0.5
 """Nats behind fine-tuning from which a new text counts as held back: with other symbols at most
 0.3 were seen, with the same ones 0.5 and more. Answers count so below the share ``KEPT`` of
 fine-tuning's."""
+FEW = 50
+"""Held-out questions below which one of them is more than the 2% that is asked about."""
 WHERE = 'docs/retention.md, "Which method when"'
 
 
@@ -23,8 +25,26 @@ def advice(group: Mapping[str, Any]) -> list[str]:
     Args:
         group: a setting of ``summarise``.
     """
-    found = (_void(group), _not_learned(group), _held_back(group), _lost(group))
+    found = (_coarse(group), _void(group), _not_learned(group), _held_back(group), _lost(group))
     return [text for text in found if text]
+
+
+def _coarse(group: Mapping[str, Any]) -> str:
+    few = [
+        f"{task} on {count} questions"
+        for task, metric, count in zip(
+            group["tasks"],
+            group["metrics"],
+            group.get("tested_on") or [FEW] * len(group["tasks"]),  # older records do not say
+            strict=True,
+        )
+        if metric == "exact_match" and count < FEW
+    ]
+    if not few:
+        return ""
+    return (
+        f"Tested coarsely: {', '.join(few)}. A tenth of a file is held out for testing; give more."
+    )
 
 
 def _void(group: Mapping[str, Any]) -> str:

@@ -190,9 +190,18 @@ def _about(setting: Setting, tasks: list[RetentionTask]) -> dict[str, Any]:
         "metrics": [task.metric for task in tasks],
         "chance": [task.chance for task in tasks],
         "perfect": [task.perfect for task in tasks],
+        "tested_on": [_answers(task) for task in tasks],
         "steps": list(setting.steps),
         "tokens_per_step": [size * setting.seq_len for size in setting.batch_size],
     }
+
+
+def _answers(task: RetentionTask) -> int:
+    """Answers, or windows of text, of the test set."""
+    rows = task.rows("test")
+    if task.metric == "exact_match":
+        return int(rows.answers.max()) + 1
+    return len(rows.input_ids)
 
 
 def _figures(moments: list[Scores], phases: list[Phase]) -> dict[str, Any]:

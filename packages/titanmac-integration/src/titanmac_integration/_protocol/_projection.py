@@ -135,11 +135,13 @@ class GrowingProjection(Projection):
         self._task, self._n_tasks = task, n_tasks
 
     def _grow(self, trainer: Trainer) -> None:
-        layer = next(iter(sparse_layers(trainer.model).values()))
+        layers = list(sparse_layers(trainer.model).values())
+        if not layers:
+            return  # a dense network has nothing to grow
         grow_for_task(
             trainer.model,
             self.kept[0],
-            density_after(layer, self._task, self._n_tasks),
+            density_after(layers[0], self._task, self._n_tasks),
             prefer=self.prefer,
             optimizers=[trainer.optimizer],
             generator=torch.Generator().manual_seed(trainer.config.seed),

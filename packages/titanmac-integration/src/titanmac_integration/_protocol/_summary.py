@@ -109,6 +109,7 @@ def _summarise_setting(records: list[Record]) -> dict[str, Any]:
         "tasks": records[0]["tasks"],
         "metrics": records[0]["metrics"],
         "chance": records[0]["chance"],
+        "tested_on": records[0].get("tested_on"),
         "steps": records[0]["steps"],
         "device": sorted({record["device"] for record in records}),
         "rows": rows,
