@@ -211,6 +211,10 @@ def test_every_method_runs_and_is_recorded(setting: Setting, name: str) -> None:
     assert record["seconds"][0] > 0
 
 
+def test_a_dense_network_is_guarded_but_does_not_grow(setting: Setting) -> None:
+    assert cell(setting, "ours-grown", "dense")["failed"] is None
+
+
 def test_a_record_says_where_it_comes_from(setting: Setting) -> None:
     record = json.loads(json.dumps(cell(setting, "fine-tuning", "sparse")))
     assert record["settings"]["steps"] == [4, 4]
