@@ -104,7 +104,7 @@ class _EagerMLP(torch.autograd.Function):
         first = Layer(plan1, plan1.pattern(cols1, order1, start1), values1, bias1)
         second = Layer(plan2, plan2.pattern(cols2, order2, start2), values2, None)
         samples = ctx.sizes1[-1], ctx.sizes2[-1]
-        grads = core.gradients(
+        grads = core.backward(
             dy, x, held, first, second, ctx.needs, samples, ctx.names[0], ctx.weights, last
         )
         return (*grads, None)

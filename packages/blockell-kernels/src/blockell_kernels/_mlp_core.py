@@ -89,7 +89,7 @@ def backward(
     weights: tuple[Weights, Weights] | None = None,
     last: bool = False,
 ) -> list[Tensor | None]:
-    """[dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2] of dy [N, out].
+    """[dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2] of dy [..., out], x [..., in].
 
     None where not needed. `held` is [h, a], and is emptied, so that they are in memory no longer
     than needed; what is needed of them and was not saved is computed again. `last`: f(h), or else
@@ -97,6 +97,7 @@ def backward(
     """
     h, a = held
     held.clear()
+    leading, dy, x = dy.shape[:-1], flat(dy), None if x is None else flat(x)
     weight1, weight2 = weights or (None, None)
     need_dh = needs.x or needs.values1 or needs.bias1 or samples[0] != "none"
     need_first = need_dh and (needs.x or needs.values1 or samples[0] != "none")
@@ -152,6 +153,8 @@ def backward(
         )
     if long:  # only now may the memory of a and dy be used again
         join(dy.device)
+    if dx is not None and len(leading) != 1:
+        dx = dx.view(*leading, dx.shape[1])
     return [dx, dvalues1, dbias1, dprobe1, dvalues2, dbias2, dprobe2]
 
 
@@ -200,26 +203,6 @@ def _middle(
     return gradient_and_activation(
         da, h, activation, recompute=keep_a, need_sum=need_bias, overwrite=overwrite
     )
-
-
-def gradients(
-    dy: Tensor,
-    x: Tensor | None,
-    held: list[Tensor | None],
-    first: Layer,
-    second: Layer,
-    needs: Needs,
-    samples: tuple[str, str],
-    activation: str,
-    weights: tuple[Weights, Weights] | None = None,
-    last: bool = False,
-) -> list[Tensor | None]:
-    """`backward` for dy [..., out] and x [..., in]."""
-    x2d = None if x is None else flat(x)
-    grads = backward(flat(dy), x2d, held, first, second, needs, samples, activation, weights, last)
-    if grads[0] is not None and dy.ndim != 2:
-        grads[0] = grads[0].view(*dy.shape[:-1], grads[0].shape[1])
-    return grads
 
 
 def flat(t: Tensor) -> Tensor:

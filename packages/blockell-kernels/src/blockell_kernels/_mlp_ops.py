@@ -152,7 +152,7 @@ def mlp_backward(
     plan2 = plan_for(dy, N, (R2, C2, B2, row_group2, num_live2), requested)
     first = Layer(plan1, plan1.pattern(col_indices1, order1, col_start1), values1, bias1)
     second = Layer(plan2, plan2.pattern(col_indices2, order2, col_start2), values2, None)
-    grads = core.gradients(
+    grads = core.backward(
         dy, x, [h, a], first, second, Needs(*needs), (sample1, sample2), activation
     )
     return tuple(or_empty(grad, dy) for grad in grads)
