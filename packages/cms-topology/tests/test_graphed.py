@@ -44,6 +44,21 @@ def gradients_of(model: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return gradients
 
 
+def plain_steps_only(model: nn.Module) -> nn.Module:
+    """The model, with no statistics of absent blocks to collect."""
+    for layer in (model[0], model[2]):
+        layer.collect_candidates = False
+    return model
+
+
+def call(backward: GraphedBackward, model: nn.Module, steps: range, rows: int = SAMPLES) -> Tensor:
+    """The last loss."""
+    for step in steps:
+        model.zero_grad()
+        loss = backward(*batch(step, rows))
+    return loss
+
+
 @pytest.fixture
 def captures(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts of captures and replays, on a CPU."""
@@ -122,9 +137,7 @@ def test_training_is_the_same_to_the_bit(captures: dict[str, int], candidate_sco
 
 
 def test_every_call_is_a_real_one(captures: dict[str, int]) -> None:
-    model = make_model()
-    for layer in (model[0], model[2]):
-        layer.collect_candidates = False
+    model = plain_steps_only(make_model())
     backward = GraphedBackward(gradients_of(model), model)
     for step in range(6):
         model.zero_grad()
@@ -154,13 +167,9 @@ def test_losses_of_earlier_steps_stay(captures: dict[str, int]) -> None:
 
 
 def test_gradients_that_are_there_are_added_to(captures: dict[str, int]) -> None:
-    model = make_model()
-    for layer in (model[0], model[2]):
-        layer.collect_candidates = False
+    model = plain_steps_only(make_model())
     backward = GraphedBackward(gradients_of(model), model)
-    for step in range(4):
-        model.zero_grad()
-        backward(*batch(step))
+    call(backward, model, range(4))
     before = [p.grad.clone() for p in model.parameters()]
     backward(*batch(9))
     together = [p.grad.clone() for p in model.parameters()]
@@ -172,15 +181,11 @@ def test_gradients_that_are_there_are_added_to(captures: dict[str, int]) -> None
 
 
 def test_other_shapes_modes_and_growth_get_graphs_of_their_own(captures: dict[str, int]) -> None:
-    model = make_model()
-    for layer in (model[0], model[2]):
-        layer.collect_candidates = False
+    model = plain_steps_only(make_model())
     backward = GraphedBackward(gradients_of(model), model, max_graphs=2)
 
     def calls(times: int, rows: int = SAMPLES) -> None:
-        for step in range(times):
-            model.zero_grad()
-            backward(*batch(step, rows))
+        call(backward, model, range(times), rows)
 
     calls(5)
     calls(5, rows=3)
@@ -204,16 +209,12 @@ def test_other_shapes_modes_and_growth_get_graphs_of_their_own(captures: dict[st
 def test_indices_written_to_from_outside_are_noticed(captures: dict[str, int]) -> None:
     model, other = make_model(), make_model()
     other[0].col_indices.copy_((other[0].col_indices + 1) % other[0].C)
-    for layer in (model[0], model[2]):
-        layer.collect_candidates = False
+    plain_steps_only(model)
     backward = GraphedBackward(gradients_of(model), model)
-    for step in range(5):
-        model.zero_grad()
-        backward(*batch(step))
+    call(backward, model, range(5))
     with torch.no_grad():
         model[0].col_indices.copy_(other[0].col_indices.sort(dim=1).values)
-    model.zero_grad()
-    loss = backward(*batch(1))
+    loss = call(backward, model, range(1, 2))
     assert captures["replayed"] == 2, "this call is not a replay"
     assert loss.item() == functional.mse_loss(model(batch(1)[0]), batch(1)[1]).item()
 
@@ -239,12 +240,9 @@ def test_bad_arguments(captures: dict[str, int], monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("CUDA error: operation not permitted when stream is capturing\nmore")
 
     monkeypatch.setattr(_graphed, "capture", refuse)
-    for layer in (model[0], model[2]):
-        layer.collect_candidates = False
+    plain_steps_only(model)
     backward = GraphedBackward(gradients_of(model), model)
-    for step in range(3):
-        model.zero_grad()
-        backward(*batch(step))
+    call(backward, model, range(3))
     model.zero_grad()
     with pytest.raises(RuntimeError, match=r"function could not be captured .*item\(\)"):
         backward(*batch(3))
