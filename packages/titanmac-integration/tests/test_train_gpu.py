@@ -149,3 +149,11 @@ def test_a_run_goes_on_with_graphs_or_without(tmp_path: Path, first: bool) -> No
     group = other.optimizer.param_groups[0]
     assert bool(group["capturable"]) is not first
     assert isinstance(group["lr"], torch.Tensor) is not first
+
+
+def test_layers_that_are_computed_again_are_captured() -> None:
+    config = TitanMACConfig.preset("demo", activation_checkpointing=True)
+    model = create_titanmac_model(config, seed=0, device="cuda")
+    trainer = Trainer(model, TrainingConfig(**SETTINGS, precision="bf16", cuda_graph=True))
+    assert train(trainer).final_loss < 5.0
+    assert trainer._runner._graphed.num_graphs >= 2

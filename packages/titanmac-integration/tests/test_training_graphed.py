@@ -97,6 +97,9 @@ def test_it_refuses_what_cannot_be_captured(tiny_config: Make) -> None:
         ValueError, match=r"cuda_graph \(=True\) needs a model on a CUDA device, .* is on cpu"
     ):
         Trainer(create_titanmac_model(tiny_config()), settings)
+    drops = tiny_config(activation_checkpointing=True, dropout=0.1)
+    with pytest.raises(ValueError, match=r"cannot hold the model's dropout \(=0.1\) together with"):
+        Trainer(create_titanmac_model(drops), settings)
     with pytest.raises(ValueError, match=r"cannot hold the loss scaling of precision \(='fp16'\)"):
         TrainingConfig(cuda_graph=True, precision="fp16")
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -129,7 +131,8 @@ class GraphedBackward:
         if recorded is None:
             self._calls[key] += 1
             if self._calls[key] <= WARM_UP:
-                return beside(lambda: self._function(*moved).detach())
+                with on(device):
+                    return beside(lambda: self._function(*moved).detach())
             if len(self._graphs) == self._max_graphs:
                 self._warn(
                     f"inputs of {len(self._graphs)} shapes (=max_graphs) are captured; steps with "
@@ -137,7 +140,8 @@ class GraphedBackward:
                     "max_graphs, or let batches have fewer shapes."
                 )
                 return self._function(*moved).detach()
-            recorded = self._graphs[key] = self._record(moved, leaves)
+            with on(device):
+                recorded = self._graphs[key] = self._record(moved, leaves)
         for kept, tensor in zip(recorded.inputs, moved, strict=True):
             kept.copy_(tensor, non_blocking=True)
         recorded.replay()
@@ -207,12 +211,24 @@ def capturable(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+@cache
+def _side(device: torch.device) -> torch.cuda.Stream:
+    """One for all, for memory that was used on a stream stays with it."""
+    return torch.cuda.Stream(device)
+
+
+def on(device: torch.device) -> AbstractContextManager[Any]:
+    """Make a CUDA device the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def beside(work: Callable[[], Tensor]) -> Tensor:
     """Run before a capture, on another stream, as torch's notes on CUDA graphs ask for it.
 
     (What autograd allocates for a parameter remembers the stream of its first use.)
     """
-    stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
+    current = torch.cuda.current_stream()
+    stream = _side(current.device)
     stream.wait_stream(current)
     with torch.cuda.stream(stream):
         result = work()
@@ -231,7 +247,8 @@ def capture(
     for generator in generators:
         graph.register_generator_state(generator)
     torch.clear_autocast_cache()  # copies of weights made before would be read for ever
-    with torch.cuda.graph(graph, pool=pool):
+    # other threads may go on, such as one that pins memory for a data loader
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
         result = work()
     torch.clear_autocast_cache()
     return graph.replay, result, graph.pool()

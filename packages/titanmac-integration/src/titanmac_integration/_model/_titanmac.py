@@ -236,7 +236,15 @@ class TitanMAC(nn.Module):
             if recompute:
                 # one tensor is kept per layer, not two
                 x, added = x if added is None else added.plus(x), None
-                x, added, loss, layer = checkpoint(block, x, run, past, use_reentrant=False)
+                x, added, loss, layer = checkpoint(
+                    block,
+                    x,
+                    run,
+                    past,
+                    use_reentrant=False,
+                    # without dropout nothing is drawn, and a CUDA graph cannot hold the question
+                    preserve_rng_state=self.config.dropout > 0,
+                )
             else:
                 x, added, loss, layer = block(x, run, past, added)
             layers.append(layer)

@@ -185,6 +185,11 @@ class TrainingConfig:
                 f"seq_len (={self.seq_len}) must not exceed the model's max_seq_len "
                 f"(={model.max_seq_len}); lower the one or raise the other."
             )
+        if self.cuda_graph and model.activation_checkpointing and model.dropout > 0:
+            raise ValueError(
+                f"cuda_graph (=True) cannot hold the model's dropout (={model.dropout}) together "
+                "with activation_checkpointing (=True), which draws it again; switch one off."
+            )
 
     def lr_at(self, step: int, steps: int, *, peak: float | None = None) -> float:
         """Learning rate of ``step`` (from 0) out of ``steps``: linear warmup, then cosine.
