@@ -24,6 +24,7 @@ from torch import Tensor
 
 from blockell_kernels._backends import Backend, Case, Pattern, Verdict
 from blockell_kernels._cpu_rule import few_tokens, verdict
+from blockell_kernels._cpu_scratch import scratch
 from blockell_kernels._dense import with_spare_slots
 
 TALL = 64
@@ -72,7 +73,7 @@ def _forward_batched(x: Tensor, W: Tensor, bias: Tensor | None, pattern: Pattern
     x_blocks, y = x.view(N, pattern.C, B), x.new_empty(N, groups, H)
     columns = pattern.groups.reshape(-1)
     step = _chunk(N, pattern)
-    buffer = x.new_empty(step, columns.numel(), B)
+    buffer = scratch(x, step, columns.numel(), B)
     for start in range(0, N, step):
         part = y[start : start + step]
         gathered = buffer[: part.shape[0]]
@@ -92,7 +93,7 @@ def _forward_looped(x: Tensor, W: Tensor, bias: Tensor | None, pattern: Pattern)
     N, B = x.shape[0], pattern.B
     x_blocks, y = x.view(N, pattern.C, B), x.new_empty(N, groups * H)
     step = min(N, TOKENS_PER_CHUNK)
-    buffer = x.new_empty(step, pattern.num_live, B)
+    buffer = scratch(x, step, pattern.num_live, B)
     for start in range(0, N, step):
         x_part = x_blocks[start : start + step]
         gathered = buffer[: x_part.shape[0]]
@@ -135,7 +136,7 @@ class GatheredBackend(Backend):
             dx.index_add_(1, pattern.groups.reshape(-1), parts)
             return dx.view(N, pattern.C * B)
         step = min(N, TOKENS_PER_CHUNK)
-        buffer = dy.new_empty(step, KB)
+        buffer = scratch(dy, step, KB)
         for start in range(0, N, step):
             dy_part, dx_part = dy[start : start + step], dx[start : start + step]
             product = buffer[: dy_part.shape[0]]
@@ -151,7 +152,7 @@ class GatheredBackend(Backend):
         x_blocks, dy_groups = x.view(N, pattern.C, B), dy.view(N, groups, H)
         dW = x.new_zeros(groups, H, KB)
         step = _chunk(N, pattern)
-        buffer = x.new_empty(step, columns.numel(), B)
+        buffer = scratch(x, step, columns.numel(), B)
         for start in range(0, N, step):
             dy_part = dy_groups[start : start + step]
             gathered = buffer[: dy_part.shape[0]]
