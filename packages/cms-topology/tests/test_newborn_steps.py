@@ -115,19 +115,18 @@ import sys, torch
 from cms_topology import CMSBlockLinear, NewbornStepCorrection, _newborn_steps
 device = sys.argv[1]
 torch.manual_seed(0)
-for tile, group, amsgrad, tensor_rate, betas in (
-    (8, 1, False, False, (0.9, 0.999)), (16, 2, True, False, (0.8, 0.95)),
-    (128, 1, False, True, (0.9, 0.999)),
+for tile, group, amsgrad, rate_on, betas in (
+    (8, 1, False, None, (0.9, 0.999)), (16, 2, True, "cpu", (0.8, 0.95)),
+    (128, 1, False, device, (0.9, 0.999)),
 ):
     layer = CMSBlockLinear(3 * tile, 4 * tile, tile_size=tile, density=0.4, max_density=0.7,
                            row_group=group, device=device)
     other = CMSBlockLinear(2 * tile, 6 * tile, tile_size=tile, row_group=group, device=device)
-    rate = torch.tensor(0.01, device=device) if tensor_rate else 0.01
+    rate = 0.01 if rate_on is None else torch.tensor(0.01, device=rate_on)
     optimizer = torch.optim.AdamW(
-        [layer.values, other.values], lr=rate, betas=betas, amsgrad=amsgrad, capturable=tensor_rate,
-        foreach=not tensor_rate,
-    ) if device == "cuda" else torch.optim.AdamW([layer.values, other.values], lr=0.01,
-                                                 betas=betas, amsgrad=amsgrad)
+        [layer.values, other.values], lr=rate, betas=betas, amsgrad=amsgrad,
+        capturable=rate_on == "cuda", foreach=rate_on is None,
+    )
     for step in range(8):
         layer.values.grad = torch.randn_like(layer.values)
         other.values.grad = torch.randn_like(other.values)

@@ -135,6 +135,30 @@ def test_continued_is_uninterrupted(tiny_config: Make, tmp_path: Path, case: str
     assert [step for step, _ in losses[0]] == [4, 8, 12, 16, 20, 24, 26]
 
 
+@pytest.mark.parametrize("first", [False, True])
+def test_a_rate_in_a_tensor_is_a_choice_of_the_run_that_goes_on(
+    tiny_config: Make, tmp_path: Path, first: bool
+) -> None:
+    def trainer(in_tensor: bool) -> Trainer:
+        model = create_titanmac_model(tiny_config(use_block_sparse=True), seed=1)
+        rate = torch.tensor(1e-2) if in_tensor else 1e-2
+        optimizer = torch.optim.AdamW(model.parameters(), lr=rate, foreach=False)
+        store = CheckpointStore(tmp_path)
+        return Trainer(
+            model, training(), optimizer=optimizer, checkpoints=store, checkpoint_every=6
+        )
+
+    whole = trainer(first)
+    report = whole.fit(ProseTask(TEXT), 12)
+    other = trainer(not first)
+    rate = other.optimizer.param_groups[0]["lr"]
+    other.load(CheckpointStore(tmp_path).path(6))
+    assert other.fit(ProseTask(TEXT), 12).final_loss == pytest.approx(report.final_loss, rel=1e-5)
+    after = other.optimizer.param_groups[0]["lr"]
+    assert after is rate if not first else isinstance(after, float)
+    assert float(after) == pytest.approx(float(whole.optimizer.param_groups[0]["lr"]))
+
+
 def test_something_is_lost_if_a_part_is_not_put_back(tiny_config: Make, tmp_path: Path) -> None:
     """The test above can fail: without the optimizer's state the result is another."""
     store = CheckpointStore(tmp_path)

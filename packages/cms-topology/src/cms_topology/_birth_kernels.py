@@ -118,8 +118,10 @@ class YoungBlocks:
         """Launch, for layers that stand where they stood.
 
         `steps` and `lasts` float32 [L]: Adam's steps, and those at the last call. A `rate` that is
-        a tensor is read on the device.
+        a tensor is read on the device, if it lies there.
         """
+        if isinstance(rate, Tensor) and rate.is_cpu:
+            rate = float(rate)
         in_memory = isinstance(rate, Tensor)
         _correct_young[self._grid](
             address_table(self._rows, self._device),

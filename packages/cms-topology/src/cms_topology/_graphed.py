@@ -20,7 +20,10 @@ from torch import Tensor, nn
 from cms_topology._convert import sparse_layers
 
 WARM_UP = 3
-"""Calls that run as they are before one is captured: kernels are compiled, workspaces allocated."""
+"""Calls that run as they are before one is captured: kernels are compiled, workspaces allocated.
+
+Of these one at least is like that which is captured.
+"""
 
 
 class _Recorded(NamedTuple):
@@ -51,8 +54,9 @@ class GraphedBackward:
         manager.step()
     ```
 
-    The first three calls with inputs of a shape run as they are, the fourth is captured, and from
-    then on calls are replayed. Every call is a real one: nothing is learned twice. Gradients are
+    The first three calls run as they are, and later on every first one with inputs of a new shape;
+    then a call is captured, and from there on calls are replayed. Every call is a real one: nothing
+    is learned twice. Gradients are
     there afterwards as usual, for clipping, hooks of the optimizer and a `TopologyManager`. Blocks
     may move: topology changes in place, and so in the graph's memory. Steps that collect statistics
     of absent blocks have a graph of their own, except with `candidate_score="loss"`: those run as
@@ -61,9 +65,9 @@ class GraphedBackward:
     or a parameter has moved to other memory.
 
     Between two calls only tensors may change, and in place: what `function` reads from Python
-    (numbers, flags, hooks of modules) is what it was when it was captured. After such a change call
-    `forget`. On a CPU, and without a GPU, there is nothing to capture: `function` runs as it is,
-    with a warning, once.
+    (numbers, flags, modules and their hooks) is what it was when it was captured. After such a
+    change call `forget`. On a CPU, and without a GPU, there is nothing to capture: `function` runs
+    as it is, with a warning, once.
 
     Args:
         function: takes tensors, calls `backward` on what it computes, and returns a 0-d loss. It
@@ -94,6 +98,8 @@ class GraphedBackward:
         """Drop all graphs: the next calls run as they are, then one is captured anew."""
         self._graphs: dict[Any, _Recorded] = {}
         self._calls: Counter[Any] = Counter()
+        # looked through at every call, while the device has nothing to do
+        self._holders = [m._parameters for m in self._model.modules() if m._parameters]
         self._pool: Any = None
         self._memory: Any = None
 
@@ -122,15 +128,15 @@ class GraphedBackward:
         leaves = self._leaves()
         if any(leaf.grad is not None for leaf in leaves) or not self._fixed():
             return self._function(*moved).detach()
-        memory = self._addresses()
+        memory = self._addresses(leaves)
         if memory != self._memory:
             self.forget()
             self._memory = memory
         key = self._key(moved)
         recorded = self._graphs.get(key)
         if recorded is None:
-            self._calls[key] += 1
-            if self._calls[key] <= WARM_UP:
+            if not self._calls[key] or self._calls.total() < WARM_UP:
+                self._calls[key] += 1
                 with on(device):
                     return beside(lambda: self._function(*moved).detach())
             if len(self._graphs) == self._max_graphs:
@@ -166,8 +172,9 @@ class GraphedBackward:
 
     def _leaves(self) -> list[Tensor]:
         """Everything that a backward pass may leave a gradient in."""
+        parameters = [p for held in self._holders for p in held.values() if p is not None]
         statistics = [p for x in self._layers for p in (x._probe, x._fisher_probe) if p is not None]
-        return [*self._model.parameters(), *statistics]
+        return parameters + statistics
 
     def _fixed(self) -> bool:
         """Whether the layers would do now what a captured call does."""
@@ -179,10 +186,10 @@ class GraphedBackward:
         stale = (x._is_stale() for x in self._layers)
         return not any(collects_loss) and not any(stale)
 
-    def _addresses(self) -> Any:
+    def _addresses(self, leaves: list[Tensor]) -> Any:
         """Where a graph reads and writes."""
-        parameters = tuple((p.data_ptr(), p.requires_grad) for p in self._model.parameters())
-        return parameters, tuple((x.num_live, x.col_indices.data_ptr()) for x in self._layers)
+        places = [(leaf.data_ptr(), leaf.requires_grad) for leaf in leaves]
+        return places, [(x.num_live, x.col_indices.data_ptr()) for x in self._layers]
 
     def _key(self, inputs: list[Tensor]) -> Any:
         """What makes two calls the same to a graph."""

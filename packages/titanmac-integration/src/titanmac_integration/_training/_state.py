@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 EXTRA = "_extra_state"
 _FORMS = ("capturable", "foreach", "fused")
-"""How an optimizer computes: a choice of the run that goes on, not of the one that was saved."""
 
 
 def trainer_state(trainer: "Trainer") -> dict[str, Any]:
@@ -57,10 +56,12 @@ def load_trainer_state(trainer: "Trainer", checkpoint: TrainingCheckpoint) -> No
     _check_configuration(trainer, checkpoint.info)
     state = checkpoint.state
     trainer.model.load_state_dict(checkpoint.model)
-    forms = [{k: g[k] for k in _FORMS if k in g} for g in trainer.optimizer.param_groups]
+    forms = [_form(group) for group in trainer.optimizer.param_groups]
     load_optimizer_state_by_name(trainer.optimizer, state["optimizer"], _names(trainer))
     for group, form in zip(trainer.optimizer.param_groups, forms, strict=True):
+        rate = float(group["lr"])
         group.update(form)
+        group["lr"] = form["lr"].fill_(rate) if isinstance(form["lr"], Tensor) else rate
     if trainer.manager is not None and state["topology"] is not None:
         trainer.manager.load_state_dict(state["topology"])
     if trainer._runner.scaler is not None and state["scaler"] is not None:
@@ -72,6 +73,14 @@ def load_trainer_state(trainer: "Trainer", checkpoint: TrainingCheckpoint) -> No
     trainer._resumed = state["phase"]
     trainer._data.set_state(state["data"])
     _load_processes(trainer, state["processes"])
+
+
+def _form(group: Mapping[str, Any]) -> dict[str, Any]:
+    """How an optimizer computes: a choice of the run that goes on, not of the one that was saved.
+
+    Its rate is among it, for where that lies, not for its value.
+    """
+    return {key: group[key] for key in (*_FORMS, "lr") if key in group}
 
 
 def _load_processes(trainer: "Trainer", processes: list[dict[str, Any]]) -> None:
