@@ -183,8 +183,7 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
         if hasattr(module, "collect_candidates") and manager is None:
             module.collect_candidates = False
     generator = torch.Generator().manual_seed(cell.seed)
-    example = windows(train_data, options.batch_size, torch.Generator())
-    one_step = training_step(model, optimizer, example, example, autocast=True, graph=options.graph)
+    one_step = training_step(model, optimizer, autocast=True, graph=options.graph)
     curve, swaps, losses = [], [], []
     torch.cuda.reset_peak_memory_stats() if device != "cpu" else None
     started, evaluating = time.perf_counter(), 0.0

@@ -80,9 +80,8 @@ class Run:
         self.optimizer = adamw(groups, options.lr, graph=options.graph, weight_decay=0.01)
         self.generator = torch.Generator(options.device).manual_seed(1000 + seed)
         self.held_out = [batch(512, torch.Generator(options.device).manual_seed(7))]
-        example = batch(options.batch_size, torch.Generator(options.device))
         self.one_step = training_step(
-            self.model, self.optimizer, *example, autocast=False, graph=options.graph
+            self.model, self.optimizer, autocast=False, graph=options.graph
         )
         self.curve: list[tuple[int, float]] = []
         self.started = time.perf_counter()

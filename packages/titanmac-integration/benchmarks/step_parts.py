@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from graphed import adamw, training_step
+from graphed import WARM_UP, adamw, training_step
 
 from titanmac_integration import TitanMAC, TitanMACConfig, create_titanmac_model
 from titanmac_integration._attention._window import window_attention
@@ -197,8 +197,8 @@ def measure(config: TitanMACConfig, options: argparse.Namespace) -> dict:
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
     settings = {"autocast": True, "clip": None, "graph": True, "return_logits": options.logits}
-    train = training_step(model, optimizer, tokens, tokens, **settings)
-    for _ in range(3):
+    train = training_step(model, optimizer, **settings)
+    for _ in range(WARM_UP):
         train(tokens, tokens)
     kernels = by_kernel(lambda: train(tokens, tokens), options.steps)
     kinds: dict[str, float] = defaultdict(float)

@@ -21,7 +21,7 @@ from pathlib import Path
 from statistics import quantiles
 
 import torch
-from graphed import adamw, training_step
+from graphed import WARM_UP, adamw, training_step
 
 import titanmac_integration
 from cms_topology import TopologyManager
@@ -30,7 +30,6 @@ from titanmac_integration import TitanMACConfig, create_titanmac_model
 MIDDLE = (8, 9, 10, 11, 12)
 TILES = ((128, 1), (64, 2), (32, 4), (16, 8))
 """Sides of the tiles, and rows of blocks that share their columns."""
-WARM_UP = 5
 PERIODS = (1, 10, 100)
 
 
@@ -67,15 +66,15 @@ def measure(config: TitanMACConfig, moving: bool, options: argparse.Namespace) -
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device="cuda")
     settings = {"autocast": True, "clip": None, "graph": graph, "return_logits": options.logits}
-    settings["sampling"] = moving
-    train = training_step(model, optimizer, tokens, tokens, **settings)
+    train = training_step(model, optimizer, **settings)
 
     def step() -> None:
         train(tokens, tokens)
         if manager is not None:
             manager.step()
 
-    for _ in range(PERIODS[-1] if moving else WARM_UP):  # the first decision loads its kernels
+    # the first decision loads its kernels, before the second its statistics are captured
+    for _ in range(2 * PERIODS[-1] if moving else WARM_UP):
         step()
     torch.cuda.synchronize()
     compile_s = time.perf_counter() - started

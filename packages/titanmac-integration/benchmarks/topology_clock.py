@@ -79,9 +79,8 @@ def measure(options: argparse.Namespace, on_gpu: bool) -> dict[str, object]:
     shape = (options.batch_size, options.sequence)
     tokens = torch.randint(config.vocab_size, shape, device=next(model.parameters()).device)
     train = training_step(
-        model, optimizer, tokens, tokens, autocast=on_gpu, clip=None, graph=graph,
-        sampling=True, return_logits=False,
-    )  # fmt: skip
+        model, optimizer, autocast=on_gpu, clip=None, graph=graph, return_logits=False
+    )
     manager = TopologyManager(model, optimizer, periods=PERIODS)
 
     def fixed() -> None:

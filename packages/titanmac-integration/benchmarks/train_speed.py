@@ -104,11 +104,12 @@ def main() -> None:
     }
     measured: dict[tuple[str, bool], list[float]] = {cell: [] for cell in cells}
     reports = {}
-    # a graph is captured anew at every call of `fit`, which takes the first steps of it
-    skipped = 5
     for turn in range(options.turns + 1):
         for cell, (trainer, times, _) in cells.items():
-            reports[cell] = trainer.fit(task, options.period + (skipped if turn else 0))
+            # a graph is captured anew at every call of `fit`: in the first steps of it, and one for
+            # steps that collect statistics before the second decision
+            skipped = 2 * options.period if cell[1] else 0
+            reports[cell] = trainer.fit(task, options.period + skipped)
             if turn:
                 measured[cell] += times.milliseconds(skipped)
     device = torch.cuda.get_device_name() if options.device.startswith("cuda") else "cpu"

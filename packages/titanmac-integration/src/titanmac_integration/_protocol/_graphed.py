@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cms_topology import GraphedBackward
 from titanmac_integration._data._tasks import Mixture, Task
 from titanmac_integration._model._titanmac import TitanMAC
 from titanmac_integration._training._config import TrainingConfig
 from titanmac_integration._training._trainer import NonFiniteLossError, Trainer
 
-WARMUP_STEPS = 3
 LOSS_EVERY = 50
 
 
@@ -40,9 +40,7 @@ class GraphedTrainer(Trainer):
         super().__init__(model, config, **options)
         self.generators: list[torch.Generator] = []
         """CUDA generators that ``on_backward`` draws from."""
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._inputs: tuple[Tensor, Tensor] | None = None
-        self._loss = torch.zeros((), device=device)
+        self._work: GraphedBackward | None = None
         self._value = math.nan
 
     @property
@@ -59,23 +57,14 @@ class GraphedTrainer(Trainer):
             return super()._one_step(task, done, steps)
         for group in self.optimizer.param_groups:
             group["lr"].fill_(lr)
+        if self._work is None:
+            self._work = GraphedBackward(self._captured, self.model, generators=self.generators)
         batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
-        if self._inputs is None:
-            self._inputs = (batch.input_ids.to(self.device), batch.labels.to(self.device))
-        else:
-            # pinned, or the host would wait for all steps before
-            self._inputs[0].copy_(batch.input_ids.pin_memory(), non_blocking=True)
-            self._inputs[1].copy_(batch.labels.pin_memory(), non_blocking=True)
-        if done < WARMUP_STEPS:
-            self._on_another_stream()
-        else:
-            if self._graph is None:
-                self._capture()
-            assert self._graph is not None
-            self._graph.replay()
+        self.optimizer.zero_grad(set_to_none=True)
+        loss = self._work(batch.input_ids, batch.labels)
         self.step += 1
         if done % LOSS_EVERY == 0 or done + 1 == steps:
-            self._value = self._loss.item()
+            self._value = loss.item()
             if not math.isfinite(self._value):
                 raise NonFiniteLossError(
                     f"no finite loss at step {self.step} (lr {lr:.2e}); lower lr, lengthen "
@@ -83,29 +72,11 @@ class GraphedTrainer(Trainer):
                 )
         return self._value, batch.input_ids.numel()
 
-    def _work(self) -> None:
-        assert self._inputs is not None
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.model(*self._inputs)["loss"]
+    def _captured(self, input_ids: Tensor, labels: Tensor) -> Tensor:
+        loss: Tensor = self.model(input_ids, labels)["loss"]
         loss.backward()
         self._call("on_backward", loss.detach())
         if self.config.grad_clip:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.grad_clip)
         self.optimizer.step()
-        self._loss.copy_(loss.detach())
-
-    def _on_another_stream(self) -> None:
-        """Warm-up as torch's documentation of graphs asks for it."""
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            self._work()
-        torch.cuda.current_stream().wait_stream(stream)
-
-    def _capture(self) -> None:
-        graph = torch.cuda.CUDAGraph()
-        for generator in self.generators:
-            graph.register_generator_state(generator)
-        with torch.cuda.graph(graph):
-            self._work()
-        self._graph = graph
+        return loss
