@@ -1,5 +1,6 @@
 """Training on a GPU: mixed precision, accumulation, compilation, and continuing a run."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from titanmac_integration import (
     make_task,
 )
 from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration.cli import main
 
 pytestmark = [
     pytest.mark.gpu,
@@ -149,6 +151,38 @@ def test_a_run_goes_on_with_graphs_or_without(tmp_path: Path, first: bool) -> No
     group = other.optimizer.param_groups[0]
     assert bool(group["capturable"]) is not first
     assert isinstance(group["lr"], torch.Tensor) is not first
+
+
+@pytest.mark.parametrize("variant", ["MAC", "MAG", "MAL", "MAG of depth 2"])
+def test_a_memory_is_captured(variant: str) -> None:
+    config = TitanMACConfig.preset(
+        "demo",
+        use_neural_memory=True,
+        titans_variant=variant[:3],
+        memory_depth=2 if "2" in variant else 1,
+        memory_chunk_size=16,
+        segment_size=32,
+    )
+    losses = []
+    for graph in (False, True):
+        model = create_titanmac_model(config, seed=0, device="cuda")
+        settings = {**SETTINGS, "lr": 1e-3, "precision": "bf16", "cuda_graph": graph}
+        trainer = Trainer(model, TrainingConfig(**settings))
+        losses.append(trainer.fit(make_task("prose"), STEPS).final_loss)
+    assert trainer._runner._graphed.num_graphs >= 1
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+
+
+def test_the_command_replays_steps_unless_told_otherwise(tmp_path: Path) -> None:
+    flags = ["--steps", "12", "--batch-size", "4", "--seq-len", "32", "--quiet"]
+    flags += ["--checkpoint-every", "6"]
+    for name, more, graph in (("a", [], True), ("b", ["--no-cuda-graph"], False)):
+        assert main(["train", "--out", str(tmp_path / name), *flags, *more]) == 0
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert results["cuda_graph"] is graph
+    again = ["train", "--out", str(tmp_path / "a"), "--resume", "6", "--device", "cpu", "--quiet"]
+    assert main(again) == 0
+    assert not json.loads((tmp_path / "a" / "results.json").read_text())["cuda_graph"]
 
 
 def test_layers_that_are_computed_again_are_captured() -> None:

@@ -16,6 +16,7 @@ from titanmac_integration import (
     create_titanmac_model,
 )
 from titanmac_integration._training import _graphed_step, _graphed_update
+from titanmac_integration._training._graphed_step import can_be_graphed
 from titanmac_integration._training._graphed_update import GraphedUpdate
 
 Make = Callable[..., TitanMACConfig]
@@ -102,6 +103,15 @@ def test_it_refuses_what_cannot_be_captured(tiny_config: Make) -> None:
         Trainer(create_titanmac_model(drops), settings)
     with pytest.raises(ValueError, match=r"cannot hold the loss scaling of precision \(='fp16'\)"):
         TrainingConfig(cuda_graph=True, precision="fp16")
+
+
+def test_where_steps_can_be_replayed(tiny_config: Make) -> None:
+    cuda, settings = torch.device("cuda"), TrainingConfig(**SETTINGS)
+    assert can_be_graphed(settings, tiny_config(), cuda)
+    assert not can_be_graphed(settings, tiny_config(), torch.device("cpu"))
+    assert not can_be_graphed(TrainingConfig(**SETTINGS, precision="fp16"), tiny_config(), cuda)
+    drops = tiny_config(activation_checkpointing=True, dropout=0.1)
+    assert not can_be_graphed(settings, drops, cuda)
 
 
 # -- the update -----------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import shutil
 import sys
 from pathlib import Path
@@ -17,11 +18,13 @@ from titanmac_integration._model._checkpoint import write_json
 from titanmac_integration._report import UNITS, format_measure, format_table
 from titanmac_integration._run_dir import RESULTS_FILE, TENSORBOARD_DIR, TOKENIZER_FILE
 from titanmac_integration._training._checkpoint import CHECKPOINTS_DIR, CheckpointStore
+from titanmac_integration._training._config import TrainingConfig
+from titanmac_integration._training._graphed_step import can_be_graphed
 from titanmac_integration._training._processes import process_group, rank, world_size
 from titanmac_integration._training._report import PhaseReport
 from titanmac_integration._training._trainer import Trainer, TrainingStopped
 
-from .flags import add_run_flags, resolve_device
+from .flags import add_run_flags, given_fields, resolve_device
 from .plan import LATEST, TrainPlan, make_plan
 from .session import show_progress, training_session
 from .signals import StopSignals
@@ -120,6 +123,10 @@ def _train(
         "steps": plan.steps,
         "tasks": [task.name for task in plan.tasks],
     }
+    if "cuda_graph" not in given_fields(arguments, TrainingConfig):
+        graphs = can_be_graphed(plan.training, plan.model, device)
+        training = dataclasses.replace(plan.training, cuda_graph=graphs)
+        plan = dataclasses.replace(plan, training=training)
     with contextlib.ExitStack() as stack:
         trainer = stack.enter_context(
             training_session(
@@ -197,6 +204,7 @@ def _conclude(
         "topology_frac": report.topology_frac,
         "peak_memory_bytes": report.peak_memory_bytes,
         "processes": world_size(),
+        "cuda_graph": plan.training.cuda_graph,
     }
     write_json(arguments.out / RESULTS_FILE, results)
     rows = []
@@ -205,8 +213,9 @@ def _conclude(
         values = (format_measure(task.metric, m[key]) for m in (before, after))
         rows.append((task.name, UNITS[task.metric], *values))
     print(format_table(("task", "measure", "untrained", "trained"), rows))
+    replayed = " replayed from CUDA graphs" if plan.training.cuda_graph else ""
     print(
-        f"\n{report.steps} steps, {report.tokens:,} tokens, {report.seconds:.0f} s: "
+        f"\n{report.steps} steps{replayed}, {report.tokens:,} tokens, {report.seconds:.0f} s: "
         f"{report.tokens_per_second:,.0f} tokens/s; topology {report.topology_frac:.1%} of the "
         f"time, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB"
     )

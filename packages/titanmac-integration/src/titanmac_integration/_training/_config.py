@@ -60,7 +60,10 @@ class TrainingConfig:
     compile: bool = False
     """Whether torch.compile compiles the model."""
     cuda_graph: bool = False
-    """Whether steps are replayed from CUDA graphs: on a GPU, in one process, in fp32 or bf16."""
+    """Whether steps are replayed from CUDA graphs: on a GPU, in one process, in fp32 or bf16.
+
+    ``titanmac train`` does so wherever it can, unless told otherwise.
+    """
     level_periods: tuple[int, int, int] = (1, 10, 100)
     """Optimizer steps between accumulating, folding and deciding on the topology."""
     decide_until: float = 1.0

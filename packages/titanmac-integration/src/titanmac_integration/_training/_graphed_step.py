@@ -1,9 +1,12 @@
 """Training steps replayed from CUDA graphs."""
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
 from cms_topology import GraphedBackward
+from titanmac_integration._config._config import TitanMACConfig
 
 from ._config import TrainingConfig
 from ._graphed_update import GraphedUpdate
@@ -73,6 +76,16 @@ def _tensors(parts: list[WeightedPart]) -> list[Tensor]:
         if part.weight is not None:
             tensors.append(torch.tensor(part.weight))
     return tensors
+
+
+def can_be_graphed(config: TrainingConfig, model: TitanMACConfig, device: torch.device) -> bool:
+    """Whether steps of such a model can be replayed there, with settings that are else the same."""
+    try:
+        check_place(device)
+        dataclasses.replace(config, cuda_graph=True).check_fits(model)
+    except ValueError:
+        return False
+    return True
 
 
 def check_place(device: torch.device) -> None:
