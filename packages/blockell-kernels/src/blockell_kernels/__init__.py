@@ -1,5 +1,6 @@
 """Block-sparse linear kernels for Block-ELL weights, forward and backward, with a reference."""
 
+from blockell_kernels import _flops as _flops  # for torch's counter
 from blockell_kernels._fisher import block_fisher
 from blockell_kernels._functional import (
     Explanation,
