@@ -96,3 +96,28 @@ def test_the_same_memory_as_on_the_cpu() -> None:
     for name, expected in on_cpu.to_tensors().items():
         if not name.startswith("drift"):
             torch.testing.assert_close(on_gpu[name], expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize("rank", [40, 128])
+def test_gradients_are_damped_without_waiting_for_the_device(rank: int) -> None:
+    torch.manual_seed(0)
+    model = Network(4).cuda()
+    memory = consolidate(model, [inputs(1, rank)], loss_fn=loss_of)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    guard = RetentionGuard(model, optimizer, memory, drift=None, eps=0.1, gradients=True)
+    train(model, optimizer, 2, amp=False)
+    guard.before_step()
+    optimizer.zero_grad()
+    loss_of(model, inputs(2, 128)).backward()
+    plain = model.head.weight.grad.double()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        guard.before_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    K = memory.layers["head.weight"].covariance.dense(torch.float64).cuda()
+    expected = plain @ (0.1 * torch.linalg.inv(K + 0.1 * torch.eye(128).cuda()))
+    error = (model.head.weight.grad - expected).norm() / plain.norm()
+    assert error < 0.05  # directions of which less would be taken away are left alone
+    assert expected.norm() < 0.9 * plain.norm()

@@ -6,19 +6,17 @@ Legend: L layers, G units of a layer, m rows of a unit, n inputs of a unit, r le
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cms_topology._retention._basis import Eigenbasis
+from cms_topology._retention._damping import Damping, per_row
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
-
-NEGLIGIBLE = 0.05
-"""Directions of which a smaller share would be taken away of gradients are left alone."""
 
 
 class ProjectionBatch:
@@ -63,7 +61,7 @@ class ProjectionBatch:
         self.last_drift = torch.zeros_like(self.scale)
         self._complete = min(self._ranks) >= self.vectors.shape[2]
         """No direction is outside of U."""
-        self._removed: _Removed | None = None
+        self._damping: Damping | None = None
         self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
         """Weights are written as they were computed, not rounded."""
 
@@ -95,7 +93,8 @@ class ProjectionBatch:
         held = [self.anchor, self.vectors, self.spectrum]
         if self.reference is not self.anchor:
             held.append(self.reference)
-        return sum(t.numel() * t.element_size() for t in held)
+        damping = 0 if self._damping is None else self._damping.num_bytes
+        return damping + sum(t.numel() * t.element_size() for t in held)
 
     def read(self) -> Tensor:
         """[L, G, m, n]."""
@@ -130,9 +129,9 @@ class ProjectionBatch:
             C, along = self._coefficients(both).split(m, 2)
             # removed share s / (s + eps): a direction without energy stays free for eps = 0 too
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-            kept = torch.addcmul(C, along, _per_row(removed[:, :, :-1], C), value=-1)
+            kept = torch.addcmul(C, along, per_row(removed[:, :, :-1], C), value=-1)
             if not self._complete:
-                taken = update * _per_row(removed[:, :, -1:], C)
+                taken = update * per_row(removed[:, :, -1:], C)
                 moved = moved - taken
                 C = self._coefficients(moved)
         energy = self._energy(kept, C, moved)
@@ -147,12 +146,12 @@ class ProjectionBatch:
             self.multiplier.copy_(multiplier)
             inside, outside = factor[:, :, :-1], factor[:, :, -1:]
             if eps is None:
-                removed_along = C * _per_row(outside - inside, C)
+                removed_along = C * per_row(outside - inside, C)
             else:
-                start = C if self._complete else C * _per_row(outside, C)
-                removed_along = torch.addcmul(start, kept, _per_row(inside, C), value=-1)
+                start = C if self._complete else C * per_row(outside, C)
+                removed_along = torch.addcmul(start, kept, per_row(inside, C), value=-1)
             if not self._complete:
-                now = now + moved * _per_row(outside - 1, C)
+                now = now + moved * per_row(outside - 1, C)
         self.last_drift.copy_((self.debt + left) / self.scale)
         result = self._minus_back(now if taken is None else now - taken, removed_along)
         self._write(result)
@@ -161,27 +160,20 @@ class ProjectionBatch:
 
     @torch.no_grad()
     def damp_gradients(self, eps: float) -> None:
-        """Multiply the gradients by eps (K + eps I)^-1, but for directions it would hardly touch.
-
-        Args:
-            eps: the same from call to call.
-        """
-        if self._removed is None:
-            self._removed = _Removed.of(self.spectrum, self.vectors, eps)
+        """Multiply the gradients by eps (K + eps I)^-1; see `Damping`."""
+        if eps == math.inf:
+            return
         found = [weight.gradient() for weight in self.weights]
         layers = [i for i, gradient in enumerate(found) if gradient is not None]
         gradients = [gradient for gradient in found if gradient is not None]
         if not gradients:
             return
-        vectors, along, outside = self._removed
-        if len(layers) < len(found):
-            vectors, along, outside = vectors[layers], along[layers], outside[layers]
         units = self.anchor.new_empty(len(layers), *self.anchor.shape[1:])
         for gradient, into in zip(gradients, units, strict=True):
             gradient.read_into(into)
-        C = torch.matmul(units, vectors) * along
-        flat = (t.flatten(0, 1) for t in (units * outside, C, vectors.mT))
-        damped = torch.baddbmm(*flat, alpha=-1).view(units.shape)
+        if self._damping is None or eps < self._damping.eps:
+            self._damping = Damping(self.spectrum, self.vectors, eps)
+        damped = self._damping(units, eps, layers if len(layers) < len(found) else None)
         for gradient, values in zip(gradients, damped, strict=True):
             gradient.write(values)
 
@@ -223,28 +215,3 @@ class ProjectionBatch:
         inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
         outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
         return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
-
-
-class _Removed(NamedTuple):
-    """What is taken away of gradients."""
-
-    vectors: Tensor
-    """[L, G, n, r'], the first r' directions."""
-    along: Tensor
-    """[L, G, 1, r'], the share that is taken away along each, beyond that of all others."""
-    kept: Tensor
-    """[L, G, 1, 1], the share that is kept of all others."""
-
-    @classmethod
-    def of(cls, spectrum: Tensor, vectors: Tensor, eps: float) -> _Removed:
-        share = spectrum / (spectrum + eps).clamp(min=1e-300)
-        along, outside = share[:, :, :-1], share[:, :, -1:]
-        along = along - outside
-        count = int((along > NEGLIGIBLE).any(0).any(0).sum())
-        like = vectors[..., :count].contiguous()
-        return cls(like, _per_row(along[:, :, :count], like), _per_row(1 - outside, like))
-
-
-def _per_row(factor: Tensor, like: Tensor) -> Tensor:
-    """[L, G, k] -> [L, G, 1, k] in the weights' precision."""
-    return factor[:, :, None].to(like)
