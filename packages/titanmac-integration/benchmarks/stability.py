@@ -19,12 +19,13 @@ import json
 import platform
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cms_topology import sparse_layers
+from cms_topology import GraphedBackward
 from titanmac_integration import (
     ContinuumMemorySystem,
     DeepNestedOptimizer,
@@ -35,49 +36,16 @@ from titanmac_integration import (
 )
 
 
-class Backward:
-    """Loss and clipped gradients of a batch; replayed, except where statistics are collected."""
+def gradients_of(model: torch.nn.Module, graphed: bool) -> Callable[..., torch.Tensor]:
+    """A function of inputs and labels that leaves clipped gradients and returns the loss."""
 
-    def __init__(self, model: torch.nn.Module, graphed: bool) -> None:
-        self.model, self.graphed = model, graphed
-        self.layers = sparse_layers(model).values()
-        self.graph: torch.cuda.CUDAGraph | None = None
-        self.calls = 0
-
-    def __call__(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.calls += 1
-        sampling = any(layer.collect_candidates for layer in self.layers)
-        if not self.graphed or sampling or self.calls < 4:
-            return self._eager(inputs, labels)
-        if self.graph is None:
-            self._capture(inputs, labels)
-        assert self.graph is not None
-        self.inputs.copy_(inputs)
-        self.labels.copy_(labels)
-        self.graph.replay()
-        for parameter, gradient in self.gradients:
-            parameter.grad = gradient
-        return self.loss.clone()
-
-    def _eager(self, inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        self.model.zero_grad(set_to_none=True)
-        loss: torch.Tensor = self.model(inputs, labels)["loss"]
+    def eager(inputs: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        loss: torch.Tensor = model(inputs, labels)["loss"]
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         return loss.detach()
 
-    def _capture(self, inputs: torch.Tensor, labels: torch.Tensor) -> None:
-        self.inputs, self.labels = inputs.clone(), labels.clone()
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            for _ in range(2):
-                self._eager(self.inputs, self.labels)
-        torch.cuda.current_stream().wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.loss = self._eager(self.inputs, self.labels)
-        self.gradients = [(p, p.grad) for p in self.model.parameters()]
+    return GraphedBackward(eager, model) if graphed else eager
 
 
 def build(args: argparse.Namespace, seed: int) -> tuple[Any, DeepNestedOptimizer]:
@@ -132,7 +100,7 @@ def main() -> None:
     if state_file.exists():
         model, optimizer, record = load(args, state_file, data)
         begin = optimizer.global_step
-    backward = Backward(model, args.graph)
+    backward = gradients_of(model, args.graph)
     started = time.perf_counter() - record["seconds"]
     limit = record["seconds"] + args.max_seconds
     for step in range(begin, args.steps):
@@ -168,7 +136,7 @@ def main() -> None:
                 break
             if resume:
                 model, optimizer, record = load(args, state_file, data)
-                backward = Backward(model, args.graph)
+                backward = gradients_of(model, args.graph)
 
 
 def save(

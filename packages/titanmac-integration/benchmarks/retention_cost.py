@@ -1,0 +1,165 @@
+"""What a `RetentionGuard` costs a training step of a whole TitanMAC, in GPU time.
+
+    python benchmarks/retention_cost.py --preset titanmac-163m --out out
+
+The step is that of `step_time.py`: forward, backward and fused AdamW in bfloat16 autocast, replayed
+from a CUDA graph. The guard's work on ten steps is queued while the GPU is held up, so that the
+host does not count, and divided by ten steps without it. The model is as it was born: its inputs
+have more directions than those of a trained one, so the guard has more to do. One JSON line per
+cell goes to OUT/retention_cost.jsonl.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from graphed import WARM_UP, adamw, training_step
+
+from cms_topology import DriftController, RetentionGuard, consolidate, make_probes
+from titanmac_integration import TitanMACConfig, create_titanmac_model
+
+KINDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    **{
+        f"50%, tile {tile}": {
+            "use_block_sparse": True,
+            "block_sparse_tile_size": tile,
+            "block_sparse_row_group": group,
+            "block_sparse_layers": None,
+            "block_sparse_density": 0.5,
+        }
+        for tile, group in ((128, 1), (16, 8))
+    },
+}
+CONTROLS: dict[str, dict[str, Any]] = {
+    "probes + eps (default)": {"start": 1e-3},
+    "small budget": {"start": 1e-5, "target": 1e-9},
+    "no probes": {"drift": 1e-3},
+    "gradients too": {"start": 1e-3, "gradients": True},
+}
+"""Arguments of the guard; with ``start`` a budget that is steered by probes begins there."""
+
+
+def gpu_ms(run: Callable[[], object]) -> float:
+    """GPU time of a call, the host left out."""
+    times = []
+    for _ in range(5):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        torch.cuda._sleep(200_000_000)  # about 0.1 s
+        begin.record()
+        run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end))
+    return statistics.median(times)
+
+
+def wall_ms(run: Callable[[], object]) -> float:
+    """Milliseconds of a call where there is no GPU, for a try."""
+    began = time.perf_counter()
+    run()
+    return (time.perf_counter() - began) * 1e3
+
+
+def measure(kind: str, args: argparse.Namespace) -> None:
+    torch.manual_seed(0)
+    device, on_gpu = args.device, args.device == "cuda"
+    clock = gpu_ms if on_gpu else wall_ms
+    config = TitanMACConfig.preset(args.preset, **KINDS[kind])
+    model = create_titanmac_model(config, device=device)
+    for layer in model.block_sparse_layers.values():
+        layer.collect_candidates = False
+    shape = (args.batch_size, args.sequence)
+    data = [torch.randint(config.vocab_size, shape, device=device) for _ in range(4)]
+    probes = make_probes(model, data[0].flatten()[:2048].view(-1, 64), confidence=0.0)
+    began = time.perf_counter()
+    memory = consolidate(
+        model,
+        [{"input_ids": tokens, "labels": tokens} for tokens in data],
+        usage="none",
+        sensitivity_batches=0,
+        probes=probes,
+    )
+    consolidated_s = time.perf_counter() - began
+    optimizer = adamw([{"params": list(model.parameters())}], 1e-4, graph=on_gpu)
+    train = training_step(
+        model, optimizer, autocast=True, clip=None, graph=on_gpu, return_logits=False
+    )
+    for _ in range(WARM_UP + 1):
+        train(data[0], data[0])
+    step_ms = clock(lambda: train(data[0], data[0]))
+    for name in args.controls:
+        settings = dict(CONTROLS[name])
+        if "start" in settings:
+            start, target = settings.pop("start"), settings.pop("target", 1e3)
+            settings["drift"] = DriftController(target, start=start, device=device)
+        began = time.perf_counter()
+        # its hooks would not be called by a step that is replayed
+        guard = RetentionGuard(model, None, memory, eps=0.1, every=10, **settings)
+        built_s = time.perf_counter() - began
+
+        def ten_steps(guard: RetentionGuard = guard) -> None:
+            for _ in range(10):
+                guard.before_step()
+                guard.step()
+
+        for _ in range(WARM_UP):
+            train(data[0], data[0])
+            ten_steps()
+        guard_ms = clock(ten_steps)
+        row = {
+            "preset": args.preset,
+            "kind": kind,
+            "control": name,
+            "tokens": data[0].numel(),
+            "step_ms": round(step_ms, 3),
+            "ten_guarded_ms": round(guard_ms, 3),
+            "extra_frac": round(guard_ms / step_ms / 10, 4),
+            "directions_frac": round(
+                sum(b.vectors[0].numel() * len(b.vectors) for b in guard._batches)
+                / sum(len(b.vectors) * b.vectors.shape[1] * b.vectors.shape[2] ** 2
+                      for b in guard._batches), 3
+            ),
+            "guard_mib": guard.num_bytes >> 20,
+            "memory_mib": memory.num_bytes >> 20,
+            "parameters": model.num_parameters,
+            "consolidate_s": round(consolidated_s, 1),
+            "build_s": round(built_s, 1),
+            "device": torch.cuda.get_device_name() if on_gpu else "cpu",
+            "torch": torch.__version__,
+        }  # fmt: skip
+        print(json.dumps(row), flush=True)
+        with (args.out / "retention_cost.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        del guard
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--preset", default="titanmac-163m")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--sequence", type=int, default=1024)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
+    parser.add_argument("--controls", nargs="+", choices=CONTROLS, default=list(CONTROLS))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for kind in args.kinds:
+        measure(kind, args)
+        gc.collect()
+        if args.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
