@@ -60,9 +60,9 @@ class GraphedBackward:
     there afterwards as usual, for clipping, hooks of the optimizer and a `TopologyManager`. Blocks
     may move: topology changes in place, and so in the graph's memory. Steps that collect statistics
     of absent blocks have a graph of their own, except with `candidate_score="loss"`: those run as
-    they are. So does a call that finds gradients of an earlier one, for it adds to them; to
-    accumulate over parts of a batch let `function` do so. Graphs are dropped when a layer has grown
-    or a parameter has moved to other memory.
+    they are. So does a call that finds gradients of an earlier one, for it adds to them (a warning
+    says so, once); to accumulate over parts of a batch let `function` do so. Graphs are dropped
+    when a layer has grown or a parameter has moved to other memory.
 
     Between two calls only tensors may change, and in place: what `function` reads from Python
     (numbers, flags, modules and their hooks) is what it was when it was captured. After such a
@@ -126,7 +126,14 @@ class GraphedBackward:
             )
             return self._function(*moved).detach()
         leaves = self._leaves()
-        if any(leaf.grad is not None for leaf in leaves) or not self._fixed():
+        if any(leaf.grad is not None for leaf in leaves):
+            self._warn(
+                "gradients of an earlier call are there, so this one runs as it is and adds to "
+                "them. Clear them before (optimizer.zero_grad(set_to_none=True)); to accumulate, "
+                "let function go over all parts of a batch."
+            )
+            return self._function(*moved).detach()
+        if not self._fixed():
             return self._function(*moved).detach()
         memory = self._addresses(leaves)
         if memory != self._memory:
