@@ -131,9 +131,10 @@ class ProjectionBatch:
             removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
             kept = torch.addcmul(C, along, per_row(removed[:, :, :-1], C), value=-1)
             if not self._complete:
-                taken = update * per_row(removed[:, :, -1:], C)
+                beside = per_row(removed[:, :, -1:], C)
+                taken = update * beside
                 moved = moved - taken
-                C = self._coefficients(moved)
+                C = torch.addcmul(C, along, beside, value=-1)
         energy = self._energy(kept, C, moved)
         if budget is None:
             removed_along = C - kept
