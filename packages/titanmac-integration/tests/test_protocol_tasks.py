@@ -120,6 +120,8 @@ def test_files_of_the_user(tmp_path: Path) -> None:
         ('{"question": "q"}', 'line 1 must be a JSON object with "question" and "answer"'),
         ('["question", "answer"]', 'line 1 must be a JSON object with "question" and "answer"'),
         ("question", "line 1 must be a JSON object: Expecting value"),
+        ('{"question": "1", "answer": 2}', r'line 1: answer \(=2\) must be a string, in ""'),
+        ('{"question": null, "answer": "2"}', r"line 1: question \(=null\) must be a string"),
     ):
         questions.write_text(line + "\n")
         with pytest.raises(ValueError, match=message):
@@ -128,6 +130,19 @@ def test_files_of_the_user(tmp_path: Path) -> None:
         text.write_bytes(b"caf\xe9 " * 300)
         with pytest.raises(ValueError, match=r"novel.txt must be UTF-8 text, but is not at byte 3"):
             make_retention_task(f"{kind}:{text}")
+
+
+def test_separators_of_lines_may_stand_in_strings_and_a_mark_before_all(tmp_path: Path) -> None:
+    """Only a line feed ends a line of JSON; programs for Windows begin with a byte order mark."""
+    questions = tmp_path / "marked.jsonl"
+    lines = [{"question": f"a\u2028b\x85{i}?", "answer": str(i % 3)} for i in range(20)]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    questions.write_bytes(b"\xef\xbb\xbf" + text.encode())
+    task = make_retention_task(f"qa:{questions}", seq_len=64)
+    written = bytes(task.rows("test").input_ids.flatten().tolist()).decode()
+    assert "a\u2028b\x85" in written
+    with pytest.raises(ValueError, match=r"task same \(with 'x\\n' for every question it is"):
+        from_pairs("same", [(f"{i}?", "x") for i in range(20)])
 
 
 def test_a_question_asked_twice_is_not_both_trained_on_and_held_out() -> None:
@@ -142,7 +157,7 @@ def test_a_question_asked_twice_is_not_both_trained_on_and_held_out() -> None:
     assert min(map(len, parts)) == 4
     with pytest.raises(ValueError, match=r"few \(9 different questions\) must have at"):
         from_pairs("few", [(str(i % 9), "a") for i in range(50)])
-    often = [("a", "b")] * 100 + [(str(i), "b") for i in range(9)]
+    often = [("a", "b")] * 100 + [(str(i), str(i)) for i in range(9)]
     for seed in range(3):
         with pytest.raises(ValueError, match=r"often \(109 problems\) must not repeat a"):
             from_pairs("often", often, seed=seed)

@@ -179,11 +179,12 @@ def question_answers(
     question stay together. Chance is the share of the most frequent training answer.
 
     Raises:
-        ValueError: the file is not in UTF-8, a line is no such object, or there are fewer than 10
-            different questions.
+        ValueError: the file is not in UTF-8, a line is no such object, there are fewer than 10
+            different questions, or all have one answer.
     """
     pairs = []
-    for number, line in enumerate(read_text(path).splitlines(), 1):
+    # not splitlines: a string may hold other separators of lines as they are
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -194,7 +195,13 @@ def question_answers(
             raise ValueError(
                 f'{path}, line {number} must be a JSON object with "question" and "answer".'
             )
-        pairs.append((str(item["question"]), str(item["answer"])))
+        for key in ("question", "answer"):
+            if not isinstance(item[key], str):
+                shown = json.dumps(item[key], ensure_ascii=False)[:40]
+                raise ValueError(
+                    f'{path}, line {number}: {key} (={shown}) must be a string, in "".'
+                )
+        pairs.append((item["question"], item["answer"]))
     return from_pairs(name or Path(path).stem, pairs, seed=seed, seq_len=seq_len)
 
 
@@ -235,20 +242,25 @@ def from_pairs(
         )
     cuts = (slice(second, None), slice(0, first), slice(first, second))
     train, validation, test = ((tokens[cut], is_answer[cut]) for cut in cuts)
-    common = Counter(answer for _, answer in written[second:]).most_common(1)[0][1]
+    answer, common = Counter(answer for _, answer in written[second:]).most_common(1)[0]
     chance = common / len(written[second:])
+    if chance == 1:
+        raise ValueError(
+            f"task {name} (with {answer.decode()[:40]!r} for every question it is trained on) must "
+            "have different answers: of one alone nothing can be learned or forgotten."
+        )
     return ProblemTask(name, train, validation, test, chance=chance, seq_len=seq_len)
 
 
 def read_text(path: str | os.PathLike[str]) -> str:
-    """The text of a file.
+    """The text of a file, without a mark of the byte order that some programs put before it.
 
     Raises:
         ValueError: it is not in UTF-8.
         OSError: it cannot be read.
     """
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} must be UTF-8 text, but is not at byte {error.start}.") from error
 
