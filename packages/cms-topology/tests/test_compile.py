@@ -61,6 +61,8 @@ def test_topology_steps_do_not_recompile() -> None:
     counter = CompileCounter()
     compiled = torch.compile(net, backend=counter, fullgraph=True)
     layers = list(sparse_layers(net).values())
+    for layer in layers:
+        layer.collect_candidates = True
 
     def step() -> int:
         compiled(torch.randn(6, 32) * torch.linspace(0.2, 2, 32)).square().sum().backward()

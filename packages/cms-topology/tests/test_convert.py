@@ -41,8 +41,15 @@ def test_include_exclude_and_arguments() -> None:
 
 def test_names_do_not_depend_on_wrappers() -> None:
     model = sparsify(mlp())
-    compiled = torch.compile(model)
-    assert list(sparse_layers(compiled)) == list(sparse_layers(model))
+    compiled, parallel = torch.compile(model), nn.DataParallel(model)
+    for wrapped in (compiled, parallel, torch.compile(parallel), nn.DataParallel(compiled)):
+        assert list(sparse_layers(wrapped)) == list(sparse_layers(model))
+    before = list(sparse_layers(model))
+    model[0] = torch.compile(model[0])
+    assert list(sparse_layers(model)) == before
+    bare = CMSBlockLinear(16, 16)
+    for wrapped in (bare, torch.compile(bare), nn.DataParallel(bare)):
+        assert list(sparse_layers(wrapped)) == ["layer"]
 
 
 def test_indivisible_layers_stay_dense_with_one_warning() -> None:

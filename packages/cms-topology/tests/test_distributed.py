@@ -13,12 +13,20 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
+from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
 from blockell_format.snapshots import SnapshotWriter, open_run
-from cms_topology import CMSBlockLinear, ScoringConfig, TopologyDivergenceError, TopologyManager
+from cms_topology import (
+    CMSBlockLinear,
+    ScoringConfig,
+    TopologyDivergenceError,
+    TopologyManager,
+    sparse_layers,
+)
 
 
 def build(candidate_score: str = "gradient") -> nn.Sequential:
@@ -94,23 +102,109 @@ def diverging(rank: int, out: Path, _: str) -> None:
         manager.layers["2"].col_indices.copy_(manager.layers["2"].col_indices.roll(rank, 1))
     message = "no error"
     try:
-        train(model, manager, rank, 4)
+        with warnings.catch_warnings(record=True) as said:
+            warnings.simplefilter("always")
+            train(model, manager, rank, 4)
     except TopologyDivergenceError as error:
         message = str(error)
-    (out / f"{rank}.json").write_text(json.dumps(message))
+    heard = [str(warning.message) for warning in said]
+    (out / f"{rank}.json").write_text(json.dumps([message, heard]))
 
 
-def sharded(rank: int, out: Path, _: str) -> None:
+def sharded(rank: int, out: Path, kind: str) -> None:
     warnings.simplefilter("ignore")  # FSDP2 warns about views among a module's outputs
     model = build()
+    if kind == "later":
+        manager = manage(model)
     fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
-    manager = manage(model)
     try:
+        if kind == "before":
+            manager = manage(model)
         train(model, manager, rank, 1)
         message = "no error"
     except ValueError as error:
         message = str(error)
     (out / f"{rank}.json").write_text(json.dumps(message))
+
+
+def uneven(rank: int, out: Path, _: str) -> None:
+    ddp = DistributedDataParallel(build())
+    manager = manage(ddp)
+    message = "no error"
+    try:
+        with Join([ddp]):
+            train(ddp, manager, rank, 10 if rank == 0 else 5)
+    except ValueError as error:
+        message = str(error)
+    (out / f"{rank}.json").write_text(json.dumps(message))
+
+
+def apart(rank: int, out: Path, kind: str) -> None:
+    """Ranks that train models of their own, as the stages of a pipeline are."""
+    groups = [dist.new_group([other]) for other in range(dist.get_world_size())]
+    torch.manual_seed(rank)
+    tile = 8 if rank == 0 else 16
+    model: nn.Module = CMSBlockLinear(32, 32, tile_size=tile, density=0.5 / (1 + rank))
+    if kind == "ddp":
+        model = DistributedDataParallel(model, process_group=groups[rank])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    group = None if kind == "ddp" else groups[rank]
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4), process_group=group)
+    train(model, manager, rank, 4)
+    (out / f"{rank}.json").write_text(json.dumps(manager.layers["layer"].swap_rates()))
+
+
+def unsharded(rank: int, out: Path, kind: str) -> None:
+    """The recipe of docs/topology.md: FSDP2 around layers that stay whole."""
+    warnings.simplefilter("ignore")
+    model = nn.Sequential(build(), nn.Linear(32, 32))
+    whole = {p for layer in sparse_layers(model).values() for p in layer.parameters()}
+    if kind == "averaged":
+        for parameter in whole:
+            parameter.register_post_accumulate_grad_hook(
+                lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size()))
+            )
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    fully_shard(model, mesh=mesh, ignored_params=whole)
+    sharded = [p for p in model.parameters() if p not in whole]
+    optimizers = [torch.optim.AdamW(list(whole), lr=1e-2), torch.optim.AdamW(sharded, lr=1e-2)]
+    manager = TopologyManager(model, optimizers, periods=(1, 2, 4))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        train(model, manager, rank, 8)
+    heard = [str(w.message) for w in said if "differ between ranks" in str(w.message)]
+    sums = {name: layer.topology_checksum() for name, layer in manager.layers.items()}
+    swaps = [layer.swap_rates() for layer in manager.layers.values()]
+    (out / f"{rank}.json").write_text(json.dumps([sums, swaps, heard]))
+
+
+def sharing_optimizer_state(rank: int, out: Path, _: str) -> None:
+    ddp = DistributedDataParallel(build())
+    optimizer = ZeroRedundancyOptimizer(ddp.parameters(), torch.optim.AdamW, lr=1e-2)
+    manager = TopologyManager(ddp, optimizer, periods=(1, 2, 4))
+    train(ddp, manager, rank, 4)
+    old = {}
+    for name, layer in manager.layers.items():
+        state = optimizer.optim.state.get(layer.values)
+        newborn = layer.scorer.block_age == 0
+        assert newborn.any()
+        if state is not None:
+            old[name] = float(state["exp_avg_sq"][newborn].abs().sum())
+    sums = {name: layer.topology_checksum() for name, layer in manager.layers.items()}
+    (out / f"{rank}.json").write_text(json.dumps([sums, old]))
+
+
+def growing(rank: int, out: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    scoring = ScoringConfig(max_swap_frac=0.0)
+    layer = CMSBlockLinear(64, 32, tile_size=8, density=0.25, max_density=0.5, scoring=scoring)
+    torch.manual_seed(rank)  # as where every rank shuffles data of its own
+    if kind == "scored":
+        for _step in range(2):
+            layer(torch.randn(4, 64)).square().sum().backward()
+            layer.accumulate_scores()
+    layer.grow(0.5)
+    (out / f"{rank}.json").write_text(json.dumps(layer.col_indices.tolist()))
 
 
 def _worker(
@@ -167,15 +261,47 @@ def test_statistics_are_averaged_over_ranks_and_not_broadcast(tmp_path: Path) ->
 
 
 def test_divergence_is_an_error_and_on_record(tmp_path: Path) -> None:
-    messages = launch(diverging, tmp_path)
-    for message in messages:
+    for message, heard in launch(diverging, tmp_path):
+        assert any("the gradients of ['0', '2'] differ between ranks" in said for said in heard)
         assert "layer '2' differs between ranks after the decision at step 4" in message
         assert "ranks [1] disagree with rank 0" in message
     checksums = open_run(tmp_path / "run").snapshot(4).checksums
     assert any(len(set(digests)) == 2 for digests in checksums.values())
 
 
-def test_sharded_parameters_are_refused(tmp_path: Path) -> None:
-    for message in launch(sharded, tmp_path):
+@pytest.mark.parametrize("manager", ["before", "later"])
+def test_sharded_parameters_are_refused(tmp_path: Path, manager: str) -> None:
+    for message in launch(sharded, tmp_path, kind=manager):
         assert "must be the layer's whole [R, K, B, B] = [8, 2, 8, 8] tensor" in message
         assert "use DistributedDataParallel" in message
+
+
+@pytest.mark.parametrize("kind", ["averaged", "forgotten"])
+def test_layers_left_out_of_the_sharding(tmp_path: Path, kind: str) -> None:
+    """FSDP does not average the gradients of what it ignores: who forgets it is told."""
+    (sums, swaps, heard), (other, *_) = launch(unsharded, tmp_path, kind=kind)
+    assert min(rates[-1] for rates in swaps) > 0
+    assert (sums == other) == (kind == "averaged")
+    assert len(heard) == (kind == "forgotten")
+
+
+def test_uneven_inputs_are_refused_in_place_of_waiting(tmp_path: Path) -> None:
+    for message in launch(uneven, tmp_path):
+        assert "must not be inside Join when a decision is due" in message
+
+
+@pytest.mark.parametrize("kind", ["ddp", "argument"])
+def test_only_the_ranks_of_the_group_decide_together(tmp_path: Path, kind: str) -> None:
+    assert [len(rates) for rates in launch(apart, tmp_path, kind=kind)] == [1, 1]
+
+
+def test_optimizer_state_that_ranks_share_out_is_reset(tmp_path: Path) -> None:
+    (sums, old), (other, its) = launch(sharing_optimizer_state, tmp_path)
+    assert sums == other
+    assert {**old, **its} == {"0": 0.0, "2": 0.0}
+
+
+@pytest.mark.parametrize("kind", ["scored", "unscored"])
+def test_ranks_grow_alike(tmp_path: Path, kind: str) -> None:
+    first, second = launch(growing, tmp_path, kind=kind)
+    assert first == second

@@ -94,7 +94,7 @@ def test_another_tensor_of_indices_is_noticed() -> None:
 
 def test_a_layer_can_be_traced_while_it_trains() -> None:
     net, x = CMSBlockLinear(32, 48, tile_size=8), torch.randn(3, 32)
-    assert net.collect_candidates
+    net.collect_candidates = True
     with pytest.warns(Warning, match="trac|jit"):
         traced = torch.jit.trace(net, x)
     assert torch.equal(traced(x), net(x))

@@ -76,6 +76,7 @@ def test_a_layer_that_stopped_training_keeps_its_blocks(idle: str) -> None:
 def test_nothing_piles_up_in_a_frozen_layer() -> None:
     """Before, statistics of all its frozen steps counted as those of its first step after that."""
     net = Net()
+    net.fc1.collect_candidates = net.fc2.collect_candidates = True
     net.fc1.values.requires_grad_(False)
     net(torch.randn(3, 32)).sum().backward()
     assert net.fc1._probe.grad is None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import re
 from collections.abc import Callable
 
 import pytest
@@ -13,7 +14,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import nn
 
-from cms_topology import CMSBlockLinear, ScoringConfig
+from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
 
 
 @pytest.mark.parametrize("shape", [(96,), (5, 96), (2, 3, 96), (2, 0, 96), (0, 96)])
@@ -346,6 +347,34 @@ def test_statistics(trained_layer: Callable[..., CMSBlockLinear]) -> None:
     assert CMSBlockLinear(96, 64, tile_size=8).get_topology_stats().avg_block_score == 0.0
 
 
+def test_nothing_is_collected_before_somebody_scores() -> None:
+    """A layer whose blocks stay does not pay for statistics of absent ones."""
+    layer, x = CMSBlockLinear(32, 48, tile_size=8), torch.randn(5, 32)
+
+    def collected(layer: CMSBlockLinear) -> bool:
+        layer.zero_grad()
+        layer._probe.grad = None
+        layer(x).sum().backward()
+        return layer._probe.grad is not None
+
+    assert not collected(layer)
+    layer.accumulate_scores()
+    assert collected(layer)
+    again, fresh = CMSBlockLinear(32, 48, tile_size=8), CMSBlockLinear(32, 48, tile_size=8)
+    again.load_state_dict(layer.state_dict())
+    assert collected(again), "what was scored by hand goes on as it was"
+    again.load_state_dict(fresh.state_dict())
+    fresh.load_state_dict(CMSBlockLinear(32, 48, tile_size=8).state_dict())
+    assert not collected(fresh)
+    managed = CMSBlockLinear(32, 48, tile_size=8)
+    TopologyManager(managed)
+    managed.load_state_dict(layer.state_dict())
+    assert not collected(managed), "the manager says when"
+    layer.collect_candidates = False
+    layer.accumulate_scores()
+    assert not collected(layer), "switched off by hand, it stays off"
+
+
 @pytest.mark.parametrize("score", ["gradient", "loss"])
 def test_function_transforms_while_candidates_are_collected(score: str) -> None:
     """Gradients per sample of a layer that is in its sampling phase; its probes stay out of it."""
@@ -374,3 +403,25 @@ def test_a_cast_layer_may_go_through_a_transform_first() -> None:
     layer = CMSBlockLinear(32, 16, tile_size=8).double()
     x = torch.randn(3, 32, dtype=torch.float64)
     torch.testing.assert_close(torch.func.vmap(layer)(x), layer(x))
+
+
+def test_memory_formats_of_images_leave_the_tiles_alone(
+    trained_layer: Callable[..., CMSBlockLinear], backward: Callable[..., torch.Tensor]
+) -> None:
+    """`values` has four dimensions as images have; before, the first decision failed."""
+    layer = trained_layer()
+    moved = copy.deepcopy(layer).to(memory_format=torch.channels_last)
+    for one in (layer, moved):
+        assert one.values.is_contiguous()
+        torch.manual_seed(1)
+        backward(one)
+        assert one.values.grad is not None
+        assert one.values.grad.is_contiguous()
+        one.accumulate_scores()
+        assert one.topology_step(global_step=1).num_swaps > 0
+    assert torch.equal(layer.values, moved.values)
+
+
+def test_settings_that_are_no_settings() -> None:
+    with pytest.raises(ValueError, match=re.escape("scoring (=dict) must be a ScoringConfig.")):
+        CMSBlockLinear(16, 16, scoring={"epsilon": 0.1})  # type: ignore[arg-type]

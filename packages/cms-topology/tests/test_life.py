@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -182,6 +183,7 @@ def test_grace_protects_newborns(backward: Backward) -> None:
     """Newborns whose gradients vanish would be the weakest at the next decision."""
     config = ScoringConfig(grace_decisions=1, epsilon=0.0, **LOOSE)
     layer = CMSBlockLinear(96, 64, tile_size=8, row_group=1, scoring=config)
+    layer.collect_candidates = True
     backward(layer)
     layer.accumulate_scores()
     first = layer.topology_step(global_step=1)
@@ -259,6 +261,13 @@ def test_grow_without_statistics_draws_from_the_generator() -> None:
     assert not torch.equal(a.col_indices, c.col_indices)
 
 
+def test_grow_wants_a_score_for_every_position() -> None:
+    layer = CMSBlockLinear(96, 64, tile_size=8, density=0.25, max_density=0.5)
+    said = re.escape("scores (shape (3, 3)) must be [R, C] = [8, 12], one for every position.")
+    with pytest.raises(ValueError, match=said):
+        layer.grow(0.5, scores=torch.ones(3, 3))
+
+
 class _Recorder(TorchDispatchMode):
     """Names of the operators that run."""
 
@@ -279,6 +288,7 @@ def test_a_decision_asks_the_host_nothing(
     monkeypatch.setattr(_averages, "_asking_is_free", lambda finite: False)  # as on a GPU
     scoring = ScoringConfig(candidate_score=candidate_score, **LOOSE)
     layer = CMSBlockLinear(96, 64, tile_size=8, row_group=1, scoring=scoring)
+    layer.collect_candidates = True
     backward(layer)
     generator = torch.Generator().manual_seed(0)
     with _Recorder() as recorder:

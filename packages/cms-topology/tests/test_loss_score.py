@@ -19,7 +19,9 @@ NATS = ScoringConfig(
 def make(**kwargs: Any) -> CMSBlockLinear:
     torch.manual_seed(0)
     settings: dict[str, Any] = {"tile_size": 8, "density": 0.5, "row_group": 2, "scoring": NATS}
-    return CMSBlockLinear(48, 32, **{**settings, **kwargs})
+    layer = CMSBlockLinear(48, 32, **{**settings, **kwargs})
+    layer.collect_candidates = True
+    return layer
 
 
 def data(seed: int, tokens: int = 64) -> tuple[Tensor, Tensor]:

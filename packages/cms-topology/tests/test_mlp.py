@@ -31,7 +31,10 @@ def layers(candidate_score: str = "gradient", **kwargs: Any) -> nn.ModuleList:
     keep_score = "loss" if candidate_score == "loss" else "gradient"
     scoring = ScoringConfig(candidate_score=candidate_score, keep_score=keep_score)  # type: ignore[arg-type]
     kwargs = {"tile_size": 8, "density": 0.5, "max_density": 0.75, "scoring": scoring} | kwargs
-    return nn.ModuleList((CMSBlockLinear(48, 96, **kwargs), CMSBlockLinear(96, 32, **kwargs)))
+    mlp = nn.ModuleList((CMSBlockLinear(48, 96, **kwargs), CMSBlockLinear(96, 32, **kwargs)))
+    for layer in mlp:
+        layer.collect_candidates = True
+    return mlp
 
 
 def step(mlp: nn.ModuleList, x: Tensor, separate: bool) -> dict[str, Tensor | None]:

@@ -77,7 +77,7 @@ def refuse_foreign_values(layer: CMSBlockLinear) -> None:
             f"values (={type(layer.values).__name__}, made of other parameters) must be the "
             "layer's own parameter while a TopologyManager moves its blocks: make what prunes or "
             "reparametrises it permanent first, for example by torch.nn.utils.prune.remove(layer, "
-            '"values").'
+            '"values"), and use DistributedDataParallel in place of FSDP.'
         )
     values = layer.values
     # a DTensor has placements; importing its class to ask would cost half a second
@@ -87,7 +87,8 @@ def refuse_foreign_values(layer: CMSBlockLinear) -> None:
             f"values (={type(values).__name__}, shape {tuple(values.shape)}) must be the layer's "
             f"whole [R, K, B, B] = [{layer.R}, {layer.K}, {layer.B}, {layer.B}] tensor; topology "
             "under FSDP or tensor parallelism is not supported: use DistributedDataParallel, or "
-            "leave the CMSBlockLinear layers out of the sharding."
+            "leave these layers out of the sharding (fully_shard(..., ignored_params=...)) and "
+            "average their gradients over the ranks."
         )
 
 

@@ -64,7 +64,8 @@ def reset_optimizer_state(
     """Zero the swapped slots of every per-element state the optimizers hold for `values`.
 
     Works for any optimizer whose state tensors have the parameter's shape (moments of Adam and
-    its fused and multi-tensor forms, momentum of SGD). Survivors are not touched.
+    its fused and multi-tensor forms, momentum of SGD). Survivors are not touched. LBFGS forgets its
+    whole history, which is of one vector, if anything was swapped.
 
     Args:
         optimizers: those that may hold state of `values`.
@@ -80,6 +81,10 @@ def reset_optimizer_states(
     """`reset_optimizer_state` for many parameters, each with its swapped slots, in one launch."""
     states, masks = [], []
     for optimizer in optimizers:
+        if isinstance(optimizer, torch.optim.LBFGS):
+            if any(bool(mask.any()) for mask in swapped.values()):
+                optimizer.state.clear()
+            continue
         for values, mask in swapped.items():
             # `state` is a defaultdict: reading an unknown parameter would create an entry
             for entry in optimizer.state.get(values, {}).values():

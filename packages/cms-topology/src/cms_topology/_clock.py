@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 
 
@@ -17,7 +18,7 @@ class CMSClock:
         periods: steps between two updates of each level, fastest first.
 
     Raises:
-        ValueError: not three periods, a period below 1, or one that is not a multiple of the
+        ValueError: not three whole numbers, a period below 1, or one that is not a multiple of the
             period before it (the levels must nest, so that a slow level sees complete work of
             the faster one).
     """
@@ -25,10 +26,16 @@ class CMSClock:
     periods: tuple[int, int, int] = (1, 10, 100)
 
     def __post_init__(self) -> None:
-        if len(self.periods) != 3:
+        try:
+            whole = tuple(operator.index(period) for period in self.periods)
+        except TypeError:
+            whole = ()
+        if len(whole) != 3:
             raise ValueError(
-                f"periods (={self.periods}) must have three entries: accumulate, score, decide."
+                f"periods (={self.periods!r}) must have three entries, whole numbers of steps: "
+                "accumulate, score, decide."
             )
+        object.__setattr__(self, "periods", whole)  # no numbers of numpy in checkpoints
         previous = 1
         for level, period in enumerate(self.periods):
             if period < 1:

@@ -16,7 +16,7 @@ from cms_topology._shapes import resolve_row_group
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
 # wrappers that put their name in front of every submodule's
-_WRAPPERS = ("module.", "_orig_mod.")
+_WRAPPERS = ("module", "_orig_mod")
 _OWN = ("weight", "bias")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
@@ -27,16 +27,17 @@ def sparse_layers(model: nn.Module) -> dict[str, CMSBlockLinear]:
     Layers that would have one name then keep their prefixes.
     """
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CMSBlockLinear)}
-    plain = {name: _without_wrappers(name) for name in layers}
+    plain = {name: plain_name(name) or "layer" for name in layers}
     seen = Counter(plain.values())
     return {name if seen[plain[name]] > 1 else plain[name]: m for name, m in layers.items()}
 
 
-def _without_wrappers(name: str) -> str:
-    for wrapper in _WRAPPERS:
-        while name.startswith(wrapper):
-            name = name[len(wrapper) :]
-    return name.replace("._orig_mod", "") or "layer"
+def plain_name(name: str) -> str:
+    """A parameter's or module's name without what DDP and torch.compile put before it."""
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        del parts[0]
+    return ".".join(part for part in parts if part != "_orig_mod")
 
 
 def sparsify(

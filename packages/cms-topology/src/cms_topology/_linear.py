@@ -23,6 +23,8 @@ from cms_topology._accumulate import accumulate_scores
 from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
 from cms_topology._decision import decide, refresh_derived
+from cms_topology._growth import grow
+from cms_topology._loading import after_load, before_load
 from cms_topology._loss_score import tap_fisher
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
@@ -101,9 +103,10 @@ class CMSBlockLinear(nn.Module):
         self.row_group = resolve_row_group(row_group, self.R, tile_size)
         self.seed = seed
         self.backend = backend
-        self.collect_candidates = True
+        self.collect_candidates = False
         """Collect statistics of absent blocks in the backward pass. They cost about one more
-        weight-gradient product; `TopologyManager` turns them on only just before a decision."""
+        weight-gradient product: `TopologyManager` turns them on only just before a decision, and
+        without one the first `accumulate_scores()` does, for the passes that follow."""
 
         self._clock: object | None = None
         """What counts the layer's steps: a token of the last manager that did."""
@@ -119,7 +122,8 @@ class CMSBlockLinear(nn.Module):
         self.scorer = TopologyScorer(self.R, self.C, self.K, self.B, scoring, device)
         self._make_derived()
         self.reset_parameters(generator)
-        self.register_load_state_dict_post_hook(_after_load)
+        self.register_load_state_dict_pre_hook(before_load)
+        self.register_load_state_dict_post_hook(after_load)
 
     # -- construction -------------------------------------------------------------------------
 
@@ -263,6 +267,9 @@ class CMSBlockLinear(nn.Module):
 
     def accumulate_scores(self) -> None:
         """Level 0, after every optimizer step and before gradients are cleared."""
+        if self._clock is None:  # nobody else decides when to collect
+            self._clock = "by hand"
+            self.collect_candidates = True
         accumulate_scores([self])
 
     def score_step(self) -> None:
@@ -337,43 +344,10 @@ class CMSBlockLinear(nn.Module):
             scores: float [R, C], 0 or more: grow where they are largest instead.
 
         Raises:
-            ValueError: `density` is below the present one or above `max_density`.
+            ValueError: `density` is below the present one or above `max_density`, or `scores` have
+                another shape.
         """
-        target = num_blocks_for_density(self.C, density)
-        if not self.num_live <= target <= self.K:
-            raise ValueError(
-                f"density (={density}, {target} of {self.C} blocks per row) must be between the "
-                f"present one ({self.num_live} blocks) and max_density ({self.K} blocks); build "
-                "the layer with a larger max_density to grow further."
-            )
-        added = target - self.num_live
-        if added == 0:
-            return 0
-        new = slice(self.num_live, target)
-        live = self.col_indices[:, : self.num_live].long()
-        self.scorer.fold()
-        if scores is None:
-            scores = self.scorer.compute_candidate_scores()
-        grouped = scores.view(-1, self.row_group, self.C).square().sum(1)
-        source = generator.device if generator is not None else grouped.device
-        noise = torch.rand(
-            grouped.shape, generator=generator, dtype=torch.float32, device=source
-        ).to(grouped.device)
-        if not bool((grouped > 0).any() and grouped.isfinite().all()):
-            grouped = noise
-        grouped = grouped.scatter(1, live.view(-1, self.row_group, live.shape[1])[:, 0], -1.0)
-        order = grouped.argsort(dim=1, descending=True, stable=True)[:, :added]
-        columns = order.repeat_interleave(self.row_group, 0)
-        self.values[:, new] = 0.0
-        self.col_indices[:, new] = columns.to(torch.int32)
-        self.scorer.block_age[:, new] = 0
-        self.scorer.block_grace[:, new] = self.scorer.config.grace_decisions
-        # never measured: no score yet, and the bias correction of the average starts afresh
-        self.scorer.score_ema[:, new] = 0.0
-        self.scorer.score_weight[:, new] = 0.0
-        self.num_live = target
-        self._refresh_derived()
-        return added
+        return grow(self, density, generator, scores)
 
     # -- statistics ---------------------------------------------------------------------------
 
@@ -479,6 +453,12 @@ class CMSBlockLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMSBlockLinear:
         super()._apply(fn, recurse)
+        for parameter in self._parameters.values():
+            # `.to(memory_format=torch.channels_last)` takes tiles for images and changes strides
+            if parameter is not None and not parameter.is_contiguous():
+                parameter.data = parameter.data.contiguous()
+                if parameter.grad is not None:
+                    parameter.grad = parameter.grad.contiguous()
         # a cast (.half(), .to(dtype)) leaves the indices alone; a move takes the derived along
         if self._probe.device != self.col_indices.device:
             self._make_derived()
@@ -489,8 +469,3 @@ class CMSBlockLinear(nn.Module):
 def _version(tensor: Tensor) -> int:
     # tensors made in inference mode count no versions; they cannot be changed in place either
     return -2 if tensor.is_inference() else tensor._version
-
-
-def _after_load(module: nn.Module, _incompatible: object) -> None:
-    assert isinstance(module, CMSBlockLinear)
-    module._check_topology()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,12 +10,13 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-import blockell_format as fmt
 from blockell_format.snapshots import LayerInfo, LayerSnapshot, SnapshotWriter
 from cms_topology import _distributed as dist_sync
-from cms_topology._accumulate import accumulate_scores
+from cms_topology import _optimizers as optimizers
+from cms_topology._accumulate import accumulate_scores, refuse_foreign_values
 from cms_topology._averaged import averaged_layers, restart_averages
 from cms_topology._birth import reset_optimizer_states
 from cms_topology._clock import CMSClock
@@ -22,12 +24,12 @@ from cms_topology._convert import sparse_layers
 from cms_topology._decision import decide_all, unchanged
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._newborn_steps import NewbornStepCorrection
+from cms_topology._records import decision_metrics, digests, layer_snapshot, swap_rate
 from cms_topology._result import TopologyDecisionResult, count_swaps
 from cms_topology._retention._bank import BlockBank
 from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._topology import RetentionRule
 from cms_topology._sampled import fold_sampled_steps
-from cms_topology._scorer import compute_column_entropy
 from cms_topology._scores import swap_rates
 from cms_topology._seeding import decision_generator
 from cms_topology._step_kernels import StepKernels, values_and_ages
@@ -58,7 +60,7 @@ class StepReport:
     @property
     def swap_rate(self) -> float | None:
         """Share of all live blocks that were swapped; None when no decision was due."""
-        return _swap_rate(self.swaps) if self.swaps else None
+        return swap_rate(self.swaps) if self.swaps else None
 
 
 class TopologyManager:
@@ -93,12 +95,15 @@ class TopologyManager:
         bank: keeps dropped blocks.
         averages: models that average this one's weights, such as
             `torch.optim.swa_utils.AveragedModel`: their averages of replaced blocks start afresh.
+        process_group: the ranks that train the same layers and decide together; every one of them
+            has to call `step`. Default: DistributedDataParallel's, or all ranks.
 
-    A layer that is frozen, or got no gradient since the last decision, keeps its blocks.
+    A layer that is frozen, in none of the optimizers given, or got no gradient since the last
+    decision, keeps its blocks.
 
     Raises:
-        ValueError: the model has no `CMSBlockLinear`, the optimizer trains none of them, or a
-            setting is outside its range.
+        ValueError: the model has no `CMSBlockLinear`, two of them share their `values`, these are
+            sharded, the optimizer trains none of them, or a setting is outside its range.
     """
 
     def __init__(
@@ -118,6 +123,7 @@ class TopologyManager:
         compensate: bool = True,
         bank: BlockBank | None = None,
         averages: Iterable[nn.Module] = (),
+        process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.layers = sparse_layers(model)
         if not self.layers:
@@ -125,15 +131,13 @@ class TopologyManager:
                 f"model (={type(model).__name__}) has no CMSBlockLinear layer; "
                 "make some with cms_topology.sparsify(model)."
             )
-        if optimizer is None:
-            self._optimizers: list[torch.optim.Optimizer] = []
-        elif isinstance(optimizer, torch.optim.Optimizer):
-            self._optimizers = [optimizer]
-        else:
-            self._optimizers = list(optimizer)
-        self._optimizers = [_unwrapped(optimizer) for optimizer in self._optimizers]
-        self._check_optimizers(model)
-        self.clock = CMSClock(tuple(periods))  # type: ignore[arg-type]
+        _refuse_shared_values(self.layers)
+        for layer in self.layers.values():
+            refuse_foreign_values(layer)
+        self._optimizers = optimizers.listed(optimizer)
+        values = [layer.values for layer in self.layers.values()]
+        optimizers.refuse_strangers(self._optimizers, model, values)
+        self.clock = CMSClock(periods)  # type: ignore[arg-type]
         if self.clock.periods[0] != 1:
             raise ValueError(
                 f"periods[0] (={self.clock.periods[0]}) must be 1: scores and block ages count "
@@ -144,8 +148,12 @@ class TopologyManager:
                 f"sample_steps (={sample_steps}) must be between 1 and the decision period "
                 f"(={self.clock.periods[2]})."
             )
-        self.seed = seed
+        for name, given, method in (("writer", writer, "write"), ("logger", logger, "log")):
+            if given is not None and not hasattr(given, method):
+                raise ValueError(f"{name} (={type(given).__name__}) must have a method {method}.")
+        self.seed = operator.index(seed)
         self.writer, self.logger = writer, logger
+        self._model, self._group = model, process_group or dist_sync.group_of(model)
         self.freeze_after = freeze_after
         self.overhead_seconds = 0.0
         """Host seconds spent in `step` so far."""
@@ -160,21 +168,13 @@ class TopologyManager:
         self._kernels: StepKernels | None = None
         self._trained: set[str] = set()  # names of layers with a gradient since the last decision
         self._step = 0
-        self._warned_no_grad = False
+        self._warned_no_grad = self._warned_idle = self._warned_apart = False
+        self._looked_for_zeros = False
         self._token, self._stepped, self._warned_turns = object(), False, False
+        for layer in self.layers.values():
+            if layer._clock is None:
+                layer._clock = self._token
         self._arm_sampling()
-
-    def _check_optimizers(self, model: nn.Module) -> None:
-        """Refuse optimizers of another model: state of replaced blocks would stay behind."""
-        if not self._optimizers:
-            return
-        held = {id(p) for o in self._optimizers for g in o.param_groups for p in g["params"]}
-        if not any(id(layer.values) in held for layer in self.layers.values()):
-            raise ValueError(
-                f"optimizer (={', '.join(type(o).__name__ for o in self._optimizers)}) must hold "
-                f"the values of model's (={type(model).__name__}) CMSBlockLinear layers; it holds "
-                "none of them. Pass the optimizer that trains them, made after sparsify()."
-            )
 
     def retain(self, memory: Consolidation | None) -> None:
         """Respect what `memory` keeps from now on, in place of what was respected before.
@@ -268,17 +268,25 @@ class TopologyManager:
             self._correction.apply_all(optimizer, layers)
 
     def _decide(self) -> dict[str, TopologyDecisionResult]:
-        dist_sync.sync_topology_scores(list(self.layers.values()))
+        dist_sync.refuse_join(self._model)
+        self._sync()
+        self._look_for_zeros()
         # to others scores of long ago would bring blocks that nobody trains
         taking_part = {
             n: x for n, x in self.layers.items() if n in self._trained and x.values.requires_grad
         }
+        if self._optimizers:
+            held = optimizers.trained_by(self._optimizers)
+            idle = [n for n, x in taking_part.items() if id(x.values) not in held]
+            self._warn_idle(idle)
+            taking_part = {n: x for n, x in taking_part.items() if n not in idle}
         self._trained = set()
         generators = {n: decision_generator(self.seed, self._step, n) for n in taking_part}
         rules = {n: rule for n, rule in self._rules.items() if n in taking_part}
         decided = decide_all(taking_part, generators, self._step, rules)
         reset_optimizer_states(
-            self._optimizers, {self.layers[n].values: x.swapped for n, x in decided.items()}
+            map(optimizers.holding_state, self._optimizers),
+            {self.layers[n].values: x.swapped for n, x in decided.items()},
         )
         for averaged in self._averages:
             restart_averages(averaged, self.layers, decided)
@@ -287,16 +295,19 @@ class TopologyManager:
             for n, x in self.layers.items()
         }
         recording = self.writer is not None or self.logger is not None
-        if recording or dist_sync.world_size() > 1:
+        if recording or dist_sync.world_size(self._group) > 1:
             self._record(swaps)
         return swaps
 
     def _record(self, swaps: dict[str, TopologyDecisionResult]) -> None:
         count_swaps(swaps.values())
-        checksums = self._checksums(swaps)
-        if dist_sync.rank() == 0:
+        device = next(iter(self.layers.values())).col_indices.device
+        mine = digests(self.layers, swaps)
+        everyone = dist_sync.gather_checksums(mine, device, self._group)
+        checksums = dict(zip(swaps, everyone, strict=True))
+        if dist_sync.rank(self._group) == 0:
             if self.logger is not None:
-                self.logger.log(self._metrics(swaps), self._step)
+                self.logger.log(decision_metrics(self.layers, swaps), self._step)
             if self.writer is not None:
                 self.writer.write(
                     self._step,
@@ -307,32 +318,48 @@ class TopologyManager:
         # after the record is on disk, so that the evidence survives
         dist_sync.raise_on_divergence(self._step, checksums)
 
-    def _checksums(self, swaps: dict[str, TopologyDecisionResult]) -> dict[str, list[str]]:
-        """Digests of indices, ages and newborn weights: per layer one per rank."""
-        mine = []
-        for name, result in swaps.items():
-            layer = self.layers[name]
-            newborn = layer.values.detach()[:, : layer.num_live][result.swapped]
-            mine.append(
-                fmt.topology_checksum(
-                    layer.col_indices.cpu().numpy(),
-                    layer.scorer.block_age.cpu().numpy(),
-                    newborn.float().cpu().numpy(),
-                )
+    def _sync(self) -> None:
+        """Average scores over the ranks, and notice whether the gradients had been averaged."""
+        layers = list(self.layers.values())
+        if dist_sync.world_size(self._group) == 1 or self._warned_apart:
+            dist_sync.sync_topology_scores(layers, self._group)
+            return
+        mine = [layer.scorer.score_ema.clone() for layer in layers]
+        dist_sync.sync_topology_scores(layers, self._group)
+        apart = dist_sync.scores_differ(mine, [layer.scorer.score_ema for layer in layers])
+        if apart:
+            self._warned_apart = True
+            names = list(self.layers)
+            warnings.warn(
+                f"the gradients of {[names[i] for i in apart]} differ between ranks, and so will "
+                "their weights, though not their topology: average them, as "
+                "DistributedDataParallel does, or pass the process_group that trains these layers.",
+                stacklevel=4,
             )
-        device = next(iter(self.layers.values())).col_indices.device
-        return dict(zip(swaps, dist_sync.gather_checksums(mine, device), strict=True))
 
-    def _metrics(self, swaps: dict[str, TopologyDecisionResult]) -> dict[str, float]:
-        metrics = {"topology/swap_rate": _swap_rate(swaps)}
-        for name, result in swaps.items():
-            layer = self.layers[name]
-            entropy = float(compute_column_entropy(layer.col_indices, layer.C))
-            metrics[f"topology/{name}/swap_rate"] = result.swap_rate
-            metrics[f"topology/{name}/column_entropy"] = entropy
-        entropies = [v for k, v in metrics.items() if k.endswith("/column_entropy")]
-        metrics["topology/column_entropy"] = sum(entropies) / len(entropies)
-        return metrics
+    def _look_for_zeros(self) -> None:
+        """Warn if no gradient was anything but zero so far; waits for the device once."""
+        # in the first step a zero behind the layers, as some initialise it, is no mistake
+        if self._looked_for_zeros or self._step == 1:
+            return
+        self._looked_for_zeros = True
+        emas = [layer.scorer.score_ema for layer in self.layers.values()]
+        device = emas[0].device
+        if self._trained and not torch.stack([ema.any().to(device) for ema in emas]).any():
+            warnings.warn(
+                "all gradients of all sparse layers have been zero so far, so nothing will be "
+                "swapped; call TopologyManager.step before optimizer.zero_grad(set_to_none=False).",
+                stacklevel=4,
+            )
+
+    def _warn_idle(self, names: list[str]) -> None:
+        if names and not self._warned_idle:
+            self._warned_idle = True
+            warnings.warn(
+                f"the layers {names} have gradients but are in none of the optimizers given, so "
+                "they keep their blocks; pass all optimizers of the model, or freeze the layers.",
+                stacklevel=4,
+            )
 
     def _frozen(self, step: int) -> bool:
         return self.freeze_after is not None and step > self.freeze_after
@@ -384,11 +411,11 @@ class TopologyManager:
     ) -> dict[str, LayerSnapshot]:
         """Topology, ages and scores of every layer, with what `swaps` (if any) changed."""
         result = swaps or {}
-        return {name: _snapshot(layer, result.get(name)) for name, layer in self.layers.items()}
+        return {n: layer_snapshot(layer, result.get(n)) for n, layer in self.layers.items()}
 
     def write_snapshot(self) -> None:
         """Record the present topology outside a decision, for example at the start of a run."""
-        if self.writer is None or dist_sync.rank() != 0:
+        if self.writer is None or dist_sync.rank(self._group) != 0:
             return
         self.writer.write(
             self._step,
@@ -401,7 +428,7 @@ class TopologyManager:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; what was looked up is looked up again."""
-        return {**self.__dict__, "_kernels": None}
+        return {**self.__dict__, "_kernels": None, "_model": None}
 
     def state_dict(self) -> dict[str, Any]:
         """Step, seed and periods; scores and ages are in the model's own state_dict."""
@@ -435,32 +462,14 @@ class TopologyManager:
         self._arm_sampling()
 
 
-def _unwrapped(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """Accelerate's wrapper hides what kind of optimizer it is, by which newborns are corrected."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
-
-
-def _swap_rate(swaps: Mapping[str, TopologyDecisionResult]) -> float:
-    blocks = sum(result.swapped.numel() for result in swaps.values())
-    count_swaps(swaps.values())
-    return sum(result.num_swaps for result in swaps.values()) / blocks
-
-
-def _snapshot(layer: CMSBlockLinear, result: TopologyDecisionResult | None) -> LayerSnapshot:
-    columns = layer.col_indices.cpu().numpy()
-    score = layer.scorer.present_scores(layer.values.detach(), layer.col_indices).nan_to_num(0.0)
-    swapped = torch.zeros(layer.R, layer.K, dtype=torch.bool)
-    previous = layer.col_indices.cpu().clone()
-    if result is not None:
-        live = result.swapped.shape[1]
-        swapped[:, :live] = result.swapped.cpu()
-        previous[:, :live] = result.old_columns.cpu()
-    return LayerSnapshot(
-        col_indices=columns,
-        block_age_steps=layer.scorer.block_age.cpu().numpy(),
-        block_score=score.cpu().numpy(),
-        swapped=swapped.numpy(),
-        previous_columns=previous.numpy(),
-    )
+def _refuse_shared_values(layers: Mapping[str, CMSBlockLinear]) -> None:
+    """Two layers would move the same tiles, each by its own columns."""
+    owners: dict[int, str] = {}
+    for name, layer in layers.items():
+        values = layer._parameters.get("values")
+        first = name if values is None else owners.setdefault(id(values), name)
+        if first != name:
+            raise ValueError(
+                f"the values of {name!r} and {first!r} are one parameter, whose tiles would have "
+                "to be in two topologies; put the same CMSBlockLinear into both places instead."
+            )

@@ -82,6 +82,8 @@ class TopologyScorer(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        if config is not None and not isinstance(config, ScoringConfig):
+            raise ValueError(f"scoring (={type(config).__name__}) must be a ScoringConfig.")
         self.R, self.C, self.K, self.B = R, C, K, B
         self.config = config if config is not None else ScoringConfig()
         real: dict[str, Any] = {"dtype": torch.float32, "device": device}  # whatever the default is

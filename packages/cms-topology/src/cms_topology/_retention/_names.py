@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from cms_topology._convert import plain_name as plain_name
 from cms_topology._convert import sparse_layers
 from cms_topology._linear import CMSBlockLinear
-
-_WRAPPERS = ("module.", "_orig_mod.")
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -29,11 +28,3 @@ def parameter_names(model: nn.Module) -> dict[Tensor, str]:
 def sparse_by_values(model: nn.Module) -> dict[Tensor, CMSBlockLinear]:
     """The block-sparse layers by their weight parameter."""
     return {layer.values: layer for layer in sparse_layers(model).values()}
-
-
-def plain_name(name: str) -> str:
-    """A parameter's or module's name without the prefixes of DDP and torch.compile."""
-    for wrapper in _WRAPPERS:
-        while name.startswith(wrapper):
-            name = name[len(wrapper) :]
-    return name.replace("._orig_mod.", ".")

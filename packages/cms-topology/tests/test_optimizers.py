@@ -1,0 +1,184 @@
+"""The manager beside optimizers of every kind, and what they are mistaken for."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
+
+LOOSE = ScoringConfig(max_swap_frac=0.3, max_row_swap_frac=0.5, swap_threshold=1.0)
+Make = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
+
+
+def net() -> nn.Sequential:
+    torch.manual_seed(0)
+    settings: dict[str, Any] = {"tile_size": 8, "row_group": 1, "scoring": LOOSE}
+    return nn.Sequential(
+        CMSBlockLinear(32, 64, **settings), nn.GELU(), CMSBlockLinear(64, 32, **settings)
+    )
+
+
+def train(
+    model: nn.Module,
+    step: Callable[[Callable[[], Tensor]], object],
+    manager: TopologyManager,
+    n: int,
+) -> list[float]:
+    """Losses of n steps; `step` is given a closure."""
+    losses = []
+    for i in range(n):
+        x = torch.randn(32, 32, generator=torch.Generator().manual_seed(i))
+        x = x * torch.linspace(0.1, 2, 32)
+
+        def closure(x: Tensor = x) -> Tensor:
+            model.zero_grad()
+            loss = (model(x) - x.roll(1, 1)).square().mean()
+            loss.backward()
+            losses.append(float(loss.detach()))
+            return loss
+
+        step(closure)
+        manager.step()
+    return losses
+
+
+OPTIMIZERS: dict[str, Make] = {
+    "SGD": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, nesterov=True),
+    "Adafactor": lambda p: torch.optim.Adafactor(p, lr=0.01),
+    "NAdam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "RAdam": lambda p: torch.optim.RAdam(p, lr=0.01),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
+    "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4),
+}
+
+
+@pytest.mark.parametrize("kind", OPTIMIZERS)
+def test_trains_and_swaps_under(kind: str) -> None:
+    model = net()
+    optimizer = OPTIMIZERS[kind](model.parameters())
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    losses = train(model, optimizer.step, manager, 16)
+    assert manager.swap_rate
+    assert losses[-1] < losses[0]
+
+
+def test_lbfgs_forgets_what_led_to_other_blocks() -> None:
+    """Its history is of one vector: differences across a swap are no curvature."""
+    model = net()
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    train(model, optimizer.step, manager, 3)
+    assert len(optimizer.state[model[0].values]["old_dirs"]) > 1
+    train(model, optimizer.step, manager, 1)
+    assert manager.swap_rate
+    assert not optimizer.state
+    optimizer = torch.optim.LBFGS(model.parameters(), lr=0.1, max_iter=4)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    for layer in manager.layers.values():
+        layer.scorer.config = ScoringConfig(max_swap_frac=0.0)
+    train(model, optimizer.step, manager, 4)
+    assert optimizer.state, "nothing was swapped, nothing is forgotten"
+
+
+def test_zeroed_gradients_are_noticed_once() -> None:
+    """Before, zeros were scored without a word and nothing was ever swapped."""
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    manager = TopologyManager(model, optimizer, periods=(1, 1, 2))
+
+    def step(closure: Callable[[], Tensor]) -> None:
+        optimizer.step(closure)  # type: ignore[arg-type]
+        optimizer.zero_grad(set_to_none=False)
+
+    said = re.escape("call TopologyManager.step before optimizer.zero_grad(set_to_none=False)")
+    with pytest.warns(UserWarning, match=said) as warned:
+        train(model, step, manager, 6)
+    assert len(warned) == 1
+
+
+def test_gradients_that_are_zero_at_first_are_no_mistake() -> None:
+    """Behind a projection that starts at zero all gradients are zero for a step."""
+    model = net().append(nn.Linear(32, 32, bias=False))
+    nn.init.zeros_(model[3].weight)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    manager = TopologyManager(model, optimizer, periods=(1, 1, 1))
+    train(model, optimizer.step, manager, 3)
+
+
+def test_a_layer_that_no_optimizer_trains_keeps_its_blocks() -> None:
+    """Before, its newborn blocks were random and stayed so."""
+    model = net()
+    optimizer = torch.optim.AdamW(model[0].parameters(), lr=0.01)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    before = model[2].to_dense().detach()
+    with pytest.warns(UserWarning, match=re.escape("the layers ['2'] have gradients but")) as said:
+        train(model, optimizer.step, manager, 8)
+    assert len(said) == 1
+    assert torch.equal(model[2].to_dense(), before)
+    assert manager.layers["0"].swap_rates()
+    optimizer.add_param_group({"params": list(model[2].parameters())})
+    train(model, optimizer.step, manager, 4)
+    assert model[2].swap_rates()[-1] > 0
+
+
+def test_without_an_optimizer_all_layers_take_part() -> None:
+    model = net()
+    manager = TopologyManager(model, periods=(1, 2, 4))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    train(model, optimizer.step, manager, 4)
+    assert all(layer.swap_rates()[-1] > 0 for layer in manager.layers.values())
+
+
+@pytest.mark.parametrize("wrong", ["parameters", "scheduler", "list", "word"])
+def test_what_is_no_optimizer(wrong: str) -> None:
+    model = net()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    given: Any = {
+        "parameters": model.parameters(),
+        "scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1),
+        "list": [optimizer, 3],
+        "word": "adam",
+    }[wrong]
+    name = {"parameters": "Parameter", "scheduler": "StepLR", "list": "int", "word": "str"}[wrong]
+    said = re.escape(f"optimizer (={name}) must be a torch.optim.Optimizer, or several of them")
+    with pytest.raises(ValueError, match=said):
+        TopologyManager(model, given)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"logger": print}, "logger (=builtin_function_or_method) must have a method log."),
+        ({"writer": "runs"}, "writer (=str) must have a method write."),
+        ({"periods": 100}, "periods (=100) must have three entries, whole numbers of steps"),
+        ({"periods": (1, 10.0, 100)}, "periods (=(1, 10.0, 100)) must have three entries"),
+    ],
+)
+def test_settings_that_would_fail_late(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(message)):
+        TopologyManager(net(), **kwargs)
+
+
+def test_tiles_of_two_topologies_are_refused() -> None:
+    """Two layers with one `values` would each move the other's blocks."""
+    model = net()
+    model.append(CMSBlockLinear(32, 64, tile_size=8, row_group=1))
+    model[3].values = model[0].values
+    said = re.escape("the values of '3' and '0' are one parameter")
+    with pytest.raises(ValueError, match=said):
+        TopologyManager(model)
+    model[3] = model[0]  # one module in two places is one layer
+    manager = TopologyManager(model)
+    assert list(manager.layers) == ["0", "2"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(torch.randn(2, 32)).sum().backward()
+        manager.step()
