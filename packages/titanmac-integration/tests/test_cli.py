@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,7 +60,7 @@ def test_every_field_is_a_flag_with_help() -> None:
 
 
 def test_an_existing_run_is_not_overwritten(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "run"
     command = ["train", "--tasks", "prose", "--steps", "4", "--out", str(out), *SMALL]
@@ -73,6 +74,13 @@ def test_an_existing_run_is_not_overwritten(
     assert all(path.read_bytes() == content for path, content in before.items())
     assert main([*command, "--lr", "-1", "--force"]) == 1, "checked before anything is deleted"
     assert main([*command, "--seq-len", "999", "--force"]) == 1
+    (tmp_path / "short.txt").write_text("too short")
+    short = ["--data", str(tmp_path / "short.txt"), "--held-out", "0.3"]
+    assert main([*command, *short, "--force"]) == 1
+    assert "seq_len (=16) must be at most 7, the length of the tr" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert main([*command, "--wandb", "project", "--force"]) == 1
+    assert "pip install 'titanmac-integration[wandb]'" in capsys.readouterr().err
     assert all(path.read_bytes() == content for path, content in before.items())
     assert main([*command, "--steps", "8", "--force"]) == 0
     assert open_run(out).steps == [0, 4, 8]
@@ -93,6 +101,8 @@ def test_an_existing_run_is_not_overwritten(
         (["--device", "abacus"], "--device (=abacus) cannot be used"),
         (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),
         (["--level-periods", "1,2"], "level_periods (=(1, 2)) must be three integers"),
+        (["--held-out", "0.2"], "--held-out (=0.2) goes with --data; the built-in tasks have"),
+        (["--dense", "--use-block-sparse"], "--dense and --use-block-sparse exclude each other"),
     ],
 )
 def test_bad_flags_make_nothing(
@@ -115,6 +125,17 @@ def test_out_may_not_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_eval_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path)]) == 1
     assert "must hold a checkpoint" in capsys.readouterr().err
+
+
+def test_ctrl_c_is_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("titanmac_integration._cli.evaluate.newest_model", interrupted)
+    assert main(["eval", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "titanmac eval: interrupted\n"
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["train", "--out", "x", "--tasks", "x"]])

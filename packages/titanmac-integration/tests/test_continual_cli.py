@@ -14,6 +14,7 @@ import torch
 from blockell_format.snapshots import open_run
 from titanmac_integration import load_checkpoint
 from titanmac_integration._protocol._methods import METHODS
+from titanmac_integration._protocol._protocol import Protocol
 from titanmac_integration._protocol._records import read_records
 from titanmac_integration.cli import build_parser, main
 
@@ -170,6 +171,24 @@ def test_a_file_that_has_changed_is_learned_anew(tmp_path: Path) -> None:
         text.write_text(words * 200)
         assert main(command) == 0
         assert len(read_records([out])) == known
+
+
+def test_a_scheduler_that_ends_it_is_told_so(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(self: Protocol, *_: object, **__: object) -> bool:
+        try:
+            signal.raise_signal(signal.SIGTERM)
+        finally:
+            signal.raise_signal(signal.SIGTERM)  # again, while it saves
+        return True
+
+    monkeypatch.setattr(Protocol, "run", run)
+    before = signal.getsignal(signal.SIGTERM)
+    out = tmp_path / "run"
+    assert main(["continual", "--out", str(out), "--steps", "1", *TASKS, *SMALL]) == 143
+    assert capsys.readouterr().err == f"interrupted; what was trained so far is in {out}\n"
+    assert signal.getsignal(signal.SIGTERM) == before
 
 
 def test_ctrl_c_saves_the_model_and_goes_on_later(tmp_path: Path) -> None:

@@ -103,6 +103,26 @@ def test_long_records_are_left_out_with_a_warning() -> None:
         task.batch(8, 3, generator)
 
 
+def test_questions_too_long_to_read_count_as_wrong() -> None:
+    config = TitanMACConfig.preset("demo", max_seq_len=16)
+    model = create_titanmac_model(config, seed=0)
+    task = QuestionTask([("a", "b")], [("a", "b"), ("a" * 50, "b")], ByteTokenizer())
+    Trainer(model, TrainingConfig(batch_size=4, seq_len=8, lr=1e-2, warmup_steps=0)).fit(task, 20)
+    expected = r"1 of 2 held-out records of task questions are longer than max_seq_len \(=16\) and"
+    with pytest.warns(UserWarning, match=expected):
+        assert task.evaluate(model) == 0.5
+    assert task.evaluate(model) == 0.5  # warned once
+
+
+def test_a_file_may_change_after_it_was_read(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text(TEXT)
+    (task,) = load_data([tmp_path / "a.txt"])
+    assert isinstance(task, TextTask)
+    before = task.train_tokens.tolist()
+    (tmp_path / "a.txt").write_text("")  # a mapped file would now end the process
+    assert task.train_tokens.tolist() == before
+
+
 def test_texts_and_questions_together(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text(TEXT)
     mixed = [
@@ -130,6 +150,7 @@ def test_texts_and_questions_together(tmp_path: Path) -> None:
         ("a.jsonl", b'{"text": 5}\n', r"line 1 \(keys \['text'\]\) must have a string"),
         ("a.jsonl", b'\n{"question": "a"}\n', r"line 2 \(keys \['question'\]\) must have"),
         ("a.jsonl", b'{"text": "\xff"}\n', "line 1 must be a JSON object"),
+        ("a.jsonl", b'{"text": "\\ud83d!"}\n', r"line 1 \('text' holds '\\ud83d' alone, half of a"),
     ],
 )
 def test_bad_files_are_explained(tmp_path: Path, name: str, content: bytes, message: str) -> None:
@@ -145,6 +166,8 @@ def test_bad_calls_are_explained(tmp_path: Path) -> None:
         load_data([tmp_path / "a"], held_out=1.5)
     with pytest.raises(FileNotFoundError):
         load_data([tmp_path / "a"])
+    with pytest.raises(IsADirectoryError, match=r"name the files in it, for example .*\*\.txt\."):
+        load_data([tmp_path])
     with pytest.raises(ValueError, match=r"tokenizer \(='words'\) must be \"bytes\" or the path"):
         make_tokenizer("words")
 
@@ -214,6 +237,9 @@ def test_a_broken_tokenizer_file(tmp_path: Path, tokenizer_file: Path) -> None:
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9" * 100)
     with pytest.raises(ValueError, match=r"must be UTF-8 text for this tokenizer.* at byte 3"):
+        load_data([latin], _Words())
+    latin.write_bytes(b"cafe" * 100 + b"caf\xe9")
+    with pytest.raises(ValueError, match=r"but is not at byte 403"):
         load_data([latin], _Words())
 
 

@@ -188,6 +188,21 @@ def test_what_cannot_be_continued_is_explained(
     assert_same(tensors(out, 6), load_file(out / "model.safetensors") | tensors(out, 6))
 
 
+def test_a_run_keeps_its_settings(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    flags = ["--checkpoint-every", "2", "--keep-checkpoints", "5"]
+    assert train(out, *SMALL, *flags, "--steps", "6") == 0
+    assert train(out, "--resume", "--steps", "10", "--device", "cpu") == 0
+    kept = sorted(path.name for path in (out / "checkpoints").iterdir())
+    assert kept == [f"step-{step:08d}" for step in (2, 4, 6, 8, 10)]
+    capsys.readouterr()
+    again = ["--resume", "--steps", "11", "--device", "cpu", "--preset"]
+    assert train(out, *again, "small") == 1
+    assert "--preset (=small) differs from that of the run (=demo)" in capsys.readouterr().err
+    assert train(out, *again, "demo", "--keep-checkpoints", "1") == 0
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000011"]
+
+
 @contextlib.contextmanager
 def file_size_limit(size: int) -> Iterator[None]:
     """No file may grow beyond ``size`` bytes: writing fails as on a full disk."""
@@ -220,6 +235,14 @@ def test_a_full_disk_leaves_the_old_checkpoint(
     for path in (out, whole):
         assert train(path, "--resume", "--steps", "8", "--device", "cpu") == 0
     assert_same(tensors(out, 8), tensors(whole, 8))
+
+
+def test_a_full_disk_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    with file_size_limit(8_000):
+        flags = ["--steps", "100", "--log-every", "1", "--checkpoint-every", "0"]
+        assert train(out, *SMALL, *flags) == 1
+    assert capsys.readouterr().err.endswith(f"File too large: '{out}'\n")
 
 
 def test_training_on_files_and_writing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import time
@@ -12,6 +13,10 @@ from typing import Any
 from cms_topology import Logger
 
 LOGGER_NAMES = ("jsonl", "tensorboard", "wandb")
+_EXTRAS = {
+    "tensorboard": ("torch.utils.tensorboard", "TensorBoardLogger"),
+    "wandb": ("wandb", "WandbLogger"),
+}
 
 
 class JsonLinesLogger:
@@ -50,10 +55,9 @@ class TensorBoardLogger:
     """
 
     def __init__(self, directory: str | os.PathLike[str]) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ImportError(_missing("TensorBoardLogger", "tensorboard")) from error
+        check_extra("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter
+
         self._writer: Any = SummaryWriter(str(directory))
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -90,10 +94,9 @@ class WandbLogger:
         run_id: str | None = None,
         **settings: Any,
     ) -> None:
-        try:
-            import wandb
-        except ImportError as error:
-            raise ImportError(_missing("WandbLogger", "wandb")) from error
+        check_extra("wandb")
+        import wandb
+
         if directory is not None:
             Path(directory).mkdir(parents=True, exist_ok=True)
             settings["dir"] = str(directory)
@@ -151,11 +154,16 @@ def make_logger(
     raise ValueError(f"logger (={name!r}) must be one of {', '.join(LOGGER_NAMES)}.")
 
 
-def _missing(what: str, extra: str) -> str:
-    return (
-        f"{what} needs the package {extra}, which is not installed; "
-        f"install it with: pip install 'titanmac-integration[{extra}]'"
-    )
+def check_extra(extra: str) -> None:
+    """Raise ``ImportError`` unless the library of the extra "tensorboard" or "wandb" is there."""
+    module, what = _EXTRAS[extra]
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"{what} needs the package {extra}, which is not installed; "
+            f"install it with: pip install 'titanmac-integration[{extra}]'"
+        ) from error
 
 
 def _numbers(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ImportError, NonFiniteLossError) as error:
         print(f"titanmac {arguments.command}: error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"titanmac {arguments.command}: interrupted", file=sys.stderr)
+        return 130
     return status
 
 

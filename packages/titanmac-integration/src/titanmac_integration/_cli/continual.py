@@ -32,6 +32,7 @@ from titanmac_integration._training._config import TrainingConfig
 
 from .flags import add_fields, given_fields, resolve_device
 from .session import show_progress
+from .signals import TerminationInterrupts
 
 DEFAULT_METHODS = {
     "demo": ("ours-damped@sparse:9e-3", "fine-tuning=6e-3"),
@@ -48,7 +49,7 @@ examples:
       --steps 1200 400 --methods ours-releasing fine-tuning=6e-3 --seeds 0 1
 
 exit status: 0 done, also where --time-limit left something out; 1 error, or all
-trainings broke down; 2 unknown flag; 130 interrupted"""
+trainings broke down; 2 unknown flag; 130 interrupted (143 by SIGTERM)"""
 
 
 def add_parser(commands: Any) -> None:
@@ -150,11 +151,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(seeds[0])  # dropout draws from the global generator
-    try:
-        complete = protocol.run(asked, seeds, time_limit_s=arguments.time_limit)
-    except KeyboardInterrupt:
-        print(f"interrupted; what was trained so far is in {out}", file=sys.stderr)
-        return 130
+    with TerminationInterrupts() as stopped:
+        try:
+            complete = protocol.run(asked, seeds, time_limit_s=arguments.time_limit)
+        except KeyboardInterrupt:
+            print(f"interrupted; what was trained so far is in {out}", file=sys.stderr)
+            return stopped.exit_status
     wanted = {record_id(setting.key, cell, seed) for cell in asked for seed in seeds}
     records = [record for record in read_records([out]) if record["id"] in wanted]
     all_broke_down = all(record["failed"] for record in records)

@@ -20,11 +20,10 @@ from titanmac_integration._training._processes import launched_by_torchrun
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
-    """Flags that ``train`` and ``continual`` share."""
+    """Preset, run directory, device, and a flag per field of the configurations."""
     parser.add_argument(
         "--preset",
         choices=sorted(PRESETS),
-        default="demo",
         help="model shape, training settings and tasks to start from (default: demo)",
     )
     parser.add_argument(
@@ -40,18 +39,29 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     add_fields(parser.add_argument_group("model"), TitanMACConfig)
 
 
-def model_config(arguments: argparse.Namespace) -> TitanMACConfig:
+def model_config(arguments: argparse.Namespace, preset: str) -> TitanMACConfig:
     """The preset with the flags that were given."""
+    return TitanMACConfig.preset(preset, **model_changes(arguments))
+
+
+def model_changes(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The fields of the model's configuration that flags were given for, ``--dense`` included.
+
+    Raises:
+        ValueError: two flags contradict each other.
+    """
     changes = given_fields(arguments, TitanMACConfig)
     if arguments.dense:
+        if changes.get("use_block_sparse"):
+            raise ValueError("--dense and --use-block-sparse exclude each other; give one of them.")
         changes["use_block_sparse"] = False
-    return TitanMACConfig.preset(arguments.preset, **changes)
+    return changes
 
 
-def training_config(arguments: argparse.Namespace) -> TrainingConfig:
+def training_config(arguments: argparse.Namespace, preset: str) -> TrainingConfig:
     """The preset's settings with the flags that were given."""
-    preset = RUN_PRESETS[arguments.preset].training
-    return TrainingConfig.from_dict({**preset, **given_fields(arguments, TrainingConfig)})
+    settings = RUN_PRESETS[preset].training
+    return TrainingConfig.from_dict({**settings, **given_fields(arguments, TrainingConfig)})
 
 
 def resolve_device(name: str) -> torch.device:
@@ -91,9 +101,6 @@ def add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
         else:
             parse, metavar = _PARSERS.get(field.name, (type(field.default), None))
             group.add_argument(flag, type=parse, metavar=metavar, **options)
-
-
-_add_fields = add_fields
 
 
 def field_docs(cls: type) -> dict[str, str]:

@@ -1,7 +1,7 @@
 """What ``titanmac train`` is to do: from flags, or from the checkpoint it continues."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,17 @@ from titanmac_integration._training._checkpoint import (
 )
 from titanmac_integration._training._config import TrainingConfig
 
-from .flags import given_fields, model_config, training_config
+from .flags import given_fields, model_changes, model_config, training_config
 
 LATEST = "latest"
+OPTIONS: Mapping[str, Any] = {
+    "preset": "demo",
+    "checkpoint_every": 500,
+    "keep_checkpoints": 2,
+    "tensorboard": False,
+    "wandb": None,
+}
+"""Flags that are part of a run like its settings, with their defaults."""
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,8 @@ class TrainPlan:
     steps: int
     source: dict[str, Any]
     """What the tasks are made of, for JSON: ``tasks``, ``data``, ``tokenizer``, ``held_out``."""
+    options: dict[str, Any]
+    """A value for each of ``OPTIONS``."""
     resume: Path | None = None
     """The checkpoint to continue from."""
     before: dict[str, float] = field(default_factory=dict)
@@ -47,9 +57,16 @@ def make_plan(arguments: argparse.Namespace) -> TrainPlan:
 
 
 def _new(arguments: argparse.Namespace) -> TrainPlan:
-    preset = RUN_PRESETS[arguments.preset]
-    model, training = model_config(arguments), training_config(arguments)
+    options = _options(arguments, {})
+    preset = RUN_PRESETS[options["preset"]]
+    model = model_config(arguments, options["preset"])
+    training = training_config(arguments, options["preset"])
     data = [str(path.resolve()) for path in arguments.data or ()]
+    if arguments.held_out is not None and not data:
+        raise ValueError(
+            f"--held-out (={arguments.held_out}) goes with --data; the built-in tasks have their "
+            "own."
+        )
     names = arguments.tasks or (() if data else preset.tasks[:1])
     source = {
         "tasks": list(dict.fromkeys(names)),
@@ -61,17 +78,21 @@ def _new(arguments: argparse.Namespace) -> TrainPlan:
     if "vocab_size" not in given_fields(arguments, TitanMACConfig):
         model = model.replace(vocab_size=max(model.vocab_size, vocab_size))
     steps = preset.steps[0] if arguments.steps is None else arguments.steps
-    return TrainPlan(model, training, tasks, _checked_steps(steps), source)
+    return TrainPlan(model, training, tasks, _checked_steps(steps), source, options)
 
 
 def _resumed(arguments: argparse.Namespace) -> TrainPlan:
     store = CheckpointStore(arguments.out / CHECKPOINTS_DIR)
     path = store.path(None if arguments.resume == LATEST else int(arguments.resume))
     info = read_training_info(path)
+    options = _options(arguments, info)
+    if options["preset"] != info.get("preset", options["preset"]):
+        raise ValueError(
+            f"--preset (={options['preset']}) differs from that of the run (={info['preset']}); "
+            "leave it out, all settings are the run's."
+        )
     # what the flags change is compared, field by field, when the checkpoint is loaded
-    changes = given_fields(arguments, TitanMACConfig)
-    if arguments.dense:
-        changes["use_block_sparse"] = False
+    changes = model_changes(arguments)
     model = TitanMACConfig.from_dict({**info["model"], **changes})
     training = {**info["training"], **given_fields(arguments, TrainingConfig)}
     source = dict(info["source"])
@@ -86,7 +107,7 @@ def _resumed(arguments: argparse.Namespace) -> TrainPlan:
     tasks, _ = make_tasks(source, eval_length=config.seq_len - 1)
     steps = info["steps"] if arguments.steps is None else arguments.steps
     before = dict(info.get("before", {}))
-    return TrainPlan(model, config, tasks, _checked_steps(steps), source, path, before)
+    return TrainPlan(model, config, tasks, _checked_steps(steps), source, options, path, before)
 
 
 def make_tasks(source: dict[str, Any], *, eval_length: int) -> tuple[list[Task], int]:
@@ -109,6 +130,13 @@ def stored_tokenizer(run_dir: Path) -> str:
     """The tokenizer of a run: its own copy of the file, or bytes."""
     path = run_dir / TOKENIZER_FILE
     return str(path) if path.exists() else BYTES
+
+
+def _options(arguments: argparse.Namespace, saved: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, else what the run has."""
+    options = {name: saved.get(name, default) for name, default in OPTIONS.items()}
+    given = {name: getattr(arguments, name) for name in OPTIONS}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def _checked_steps(steps: int) -> int:

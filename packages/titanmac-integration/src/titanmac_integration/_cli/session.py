@@ -49,6 +49,8 @@ def training_session(
                 f"vocab_size (={config.vocab_size}) must be at least {task.min_vocab_size}, the "
                 f"vocabulary of task {task.name}."
             )
+        # data too short for seq_len is refused here, not after a run was replaced
+        task.batch(1, training.seq_len, torch.Generator().manual_seed(0))
     # dropout draws from the global generator, in every process something else
     seed = training.seed if rank() == 0 else _process_seed(training.seed)
     seed_global_random_state(seed)
@@ -73,8 +75,11 @@ def training_session(
             trainer.record_into(stack.enter_context(_writer(run_dir, trainer, content, resume)))
         try:
             yield trainer
-        except OSError:
-            raise  # the disk is full: the next attempt to write would hide the first one's message
+        except OSError as error:
+            # the disk is full: the next attempt to write would hide the first one's message
+            if error.errno is not None and error.filename is None:
+                raise OSError(error.errno, error.strerror, str(run_dir)) from error
+            raise
         except BaseException:
             _save(trainer, run_dir, info)
             raise

@@ -1,5 +1,6 @@
 """Ctrl-C and the signals of job schedulers: asked to stop, a training saves first."""
 
+import contextlib
 import signal
 from types import FrameType
 from typing import Any
@@ -43,4 +44,36 @@ class StopSignals:
         again = self.signal_number is not None
         self.signal_number = self.signal_number or number
         if again and number == signal.SIGINT and not launched_by_torchrun():
+            raise KeyboardInterrupt
+
+
+class TerminationInterrupts:
+    """Lets SIGTERM raise ``KeyboardInterrupt``, as Ctrl-C does, while it is entered.
+
+    Only the first one does, so that a scheduler that repeats it does not cut the saving off.
+    """
+
+    def __init__(self) -> None:
+        self._came = False
+        self._previous: Any = None
+        self._installed = False
+
+    @property
+    def exit_status(self) -> int:
+        """What shells report for the signal that interrupted: 130 after Ctrl-C, 143."""
+        return 128 + (signal.SIGTERM if self._came else signal.SIGINT)
+
+    def __enter__(self) -> "TerminationInterrupts":
+        with contextlib.suppress(ValueError):  # not in the main thread: nobody sends us signals
+            self._previous = signal.signal(signal.SIGTERM, self._interrupt)
+            self._installed = True
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._installed:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def _interrupt(self, number: int, frame: FrameType | None) -> None:
+        if not self._came:
+            self._came = True
             raise KeyboardInterrupt

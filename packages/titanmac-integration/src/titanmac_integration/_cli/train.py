@@ -13,7 +13,7 @@ import torch
 from titanmac_integration._data._registry import TASK_NAMES
 from titanmac_integration._data._tasks import Mixture
 from titanmac_integration._data._tokenizer import BYTES
-from titanmac_integration._loggers import TensorBoardLogger, WandbLogger
+from titanmac_integration._loggers import TensorBoardLogger, WandbLogger, check_extra
 from titanmac_integration._model._checkpoint import write_json
 from titanmac_integration._report import UNITS, format_measure, format_table
 from titanmac_integration._run_dir import RESULTS_FILE, TENSORBOARD_DIR, TOKENIZER_FILE
@@ -77,15 +77,14 @@ def add_parser(commands: Any) -> None:
     run.add_argument(
         "--checkpoint-every",
         type=int,
-        default=500,
         metavar="STEPS",
         help="optimizer steps between checkpoints; one is always written at the end (default: 500)",
     )
+    run.add_argument("--keep-checkpoints", type=int, metavar="N", help="how many stay (default: 2)")
     run.add_argument(
-        "--keep-checkpoints", type=int, default=2, metavar="N", help="how many stay (default: 2)"
-    )
-    run.add_argument(
-        "--tensorboard", action="store_true", help="write RUN_DIR/tensorboard, too (extra)"
+        "--tensorboard",
+        action=argparse.BooleanOptionalAction,
+        help="write RUN_DIR/tensorboard, too (extra)",
     )
     run.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too (extra)")
     add_run_flags(parser)
@@ -106,19 +105,23 @@ def run_train(arguments: argparse.Namespace) -> int:
         except (TrainingStopped, KeyboardInterrupt) as stopped:
             if rank() == 0:
                 said = str(stopped) or "stopped at once"
-                print(
-                    f"{said}; continue with: titanmac train --resume --out {arguments.out}",
-                    file=sys.stderr,
-                )
+                saved = CheckpointStore(arguments.out / CHECKPOINTS_DIR).steps()
+                how = f"continue with: titanmac train --resume --out {arguments.out}"
+                print(f"{said}; {how if saved else 'no checkpoint yet'}", file=sys.stderr)
             return stop.exit_status
 
 
 def _train(
     arguments: argparse.Namespace, plan: TrainPlan, device: torch.device, stop: StopSignals
 ) -> int:
-    store = CheckpointStore(arguments.out / CHECKPOINTS_DIR, keep=arguments.keep_checkpoints)
+    options = plan.options
+    store = CheckpointStore(arguments.out / CHECKPOINTS_DIR, keep=options["keep_checkpoints"])
+    for extra in ("tensorboard", "wandb"):
+        if options[extra]:
+            check_extra(extra)
     info = {
         "command": "train",
+        **options,
         "source": plan.source,
         "steps": plan.steps,
         "tasks": [task.name for task in plan.tasks],
@@ -141,7 +144,7 @@ def _train(
                 info=info,
                 resume=plan.resume,
                 checkpoints=store,
-                checkpoint_every=arguments.checkpoint_every,
+                checkpoint_every=options["checkpoint_every"],
                 stop=stop,
             )
         )
@@ -150,7 +153,7 @@ def _train(
                 store.supersede(trainer.step)
             if plan.source["tokenizer"] != BYTES and plan.resume is None:
                 shutil.copyfile(plan.source["tokenizer"], arguments.out / TOKENIZER_FILE)
-            for logger in _loggers(arguments, info, trainer):
+            for logger in _loggers(options, arguments.out, info, trainer):
                 stack.callback(logger.close)
                 trainer.add_logger(logger)
         before = plan.before or _evaluate(trainer, plan)
@@ -171,16 +174,16 @@ def _evaluate(trainer: Trainer, plan: TrainPlan) -> dict[str, float]:
 
 
 def _loggers(
-    arguments: argparse.Namespace, info: dict[str, Any], trainer: Trainer
+    asked: dict[str, Any], out: Path, info: dict[str, Any], trainer: Trainer
 ) -> list[TensorBoardLogger | WandbLogger]:
     loggers: list[TensorBoardLogger | WandbLogger] = []
-    if arguments.tensorboard:
-        loggers.append(TensorBoardLogger(arguments.out / TENSORBOARD_DIR))
-    if arguments.wandb is not None:
+    if asked["tensorboard"]:
+        loggers.append(TensorBoardLogger(out / TENSORBOARD_DIR))
+    if asked["wandb"]:
         config = {"model": trainer.model.config.to_dict(), "training": trainer.config.to_dict()}
         run_id = trainer.writer.run_id if trainer.writer else None
-        options: dict[str, Any] = {"id": run_id, "resume": "allow", "config": {**config, **info}}
-        loggers.append(WandbLogger(arguments.wandb, arguments.out, **options))
+        settings: dict[str, Any] = {"id": run_id, "resume": "allow", "config": {**config, **info}}
+        loggers.append(WandbLogger(asked["wandb"], out, **settings))
     return loggers
 
 

@@ -15,6 +15,8 @@ from ._text import TextTask, check_held_out
 from ._tokenizer import ByteTokenizer, Tokenizer, token_tensor
 
 JSON_LINES = (".jsonl", ".ndjson")
+MAPPED_ABOVE = 1 << 28
+"""Text files of more bytes are mapped, not read."""
 
 
 class _Part(NamedTuple):
@@ -56,6 +58,11 @@ def load_data(
     train: list[tuple[str, str]] = []
     kept: list[tuple[str, str]] = []
     for path in map(Path, paths):
+        if path.is_dir():
+            raise IsADirectoryError(
+                f"{path} must be a file, but is a directory; name the files in it, for example "
+                f"{path / '*.txt'}."
+            )
         if path.suffix.lower() not in JSON_LINES:
             parts.append(_text_file(path, tokenizer, held_out))
             continue
@@ -91,20 +98,28 @@ def _text_file(path: Path, tokenizer: Tokenizer, held_out: float) -> _Part:
     size = path.stat().st_size
     cut = _cut(path, size, held_out, "bytes")
     if isinstance(tokenizer, ByteTokenizer):
-        # mapped, not read: several processes share it, and it may be larger than memory
+        # mapped: several processes share it, and it may be larger than memory
         tokens = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8)
+        if size <= MAPPED_ABOVE:
+            # a mapped file that an editor shortens kills the process without a word
+            tokens = tokens.clone()
         return _Part(tokens[:cut], tokens[cut:], size - cut)
     data = path.read_bytes()
     while cut < size and data[cut] & 0xC0 == 0x80:  # not within a character
         cut += 1
+    train, held = _decoded(path, data[:cut], 0), _decoded(path, data[cut:], cut)
+    return _Part(token_tensor(tokenizer, train), token_tensor(tokenizer, held), size - cut)
+
+
+def _decoded(path: Path, data: bytes, start: int) -> str:
+    """The part of a file that begins at byte ``start``."""
     try:
-        train, rest = data[:cut].decode("utf-8"), data[cut:].decode("utf-8")
+        return data.decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(
             f"{path} must be UTF-8 text for this tokenizer, but is not at byte "
-            f"{error.start}; use the tokenizer of bytes, or convert the file."
+            f"{start + error.start}; use the tokenizer of bytes, or convert the file."
         ) from error
-    return _Part(token_tensor(tokenizer, train), token_tensor(tokenizer, rest), size - cut)
 
 
 def _documents(train: list[str], held_out: list[str], tokenizer: Tokenizer) -> _Part:
@@ -151,7 +166,22 @@ def _records(path: Path) -> Iterator[tuple[str, dict[str, object]]]:
                 raise ValueError(f"{place} must be a JSON object: {error}.") from error
             if not isinstance(record, dict):
                 raise ValueError(f"{place} (={str(record)[:40]!r}) must be a JSON object.")
+            _check_characters(place, record)
             yield place, record
+
+
+def _check_characters(place: str, record: dict[str, object]) -> None:
+    """JSON can write halves of a character, as ``\\ud83d``, that no text can hold."""
+    for key, value in record.items():
+        if isinstance(value, str) and not value.isascii():
+            try:
+                value.encode()
+            except UnicodeEncodeError as error:
+                half = ascii(value[error.start])
+                raise ValueError(
+                    f"{place} ({key!r} holds {half} alone, half of a character) must be text; "
+                    "write both halves, or leave it out."
+                ) from error
 
 
 def _cut(path: Path, size: int, held_out: float, unit: str) -> int:

@@ -59,6 +59,7 @@ class QuestionTask(Task):
         step = max(1, -(-len(held_out) // max_eval))
         self._held_out = _Sequences([self._tokens(tokenizer, *r) for r in held_out[::step]])
         self._fitting: tuple[int, Tensor] = (-1, torch.empty(0))
+        self._warned = False
 
     def _tokens(self, tokenizer: Tokenizer, question: str, answer: str) -> tuple[list[int], int]:
         prompt = tokenizer.encode(question) + self._end
@@ -100,15 +101,33 @@ class QuestionTask(Task):
         return fitting
 
     def measure(self, model: nn.Module, device: torch.device) -> float:
-        """Share of held-out questions that are answered right, the end included."""
+        """Share of held-out questions that are answered right, the end included.
+
+        Those that are longer than the model can read count as wrong, which is warned of once.
+        """
         right = 0
-        for chosen in self._held_out.lengths.argsort().split(EVAL_BATCH):
+        for chosen in self._readable(model).split(EVAL_BATCH):
             batch = self._held_out.batch(chosen)
             logits = model(batch.input_ids.to(device))["logits"][:, :-1]
             labels = batch.labels[:, 1:].to(device)
             agrees = (logits.argmax(dim=-1) == labels) | (labels == IGNORE_INDEX)
             right += int(agrees.all(dim=1).sum())
         return right / len(self._held_out.lengths)
+
+    def _readable(self, model: nn.Module) -> Tensor:
+        """The held-out records that ``model`` can read, the shortest first."""
+        lengths = self._held_out.lengths
+        limit = getattr(getattr(model, "config", None), "max_seq_len", int(lengths.max()))
+        fitting = int((lengths <= limit).sum())
+        if fitting < len(lengths) and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{len(lengths) - fitting} of {len(lengths)} held-out records of task {self.name} "
+                f"are longer than max_seq_len (={limit}) and count as wrong; the longest has "
+                f"{int(lengths.max())} tokens.",
+                stacklevel=4,
+            )
+        return lengths.argsort()[:fitting]
 
 
 class _Sequences:

@@ -57,7 +57,8 @@ class TextTask(Task):
             total = len(train_tokens) + len(validation_tokens)
             raise ValueError(
                 f"text ({total} {unit}) must leave at least eval_length + 1 "
-                f"(={eval_length + 1}) {unit} for validation; give more text or a shorter window."
+                f"(={eval_length + 1}) {unit} for validation; give more text, hold out more of "
+                "it, or use a shorter window."
             )
         last = len(validation_tokens) - eval_length - 1
         starts = torch.linspace(0, last, min(eval_windows, last + 1)).long()
