@@ -92,6 +92,28 @@ def test_another_tensor_of_indices_is_noticed() -> None:
     assert (other.flatten()[slots.long()] == 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_file_that_was_cast_as_a_whole(dtype: torch.dtype) -> None:
+    """As exports to half are; before, the first step on what was assigned failed."""
+
+    def cast(t: Tensor) -> Tensor:
+        return t.to(dtype) if t.is_floating_point() else t.long()
+
+    torch.manual_seed(0)
+    source, target = CMSBlockLinear(32, 48, tile_size=8), CMSBlockLinear(32, 48, tile_size=8)
+    state = {name: cast(t) for name, t in source.state_dict().items()}
+    target.load_state_dict(state, assign=True)
+    assert target.values.dtype == dtype
+    for name, buffer in target.named_buffers():
+        assert buffer.dtype == source.get_buffer(name).dtype, name
+    target.collect_candidates = True
+    for _ in range(2):
+        target(torch.randn(5, 32, dtype=dtype)).square().sum().backward()
+        target.accumulate_scores()
+    target.topology_step(global_step=1)
+    assert (target.block_scores() > 0).all()
+
+
 def test_a_layer_can_be_traced_while_it_trains() -> None:
     net, x = CMSBlockLinear(32, 48, tile_size=8), torch.randn(3, 32)
     net.collect_candidates = True

@@ -100,6 +100,22 @@ def test_who_trained_is_remembered_in_a_checkpoint() -> None:
     assert resumed.state_dict()["trained"] == ["fc1", "fc2"]
 
 
+@pytest.mark.parametrize("at", [0, 4])
+def test_a_layer_trained_in_evaluation_mode_keeps_its_blocks(at: int) -> None:
+    """As those do who hold dropout still; before, none moved, or by statistics of long ago."""
+    net, optimizer, manager = setup()
+    train(net, optimizer, manager, range(at))
+    net.fc1.eval()
+    before = net.fc1.col_indices.clone()
+    with pytest.warns(UserWarning, match=r"the layers \['fc1'\] collected no stat") as said:
+        reports = train(net, optimizer, manager, range(at, at + 8))
+    assert len(said) == 1
+    assert torch.equal(net.fc1.col_indices, before)
+    assert swaps(reports, "fc2") > 0
+    net.fc1.train()
+    assert swaps(train(net, optimizer, manager, range(at + 8, at + 12)), "fc1") > 0
+
+
 @pytest.mark.parametrize("update_first", [True, False])
 def test_an_average_of_a_replaced_block_starts_afresh(update_first: bool) -> None:
     """Before, the weights of the block that left were averaged on at the newcomer's place."""
@@ -159,6 +175,7 @@ def test_managers_that_take_turns_are_noticed() -> None:
     net(torch.ones(1, 32)).sum().backward()
     with pytest.warns(UserWarning, match="two TopologyManagers step the same layers in turns"):
         first.step()
+    net(torch.ones(1, 32)).sum().backward()
     first.step()  # said once
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -153,6 +154,18 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(scoring: ScoringConfig) -> Non
         for name, value in entries.items():
             assert torch.equal(value, second[key][name]), (key, name)
     assert sum(layer.scorer.num_decisions for layer in manager.layers.values()) == 6
+
+
+def test_what_is_no_state_is_refused() -> None:
+    manager = TopologyManager(Net())
+    said = re.escape(
+        "state (keys ['step']) must be what state_dict() returned; it lacks ['periods'"
+    )
+    with pytest.raises(ValueError, match=said):
+        manager.load_state_dict({"step": 1})
+    state = manager.state_dict() | {"periods": (1, 10, 100), "step": 7}
+    manager.load_state_dict(state)  # some formats know no lists
+    assert manager.global_step == 7
 
 
 def test_resume_with_other_settings_is_refused() -> None:

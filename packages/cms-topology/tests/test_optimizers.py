@@ -113,6 +113,20 @@ def test_gradients_that_are_zero_at_first_are_no_mistake() -> None:
     train(model, optimizer.step, manager, 3)
 
 
+def test_gradients_that_overflow_at_first_are_not_taken_for_zeros() -> None:
+    model = net()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    manager = TopologyManager(model, optimizer, periods=(1, 1, 2))
+
+    def overflowing(closure: Callable[[], Tensor]) -> None:
+        closure()
+        model[0].values.grad.fill_(torch.inf)
+
+    train(model, overflowing, manager, 3)
+    train(model, optimizer.step, manager, 3)
+    assert manager.swap_rate
+
+
 def test_a_layer_that_no_optimizer_trains_keeps_its_blocks() -> None:
     """Before, its newborn blocks were random and stayed so."""
     model = net()

@@ -67,6 +67,17 @@ def scores_differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int
     return torch.stack(apart).nonzero().flatten().tolist() if apart else []
 
 
+def on_any_rank(
+    flags: Sequence[bool], device: torch.device, group: dist.ProcessGroup | None = None
+) -> list[bool]:
+    """For every flag, whether some rank has set it."""
+    if world_size(group) == 1 or not flags:
+        return list(flags)
+    seen = torch.tensor(flags, dtype=torch.uint8).to(device)
+    dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=group)
+    return [bool(flag) for flag in seen.tolist()]
+
+
 def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     """The ranks that DistributedDataParallel, if `model` is one, averages over; None: all."""
     group = getattr(model, "process_group", None)

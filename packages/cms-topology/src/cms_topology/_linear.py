@@ -443,6 +443,8 @@ class CMSBlockLinear(nn.Module):
         """Validate indices that came from outside and rebuild what depends on them."""
         if self.col_indices.device.type == "meta":
             return
+        if self.col_indices.dtype is not torch.int32 and not self.col_indices.is_floating_point():
+            self.col_indices = self.col_indices.to(torch.int32)  # loaded by assignment
         host = self.col_indices.cpu().numpy()
         fmt.validate_col_indices(host, self.C, self.row_group)
         self.num_live = int((host[0] >= 0).sum())

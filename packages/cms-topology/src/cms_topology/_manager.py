@@ -24,6 +24,7 @@ from cms_topology._convert import sparse_layers
 from cms_topology._decision import decide_all, unchanged
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._newborn_steps import NewbornStepCorrection
+from cms_topology._participation import Participation
 from cms_topology._records import decision_metrics, digests, layer_snapshot, swap_rate
 from cms_topology._result import TopologyDecisionResult, count_swaps
 from cms_topology._retention._bank import BlockBank
@@ -99,7 +100,8 @@ class TopologyManager:
             has to call `step`. Default: DistributedDataParallel's, or all ranks.
 
     A layer that is frozen, in none of the optimizers given, or got no gradient since the last
-    decision, keeps its blocks.
+    decision, keeps its blocks; so does one that ran in evaluation mode in the steps that collect
+    statistics of absent blocks.
 
     Raises:
         ValueError: the model has no `CMSBlockLinear`, two of them share their `values`, these are
@@ -166,10 +168,9 @@ class TopologyManager:
         self._correction = NewbornStepCorrection() if correct_newborn_steps else None
         self._averages = [averaged_layers(averaged, self.layers) for averaged in averages]
         self._kernels: StepKernels | None = None
-        self._trained: set[str] = set()  # names of layers with a gradient since the last decision
+        self._participation = Participation(self.layers, self._optimizers)
         self._step = 0
-        self._warned_no_grad = self._warned_idle = self._warned_apart = False
-        self._looked_for_zeros = False
+        self._warned_no_grad = self._warned_apart = self._looked_for_zeros = False
         self._token, self._stepped, self._warned_turns = object(), False, False
         for layer in self.layers.values():
             if layer._clock is None:
@@ -223,6 +224,7 @@ class TopologyManager:
         sampled = any(layer.collect_candidates for layer in self.layers.values())
         layers = list(self.layers.values())
         self._notice_other_clock(layers[0])
+        self._participation.note(sampled)
         if 0 in due:
             if self._accumulate(layers) is None:
                 self._warn_no_grad()
@@ -257,8 +259,6 @@ class TopologyManager:
             self._kernels = StepKernels(layers)
         with torch.no_grad():
             finite = self._kernels.accumulate()
-        if len(self._trained) < len(layers):
-            self._trained |= {n for n, x in self.layers.items() if x.values.grad is not None}
         return accumulate_scores(layers) if finite is None else finite
 
     def _correct_newborns(self) -> None:
@@ -271,16 +271,7 @@ class TopologyManager:
         dist_sync.refuse_join(self._model)
         self._sync()
         self._look_for_zeros()
-        # to others scores of long ago would bring blocks that nobody trains
-        taking_part = {
-            n: x for n, x in self.layers.items() if n in self._trained and x.values.requires_grad
-        }
-        if self._optimizers:
-            held = optimizers.trained_by(self._optimizers)
-            idle = [n for n, x in taking_part.items() if id(x.values) not in held]
-            self._warn_idle(idle)
-            taking_part = {n: x for n, x in taking_part.items() if n not in idle}
-        self._trained = set()
+        taking_part = self._participation.take(self._group)
         generators = {n: decision_generator(self.seed, self._step, n) for n in taking_part}
         rules = {n: rule for n, rule in self._rules.items() if n in taking_part}
         decided = decide_all(taking_part, generators, self._step, rules)
@@ -342,22 +333,15 @@ class TopologyManager:
         # in the first step a zero behind the layers, as some initialise it, is no mistake
         if self._looked_for_zeros or self._step == 1:
             return
-        self._looked_for_zeros = True
-        emas = [layer.scorer.score_ema for layer in self.layers.values()]
-        device = emas[0].device
-        if self._trained and not torch.stack([ema.any().to(device) for ema in emas]).any():
+        held = [(x.scorer.score_ema, x.scorer.score_weight) for x in self.layers.values()]
+        device = held[0][0].device
+        seen = [torch.stack([t.any().to(device) for t in part]) for part in zip(*held, strict=True)]
+        scored, counted = torch.stack(seen).any(1).tolist()
+        self._looked_for_zeros = counted  # not as long as all gradients have overflowed
+        if counted and not scored:
             warnings.warn(
                 "all gradients of all sparse layers have been zero so far, so nothing will be "
                 "swapped; call TopologyManager.step before optimizer.zero_grad(set_to_none=False).",
-                stacklevel=4,
-            )
-
-    def _warn_idle(self, names: list[str]) -> None:
-        if names and not self._warned_idle:
-            self._warned_idle = True
-            warnings.warn(
-                f"the layers {names} have gradients but are in none of the optimizers given, so "
-                "they keep their blocks; pass all optimizers of the model, or freeze the layers.",
                 stacklevel=4,
             )
 
@@ -438,24 +422,29 @@ class TopologyManager:
             "seed": self.seed,
             "periods": list(self.clock.periods),
             "corrected_steps": self._correction.state_dict(seen) if self._correction else {},
-            "trained": sorted(self._trained),
+            **self._participation.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue where `state` was taken.
 
         Raises:
-            ValueError: seed or periods differ from this manager's.
+            ValueError: seed or periods differ from this manager's, or it is no such state.
         """
+        if missing := {"step", "seed", "periods"} - set(state):
+            raise ValueError(
+                f"state (keys {sorted(state)}) must be what state_dict() returned; it lacks "
+                f"{sorted(missing)}."
+            )
         for name, mine in (("seed", self.seed), ("periods", list(self.clock.periods))):
-            if state[name] != mine:
+            found = list(state[name]) if name == "periods" else state[name]
+            if found != mine:
                 raise ValueError(
-                    f"{name} (={mine}) differs from the checkpoint's (={state[name]}): decisions "
-                    f"would not continue as they began; build the manager with {name}="
-                    f"{state[name]}."
+                    f"{name} (={mine}) differs from the checkpoint's (={found}): decisions "
+                    f"would not continue as they began; build the manager with {name}={found}."
                 )
         self._step = int(state["step"])
-        self._trained = set(state.get("trained", self.layers))
+        self._participation.load_state_dict(state)
         if self._correction is not None:
             parameters: dict[str, Tensor] = {n: x.values for n, x in self.layers.items()}
             self._correction.load_state_dict(state.get("corrected_steps", {}), parameters)

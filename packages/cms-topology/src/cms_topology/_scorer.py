@@ -32,6 +32,13 @@ from cms_topology._scores import (
 )
 from cms_topology._selection import Selection
 
+_DTYPES = {
+    "block_age": torch.int32,
+    "block_grace": torch.int32,
+    "num_decisions": torch.int64,
+}
+"""Of buffers that are not float32."""
+
 
 def compute_gradient_frobenius_norms(grad: Tensor) -> Tensor:
     """Frobenius norm of every block's gradient: [R, K, B, B] -> float32 [R, K]."""
@@ -288,7 +295,13 @@ class TopologyScorer(nn.Module):
             self.loss.sums, self.loss.means = parts[2:]
 
     def follow_buffers(self) -> None:
-        """Take a rank's own statistics to where buffers were put one by one; empty ones to zero."""
+        """Take a rank's own statistics to where buffers were put one by one; empty ones to zero.
+
+        Buffers that came in another dtype, as from a file that was cast to half, get theirs back.
+        """
+        for name, buffer in self._buffers.items():
+            assert buffer is not None
+            self._buffers[name] = buffer.to(_DTYPES.get(name, torch.float32))
         home = self.score_ema.device
         if self._sums.device == home:
             return
