@@ -18,6 +18,7 @@ from blockell_format import create_random_topology, transposed_index
 from blockell_kernels._activation import activate, activation_gradient
 from blockell_kernels._backends import Pattern, get_backend
 from blockell_kernels._gluon import _mlp as _by_turns
+from blockell_kernels._gluon import _whole, _whole_values
 from blockell_kernels._triton import (
     _activate,
     _blocks,
@@ -113,6 +114,14 @@ def by_turns(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
         yield f"middle {name}, bias", lambda middle=middle: middle(2).sum(0), dh.float().sum(0)
 
 
+def whole(p: Problem, cut: _whole.Cut) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
+    """Products by the whole weight, put together block by block."""
+    yield "forward", lambda: _whole.product(p.x, p.values, p.bias, p.pattern, True, cut), p.y
+    yield "grad_input", lambda: _whole.product(p.dy, p.values, None, p.pattern, False, cut), p.dx
+    if cut.parts == 1:
+        yield "grad_values", lambda: _whole_values.grad_values(p.dy, p.x, p.pattern), p.dv
+
+
 def blocks(p: Problem) -> Iterator[tuple[str, Kernel, torch.Tensor]]:
     dense = _blocks.to_dense(p.values, p.pattern)
     rows = torch.arange(p.pattern.R, device="cuda")[:, None]
@@ -158,6 +167,15 @@ def cases() -> Iterator[tuple[str, Kernel, torch.Tensor]]:
         walk = _walk.Walk(BM=64, BN=64, BK=32, parts=2, boxes=boxes, stages=3)
         for name, kernel, expected in walks(Problem(*narrow), walk):
             yield f"walk, boxes {boxes}: {name}", kernel, expected
+    for sizes in (
+        (16, 1, 26, 33, 9, 140, bf16),
+        (32, 1, 13, 17, 5, 140, bf16),
+        (64, 1, 7, 9, 4, 140, bf16),
+        (128, 1, 3, 5, 2, 140, bf16),
+    ):
+        for cut in (_whole.Cut(2, 1), _whole.Cut(5, 1), _whole.Cut(4, 2)):
+            for name, kernel, expected in whole(Problem(*sizes), cut):
+                yield f"whole, {cut.pieces}x{cut.parts}, tile {sizes[0]}: {name}", kernel, expected
     for sizes in (
         (16, 8, 16, 8, 3, 300, bf16),
         (128, 1, 2, 3, 2, 140, bf16),

@@ -5,6 +5,8 @@ import threading
 import torch
 
 from blockell_kernels import block_ell_linear
+from blockell_kernels._cpu import FRESH_ELEMENTS
+from blockell_kernels._cpu_rule import FEW_ELEMENTS
 from blockell_kernels._cpu_scratch import MAX_ELEMENTS, scratch
 
 
@@ -43,3 +45,17 @@ def test_results_of_one_call_are_not_touched_by_the_next() -> None:
     block_ell_linear(other, values.detach(), columns, backend="gathered").sum().backward()
     assert torch.equal(x.grad, gradients[0])
     assert torch.equal(values.grad, gradients[1])
+
+
+def test_an_input_gradient_of_few_tokens_gathers_into_kept_memory() -> None:
+    """Its parts are larger than what the system gives from memory that was used before."""
+    N, R, C, K, B = 64, 16, 8, 4, 16
+    assert FRESH_ELEMENTS < N * R * K * B <= FEW_ELEMENTS
+    columns = torch.stack([torch.randperm(C)[:K] for _ in range(R)]).int()
+    values, x = torch.randn(R, K, B, B).double(), torch.randn(N, C * B).double()
+    found = {}
+    for backend in ("gathered", "reference"):
+        inputs = x.clone().requires_grad_()
+        block_ell_linear(inputs, values, columns, backend=backend).square().sum().backward()
+        found[backend] = inputs.grad
+    torch.testing.assert_close(found["gathered"], found["reference"])

@@ -187,7 +187,8 @@ def test_a_column_out_of_range_raises_and_does_not_crash(make_operands, backend,
     o.col_indices.data[1, 1] = bad  # behind autograd's back, so that the backward pass meets it
     with pytest.raises((IndexError, RuntimeError), match="out of"):
         call(o, x=x, values=values, backend=backend)
-    for y in (through_x, through_values):
+    # The input gradient of a dense product is by the copy that the forward product made.
+    for y in (through_x, through_values) if backend == "gathered" else (through_values,):
         with pytest.raises((IndexError, RuntimeError), match="out of"):
             y.backward(o.dy)
 

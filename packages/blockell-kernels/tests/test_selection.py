@@ -32,6 +32,9 @@ def test_the_cpu_rule(direction):
 def test_the_cpu_rule_with_few_tokens():
     assert select(case(N=1, K=20)).backend == "gathered"
     assert select(case("grad_input", N=1, K=20)).backend == "gathered"
+    small = {"R": 16, "C": 16, "K": 8}  # one dense copy for two products is faster
+    assert select(case(N=32, **small)).backend == "dense"
+    assert select(case(N=32, **small, row_group=2)).backend == "gathered"
 
 
 @pytest.mark.parametrize("direction", _backends.DIRECTIONS)

@@ -32,6 +32,9 @@ FEW_GROUPS = 8
 TOKENS_PER_CHUNK = 4096  # looped
 BUFFER_ELEMENTS = 2**20  # batched: 4 MiB of float32
 MIN_TOKENS_PER_CHUNK = 32
+FRESH_ELEMENTS = 2**15
+"""128 KiB of float32, from which fresh memory comes from the operating system: 1 MiB of it made an
+input gradient of 256 tokens, 256 -> 128 take 1195 us instead of 311."""
 
 
 def pack(values: Tensor, pattern: Pattern) -> Tensor:
@@ -131,9 +134,14 @@ class GatheredBackend(Backend):
         N, B = dy.shape[0], pattern.B
         dx = dy.new_zeros(N, pattern.C, B)
         if _few_tokens(N, pattern):
-            parts = torch.bmm(dy.view(N, groups, H).transpose(0, 1), W)  # [R/G, N, K*B]
-            parts = parts.transpose(0, 1).reshape(N, groups * KB // B, B)
-            dx.index_add_(1, pattern.groups.reshape(-1), parts)
+            size, first, second = N * groups * KB, None, None
+            if size > FRESH_ELEMENTS:
+                first, second = scratch(dy, 2, size).unbind()
+                first = first.view(groups, N, KB)
+            parts = torch.bmm(dy.view(N, groups, H).transpose(0, 1), W, out=first).transpose(0, 1)
+            if second is not None:
+                parts = second.view(N, groups, KB).copy_(parts)
+            dx.index_add_(1, pattern.groups.reshape(-1), parts.reshape(N, groups * KB // B, B))
             return dx.view(N, pattern.C * B)
         step = min(N, TOKENS_PER_CHUNK)
         buffer = scratch(dy, step, KB)

@@ -45,3 +45,8 @@ def gpu_activations(t: Tensor) -> ModuleType | None:
 def gpu_mlp() -> ModuleType | None:
     """The module of the products that an activation rides on; None: no Triton on this platform."""
     return _kernels("_mlp")
+
+
+def gpu_replay(t: Tensor) -> ModuleType | None:
+    """The module that runs recorded launches again, on the device of `t`; None: there are none."""
+    return _kernels("_replay") if t.is_cuda else None

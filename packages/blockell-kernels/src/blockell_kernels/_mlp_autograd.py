@@ -6,13 +6,16 @@ both [N, hidden].
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from blockell_kernels import _mlp_core as core
+from blockell_kernels._backends import Pattern
 from blockell_kernels._eager import watched
+from blockell_kernels._gpu import gpu_replay
 from blockell_kernels._mlp_core import Layer, flat, shaped
 from blockell_kernels._mlp_ops import (
     ACTIVATION,
@@ -33,6 +36,7 @@ from blockell_kernels._mlp_ops import (
     mlp_backward_op,
     mlp_op,
 )
+from blockell_kernels._plan import Plan
 from blockell_kernels._registration import (
     cast_positions,
     register_autocast,
@@ -83,7 +87,7 @@ class _EagerMLP(torch.autograd.Function):
         rest: tuple[tuple[Any, ...], Layer, Layer],
     ) -> Tensor:
         args, first, second = rest
-        y, a, h, ctx.weights = core.forward(
+        y, a, h, ctx.weights = _forward(
             flat(x), first, second, args[ACTIVATION], args[RECOMPUTE] != "hidden", True
         )
         ctx.plans = first.plan, second.plan
@@ -95,19 +99,67 @@ class _EagerMLP(torch.autograd.Function):
         saved = ctx.saved_tensors
         if torch.is_grad_enabled() or type(dy) is not Tensor or watched():
             return (*_by_operator(ctx, dy, saved), None)
-        x, h, a, values1, cols1, bias1, order1, start1, values2, cols2, order2, start2 = saved
-        held = [h, a]
-        del h, a, saved
         last = not torch._C._autograd._get_current_graph_task_keep_graph()
-        ctx.maybe_clear_saved_tensors()  # now `held` alone holds h and a, unless needed again
-        plan1, plan2 = ctx.plans
-        first = Layer(plan1, plan1.pattern(cols1, order1, start1), values1, bias1)
-        second = Layer(plan2, plan2.pattern(cols2, order2, start2), values2, None)
-        samples = ctx.sizes1[-1], ctx.sizes2[-1]
-        grads = core.backward(
-            dy, x, held, first, second, ctx.needs, samples, ctx.names[0], ctx.weights, last
-        )
+        ctx.maybe_clear_saved_tensors()  # now `operands` alone holds h and a, unless needed again
+        operands = [dy, *saved]
+        del saved
+        plans, weights, activation = ctx.plans, ctx.weights, ctx.names[0]
+        needs, samples = ctx.needs, (ctx.sizes1[-1], ctx.sizes2[-1])
+
+        def run(operands: list[Tensor | None]) -> list[Tensor | None]:
+            dy, x, h, a, values1, cols1, bias1, order1, start1, values2, *pattern2 = operands
+            operands.clear()
+            held = [h, a]
+            del h, a
+            assert dy is not None
+            assert cols1 is not None
+            assert pattern2[0] is not None
+            first = Layer(plans[0], plans[0].pattern(cols1, order1, start1), values1, bias1)
+            second = Layer(plans[1], plans[1].pattern(*pattern2), values2, None)
+            return core.backward(
+                dy, x, held, first, second, needs, samples, activation, weights, last
+            )
+
+        replay = _replay_for(dy, *plans)
+        if replay is None or samples != ("none", "none"):
+            grads = run(operands)
+        else:
+            grads = replay.call((*plans, needs, activation, last), operands, run)
         return (*grads, None)
+
+
+def _replay_for(t: Tensor, plan1: Plan, plan2: Plan) -> ModuleType | None:
+    """What runs a pass again that is nothing but launches, one after the other."""
+    if not (plan1.sparse and plan2.sparse) or (replay := gpu_replay(t)) is None:
+        return None
+    beside = (plan1.forks or plan2.forks) and torch.cuda.is_current_stream_capturing()
+    return None if beside else replay
+
+
+def _forward(
+    x: Tensor, first: Layer, second: Layer, activation: str, keep_pre: bool, training: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, tuple[core.Weights, core.Weights]]:
+    """`core.forward`, but f(h) is kept for training alone."""
+    replay = _replay_for(x, first.plan, second.plan)
+    if replay is None:
+        return core.forward(x, first, second, activation, keep_pre, training)
+
+    def run(_: list[Tensor | None]) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        y, a, h, _weights = core.forward(x, first, second, activation, keep_pre, training)
+        return (y, a, h) if training else (y, None, None)
+
+    pattern1, pattern2 = first.pattern, second.pattern
+    operands = [
+        *(x, first.values, first.bias, *_tensors(pattern1)),
+        *(second.values, second.bias, *_tensors(pattern2)),
+    ]
+    kind = (first.plan, second.plan, activation, keep_pre, training)
+    y, a, h = replay.call(kind, operands, run)
+    return y, a, h, ([None], [None])  # sparse products keep no dense weight
+
+
+def _tensors(pattern: Pattern) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    return pattern.col_indices, pattern.order, pattern.col_start
 
 
 def _by_operator(ctx: Any, dy: Tensor, saved: tuple[Tensor | None, ...]) -> list[Tensor | None]:
@@ -192,5 +244,5 @@ def eager_mlp(args: tuple[Any, ...], sizes: Sizes) -> Tensor:
     if torch.is_grad_enabled() and torch._C._any_requires_grad(*operands):
         result: Tensor = _EagerMLP.apply(*operands, (args, first, second))
         return result
-    y = core.forward(flat(x), first, second, args[ACTIVATION], False, False)[0]
+    y = _forward(flat(x), first, second, args[ACTIVATION], False, False)[0]
     return shaped(y, x)

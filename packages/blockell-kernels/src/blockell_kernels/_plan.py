@@ -29,6 +29,7 @@ from blockell_kernels._backends import (
 )
 from blockell_kernels._dense import BACKEND as DENSE
 from blockell_kernels._dense import WHOLE_GRADIENT_BYTES
+from blockell_kernels._gpu import gpu_replay
 from blockell_kernels._stats import probe_gradient
 
 MAX_PLANS = 4096
@@ -44,6 +45,10 @@ KEPT_DENSITY = 2 / 3
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
 PROMISED_DENSITY = 0.9
 """From this density on nothing is said of memory, and the copy is kept."""
+
+
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]
+"""Of x, the values, the bias and the probe; None where not needed."""
 
 
 def compute_dtype(t: Tensor) -> torch.dtype:
@@ -87,6 +92,8 @@ class Plan:
     requested: str
     refused: tuple[Choice, ...]
     """Choices that are not what was asked for."""
+    sparse: bool
+    """Whether all three products are the block-sparse GPU kernels', nothing but launches."""
 
     def pattern(self, col_indices: Tensor, order: Tensor | None, start: Tensor | None) -> Pattern:
         """The pattern of one call."""
@@ -130,7 +137,7 @@ class Plan:
         needs: tuple[bool, bool, bool],
         sample: str,
         weight: list[Tensor | None] | None = None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Gradients:
         """(dx, dvalues, dbias, dprobe) of dy [..., R*B]; None where not needed.
 
         Args:
@@ -151,10 +158,18 @@ class Plan:
             dy2d = dy2d.contiguous()
         if self.forks and need_input and need_values and torch.cuda.is_current_stream_capturing():
             return self._backward_forked(dy, dy2d, x, values, pattern, needs, sample, weight)
-        dx = self._grad_input(dy, dy2d, values, pattern, weight) if need_input else None
-        dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, need_values, sample)
-        dbias = sum_over_tokens(dy2d, dy.dtype) if need_bias else None
-        return dx, dvalues, dbias, dprobe
+
+        def run(_: list[Tensor | None]) -> Gradients:
+            dx = self._grad_input(dy, dy2d, values, pattern, weight) if need_input else None
+            dvalues, dprobe = self._grad_values(dy, dy2d, x, pattern, need_values, sample)
+            dbias = sum_over_tokens(dy2d, dy.dtype) if need_bias else None
+            return dx, dvalues, dbias, dprobe
+
+        if self.sparse and sample == "none" and (replay := gpu_replay(dy)) is not None:
+            parts = (pattern.col_indices, pattern.order, pattern.col_start)
+            gradients: Gradients = replay.call((self, needs), [dy, x, values, *parts], run)
+            return gradients
+        return run([])
 
     def _backward_forked(
         self,
@@ -166,7 +181,7 @@ class Plan:
         needs: tuple[bool, bool, bool],
         sample: str,
         weight: list[Tensor | None] | None,
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    ) -> Gradients:
         """`backward` as two branches of a CUDA graph: neither gradient alone fills the GPU."""
         here, side = torch.cuda.current_stream(dy.device), branch(dy.device)
         with torch.cuda.stream(side):
@@ -274,7 +289,7 @@ def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested
 def keeps_copy(case: Case, forward: Choice, grad_input: Choice) -> bool:
     """Whether a training step keeps one dense copy of the weight for both products."""
     return (
-        case.device.type == "cuda"
+        case.device.type in ("cuda", "cpu")
         and not KEPT_DENSITY < case.density < PROMISED_DENSITY
         and shares(case, forward, grad_input)
     )
@@ -308,7 +323,8 @@ def _make(
     forks = device.type == "cuda" and lean and _gains_by_forks(N, R, C, B)
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
+    sparse = not keeps and all(choice.backend == "triton" for choice in choices)
     return Plan(
         N, R, C, B, row_group, num_live, dtype, forward, grad_input, grad_values, keeps, forks,
-        requested, refused,
+        requested, refused, sparse,
     )  # fmt: skip

@@ -44,6 +44,14 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture(autouse=True)
+def nothing_recorded():
+    """Tests put other rules in place of the shipped ones: launches are decided anew in each."""
+    from blockell_kernels._triton import _replay
+
+    _replay.forget()
+
+
 @dataclass(kw_only=True)
 class Problem:
     """Random operands of one shape, on the device and in float64."""

@@ -24,6 +24,7 @@ from blockell_kernels._triton import (
     _walk,
 )
 from blockell_kernels._triton._device import INTERPRETED, dot_precision
+from blockell_kernels._triton._replay import replayed
 from blockell_kernels._triton._rule import arithmetic, beats_copied, takes_whole, verdict
 from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
@@ -71,40 +72,13 @@ class TritonBackend(Backend):
         return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
-        case = _case("forward", x, pattern)
-        if takes_whole(case) and _whole.takes(x, values, pattern.B):
-            return _whole.product(x, values, bias, pattern, forward=True)
-        if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
-            return _walk.forward(x, values, bias, pattern, walk)
-        if (halves := _by_halves.chosen(case, x, values)) is not None:
-            return _forward.forward(x, values, bias, pattern, halves)
-        if (strip := _few_tokens.strip_for(case)) is not None:
-            return _few_tokens.forward(x, values, bias, pattern, strip)
-        return _forward.forward(x, values, bias, pattern, _tiling(case))
+        return _product(x, values, bias, pattern)
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
-        case = _case("grad_input", dy, pattern)
-        if takes_whole(case) and _whole.takes(dy, values, pattern.B):
-            return _whole.product(dy, values, None, pattern, forward=False)
-        if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
-            return _walk.grad_input(dy, values, pattern, walk)
-        if (halves := _by_halves.chosen(case, dy, values)) is not None:
-            return _grad_input.grad_input(dy, values, pattern, halves)
-        if (strip := _few_tokens.strip_for(case)) is not None:
-            return _few_tokens.grad_input(dy, values, pattern, strip)
-        return _grad_input.grad_input(dy, values, pattern, _tiling(case))
+        return _input_gradient(dy, values, pattern)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-        case = _case("grad_values", x, pattern)
-        if takes_whole(case) and _whole_values.takes(dy, x, pattern.B):
-            return _whole_values.grad_values(dy, x, pattern)
-        if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
-            return _walk.grad_values(dy, x, pattern, walk)
-        if (halves := _by_halves.chosen(case, dy, x)) is not None:
-            return _grad_values.grad_values(dy, x, pattern, halves)
-        if (strip := _few_tokens.strip_for(case)) is not None:
-            return _few_tokens.grad_values(dy, x, pattern, strip)
-        return _grad_values.grad_values(dy, x, pattern, _tiling(case))
+        return _values_gradient(dy, x, pattern)
 
     def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
         return _blocks.block_norms_sq(dy, x, B)
@@ -113,6 +87,48 @@ class TritonBackend(Backend):
         self, dy: Tensor, x: Tensor, pattern: Pattern
     ) -> tuple[Tensor, Tensor]:
         return self.grad_values(dy, x, pattern), self.block_grad_norms(dy, x, pattern.B)
+
+
+@replayed
+def _product(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+    case = _case("forward", x, pattern)
+    if takes_whole(case) and _whole.takes(x, values, pattern.B):
+        return _whole.product(x, values, bias, pattern, forward=True)
+    if (walk := _walk.walk_for(case)) is not None and _walk.readable(x):
+        return _walk.forward(x, values, bias, pattern, walk)
+    if (halves := _by_halves.chosen(case, x, values)) is not None:
+        return _forward.forward(x, values, bias, pattern, halves)
+    if (strip := _few_tokens.strip_for(case)) is not None:
+        return _few_tokens.forward(x, values, bias, pattern, strip)
+    return _forward.forward(x, values, bias, pattern, _tiling(case))
+
+
+@replayed
+def _input_gradient(dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+    case = _case("grad_input", dy, pattern)
+    if takes_whole(case) and _whole.takes(dy, values, pattern.B):
+        return _whole.product(dy, values, None, pattern, forward=False)
+    if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy):
+        return _walk.grad_input(dy, values, pattern, walk)
+    if (halves := _by_halves.chosen(case, dy, values)) is not None:
+        return _grad_input.grad_input(dy, values, pattern, halves)
+    if (strip := _few_tokens.strip_for(case)) is not None:
+        return _few_tokens.grad_input(dy, values, pattern, strip)
+    return _grad_input.grad_input(dy, values, pattern, _tiling(case))
+
+
+@replayed
+def _values_gradient(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+    case = _case("grad_values", x, pattern)
+    if takes_whole(case) and _whole_values.takes(dy, x, pattern.B):
+        return _whole_values.grad_values(dy, x, pattern)
+    if (walk := _walk.walk_for(case)) is not None and _walk.readable(dy, x):
+        return _walk.grad_values(dy, x, pattern, walk)
+    if (halves := _by_halves.chosen(case, dy, x)) is not None:
+        return _grad_values.grad_values(dy, x, pattern, halves)
+    if (strip := _few_tokens.strip_for(case)) is not None:
+        return _few_tokens.grad_values(dy, x, pattern, strip)
+    return _grad_values.grad_values(dy, x, pattern, _tiling(case))
 
 
 def _tiling(case: Case) -> Tiling:

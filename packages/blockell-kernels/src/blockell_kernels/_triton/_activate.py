@@ -11,6 +11,7 @@ from torch import Tensor
 from blockell_kernels._triton._activation_kernels import activate_elements, gradient_tiles
 from blockell_kernels._triton._device import on_its_device
 from blockell_kernels._triton._launch import launch
+from blockell_kernels._triton._replay import replayed
 from blockell_kernels._triton._tiling import ceil_div
 
 _BLOCK = 2048
@@ -24,6 +25,7 @@ def arithmetic(t: Tensor) -> str:
     return "ptx" if t.is_cuda and torch.version.hip is None else "short"
 
 
+@replayed
 @on_its_device
 def activate(h: Tensor, activation: str) -> Tensor:
     """a = f(h) for a contiguous h."""
@@ -43,6 +45,7 @@ def activate(h: Tensor, activation: str) -> Tensor:
     return a
 
 
+@replayed
 @on_its_device
 def gradient(
     da: Tensor,

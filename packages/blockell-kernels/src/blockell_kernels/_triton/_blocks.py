@@ -20,6 +20,7 @@ from blockell_kernels._triton._block_kernels import (
 )
 from blockell_kernels._triton._device import dot_precision, num_sms, on_its_device, upcast
 from blockell_kernels._triton._launch import launch
+from blockell_kernels._triton._replay import replayed
 from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
 
 # Elements of a program's output in the kernels that only move data.
@@ -31,6 +32,7 @@ _EXPANDED = {8: (8, 128, 4), 16: (8, 64, 4), 32: (16, 16, 4), 64: (8, 8, 4), 128
 """Lines at a time, block columns and warps of a program, by tile."""
 
 
+@replayed
 @on_its_device
 def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     """W [R*B, C*B] from values [R, slots, B, B], in one launch."""
@@ -92,6 +94,7 @@ def pack(values: Tensor, pattern: Pattern, multiple: int) -> Tensor:
     return packed
 
 
+@replayed
 @on_its_device
 def from_dense(dense: Tensor, pattern: Pattern, out: Tensor | None = None) -> Tensor:
     """The present blocks [R, slots, B, B] of a dense [R*B, C*B]; zeros in the spare slots."""

@@ -13,6 +13,7 @@ soon as all of their own programs have (`gdc_launch_dependents`).
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 from torch import Tensor
@@ -24,6 +25,14 @@ from blockell_kernels._triton._device import INTERPRETED, overlaps
 
 _ready: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _LARGE = 2**31
+
+
+class _Recording(threading.local):
+    by: Any = None
+    """Who notes the launches of this thread; see `_replay`."""
+
+
+recording = _Recording()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> None:
@@ -40,7 +49,9 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
         return
     active = driver.active
     device = active.get_current_device()
-    if _watched():
+    if watched():
+        if recording.by is not None:
+            recording.by.give_up()
         kernel[grid](*args, **constants, **_overlap(kernel, device, constants))
         return
     key: list[Any] = [id(kernel), device, *constants, *constants.values()]
@@ -59,10 +70,15 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **constants: Any) -> 
     if found is None:
         constants |= _overlap(kernel, device, constants)
         compiled = kernel[grid](*args, **constants)
-        _ready[tuple(key)] = compiled, _trailing(kernel, len(args), constants)
+        trailing = _trailing(kernel, len(args), constants)
+        _ready[tuple(key)] = compiled, trailing
+        if recording.by is not None:
+            recording.by.launched(compiled, (*grid, 1, 1)[:3], args, trailing)
         return
     compiled, trailing = found
     x, y, z = grid if len(grid) == 3 else (*grid, 1, 1)[:3]
+    if recording.by is not None:
+        recording.by.launched(compiled, (x, y, z), args, trailing)
     stream = active.get_current_stream(device)
     # The documented way around the launcher, `compiled[grid](...)`, without its closure.
     compiled.run(
@@ -81,7 +97,7 @@ def _overlap(kernel: Any, device: int, given: dict[str, Any]) -> dict[str, bool]
     return {"OVERLAPS": True, "launch_pdl": True} if waits and overlaps(device) else {}
 
 
-def _watched() -> bool:
+def watched() -> bool:
     """Whether a profiler wants to hear of launches; it then hears of them in Triton's own way."""
     hooks = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
     return any(hook is not None and getattr(hook, "calls", True) for hook in hooks)

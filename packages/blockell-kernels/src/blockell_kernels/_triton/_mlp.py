@@ -28,6 +28,7 @@ from blockell_kernels._triton._grad_input import _sorted_columns
 from blockell_kernels._triton._launch import descriptor, launch
 from blockell_kernels._triton._mlp_kernels import grad_input_activated as kernel
 from blockell_kernels._triton._mlp_rule import Way
+from blockell_kernels._triton._replay import replayed
 from blockell_kernels._triton._tiling import Tiling, ceil_div
 
 
@@ -42,6 +43,7 @@ class Middle(NamedTuple):
     """Float32 [any, C*B], which add up to the sum of dh over the tokens, if that was asked for."""
 
 
+@replayed
 def forward_activated(
     x: Tensor,
     values: Tensor,
@@ -67,6 +69,7 @@ def forward_way(x: Tensor, values: Tensor, pattern: Pattern, activation: str) ->
     return rule.forward_way(case, activation, halves, by_turns)
 
 
+@replayed
 def middle(
     dy: Tensor,
     values: Tensor,

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from blockell_kernels._triton._device import num_sms, on_its_device
 from blockell_kernels._triton._launch import launch
+from blockell_kernels._triton._replay import replayed
 from blockell_kernels._triton._sum_kernels import sum_rows
 from blockell_kernels._triton._tiling import ceil_div
 
@@ -26,6 +27,7 @@ def _tiling(t: Tensor) -> tuple[int, int, int, int]:
     return (64, 32, 1, 4) if t.shape[0] <= 64 else (256, 32, 1, 8)
 
 
+@replayed
 @on_its_device
 def column_sums(t: Tensor, dtype: torch.dtype) -> Tensor:
     """[width] of that dtype: the rows of t [N, width] added up in float32, in a fixed order."""
