@@ -156,6 +156,15 @@ def test_an_average_of_another_model_is_refused() -> None:
         TopologyManager(net, optimizer, averages=[nn.Linear(3, 3)])
 
 
+def test_an_average_of_columns_is_refused() -> None:
+    """By exponential averaging over integers every fourth column would be another one."""
+    net, optimizer, _ = setup()
+    said = re.escape("averages (=AveragedModel) must be made with use_buffers=False")
+    averaged = AveragedModel(net, use_buffers=True)
+    with pytest.raises(ValueError, match=said):
+        TopologyManager(net, optimizer, averages=averaged)
+
+
 def test_pruned_values_are_refused() -> None:
     net, optimizer, manager = setup()
     train(net, optimizer, manager, range(2))

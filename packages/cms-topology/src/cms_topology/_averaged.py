@@ -25,8 +25,13 @@ def averaged_layers(
     """The layers of a model that averages the one with `layers`, by the same names.
 
     Raises:
-        ValueError: it has other ones.
+        ValueError: it has other ones, or averages columns.
     """
+    if getattr(averaged, "use_buffers", False):
+        raise ValueError(
+            f"averages (={type(averaged).__name__}) must be made with use_buffers=False: the mean "
+            "of two columns is none, and even of equal ones it may be rounded to another."
+        )
     found = sparse_layers(averaged)
     shapes = {name: tuple(layer.values.shape) for name, layer in layers.items()}
     theirs = {name: tuple(layer.values.shape) for name, layer in found.items()}

@@ -94,8 +94,8 @@ class TopologyManager:
         compensate: under retention, let the other blocks of a row absorb, by least squares on the
             earlier tasks' inputs, what a dropped block did.
         bank: keeps dropped blocks.
-        averages: models that average this one's weights, such as
-            `torch.optim.swa_utils.AveragedModel`: their averages of replaced blocks start afresh.
+        averages: a model that averages this one's weights (or several), such as
+            `torch.optim.swa_utils.AveragedModel`: its averages of replaced blocks start afresh.
         process_group: the ranks that train the same layers and decide together; every one of them
             has to call `step`. Default: DistributedDataParallel's, or all ranks.
 
@@ -124,7 +124,7 @@ class TopologyManager:
         drop_cost: float = 0.0,
         compensate: bool = True,
         bank: BlockBank | None = None,
-        averages: Iterable[nn.Module] = (),
+        averages: nn.Module | Iterable[nn.Module] = (),
         process_group: dist.ProcessGroup | None = None,
     ) -> None:
         self.layers = sparse_layers(model)
@@ -166,6 +166,7 @@ class TopologyManager:
         self._drop_cost, self._compensate, self.bank = drop_cost, compensate, bank
         self.retain(retention)
         self._correction = NewbornStepCorrection() if correct_newborn_steps else None
+        averages = (averages,) if isinstance(averages, nn.Module) else averages
         self._averages = [averaged_layers(averaged, self.layers) for averaged in averages]
         self._kernels: StepKernels | None = None
         self._participation = Participation(self.layers, self._optimizers)
