@@ -168,8 +168,9 @@ def test_bad_calls_are_explained(tiny_config: Make) -> None:
     with pytest.raises(ValueError, match=r"seq_len \(=65\) must not exceed"):
         Trainer(model, TrainingConfig(seq_len=65))
     trainer = Trainer(model, training())
-    with pytest.raises(ValueError, match=r"steps \(=0\) must be at least 1"):
-        trainer.fit(ProseTask(TEXT), 0)
+    for steps in (0, 2.5):
+        with pytest.raises(ValueError, match=rf"steps \(={steps}\) must be an integer of at lea"):
+            trainer.fit(ProseTask(TEXT), steps)
     with pytest.raises(ValueError, match=r"steps \(=\[1, 2\]\) must have one entry per task"):
         run_continual(trainer, [ProseTask(TEXT)], [1, 2])
 

@@ -240,6 +240,10 @@ def test_another_configuration_is_named(tiny_config: Make, tmp_path: Path) -> No
     sgd = Trainer(make(), training(), optimizer=torch.optim.SGD(make().parameters()))
     with pytest.raises(ValueError, match=r"parameter group 0 of the optimizer differs"):
         sgd.load(path)
+    model = make()
+    sgd = Trainer(model, training(), optimizer=torch.optim.SGD(model.parameters()))
+    with pytest.raises(ValueError, match=r"optimizer has no dampening, momentum, which SGD needs"):
+        sgd.load(path)
 
 
 def test_nothing_is_pickled(tiny_config: Make, tmp_path: Path) -> None:

@@ -133,11 +133,11 @@ class Trainer:
         Raises:
             NonFiniteLossError: ``max_nonfinite`` batches in a row had no finite loss.
             TrainingStopped: ``stop`` asked for it; a checkpoint has been written.
-            ValueError: ``steps`` is not positive, or the task is not the checkpoint's.
+            ValueError: ``steps`` is no positive integer, or the task is not the checkpoint's.
             OSError: a checkpoint could not be written.
         """
-        if steps < 1:
-            raise ValueError(f"steps (={steps}) must be at least 1.")
+        if steps < 1 or steps != int(steps):
+            raise ValueError(f"steps (={steps}) must be an integer of at least 1.")
         phase = self._begin(task, steps)
         self._phase, self._resumed = phase, None
         if self.device.type == "cuda":

@@ -106,7 +106,8 @@ def load_optimizer_state_by_name(
     """The inverse of :func:`optimizer_state_by_name`.
 
     Raises:
-        ValueError: another number of groups, or a group with other parameters; names them.
+        ValueError: another number of groups, a group with other parameters, or another kind of
+            optimizer; names what differs.
     """
     ours = optimizer_state_by_name(optimizer, names)["param_groups"]
     theirs = state["param_groups"]
@@ -136,3 +137,10 @@ def load_optimizer_state_by_name(
             "param_groups": groups,
         }
     )
+    for before, group in zip(current, optimizer.param_groups, strict=True):
+        missing = sorted(before.keys() - group.keys())
+        if missing:
+            raise ValueError(
+                f"the checkpoint's optimizer has no {', '.join(missing)}, which "
+                f"{type(optimizer).__name__} needs; build the optimizer as it was."
+            )
