@@ -256,3 +256,30 @@ def test_a_kind_names_what_is_not_an_operand(log, kind):
     _replay.call(kind, [torch.zeros(4), None], step)
     _replay.call(("kind",), [torch.zeros(4), torch.zeros(4)], step)
     assert len(calls) == 3
+
+
+@pytest.fixture
+def tf32():
+    """Torch's setting, put back afterwards."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield matmul
+    matmul.allow_tf32 = before
+
+
+@pytest.mark.parametrize(("dtype", "decided"), [(torch.float32, 2), (torch.bfloat16, 1)])
+def test_torch_allowing_tf32_is_asked_at_every_call(log, tf32, dtype, decided):
+    """It alone, of torch's settings, changes what launchers do, and of float32 alone."""
+    calls, kernel = [], Kernel(log, "x", "out")
+
+    @_replay.replayed
+    def run(x):
+        calls.append(1)
+        out = torch.empty(16)
+        launch(kernel, (1,), x, out, BLOCK=1)
+        return out
+
+    for allowed in (False, True, False):
+        tf32.allow_tf32 = allowed
+        run(torch.zeros(4, dtype=dtype))
+    assert len(calls) == decided

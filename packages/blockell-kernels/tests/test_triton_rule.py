@@ -148,6 +148,18 @@ def test_the_whole_weight_is_one_more_way(measured, monkeypatch):
     assert not rule.takes_whole(many)
 
 
+def test_by_how_much_the_whole_weight_loses_counts(measured, monkeypatch):
+    """A copy adds 0.6 octaves to dense alone, other kernels take 0.8 more, this way 1.2."""
+    monkeypatch.setattr(rule._by_whole, "available", lambda device: True)
+    shapes = [[1024, 640, 2560], [2048, 640, 2560]]
+    whole = [[*shape, [[0.5, 1.2]]] for shape in shapes]
+    measured(*([*shape, [[0.5, 0.2, 0.8]]] for shape in shapes), whole=whole)
+    between = case("forward", 1448, 640, 2560, 16)
+    assert rule.expected_whole(between, "half").octaves == pytest.approx(1.2 - 0.6)
+    assert not rule.takes_whole(between)
+    assert not rule.verdict(between).wins
+
+
 def test_near_shapes_weigh_more_than_far_ones(measured):
     """Two lose a little at a distance of an octave; the one that wins is at half of it."""
     rows = [[2048, 640, 2560, [[0.5, 0.3, 1]]], [1024, 640, 10240, [[0.5, 0.3, 1]]]]

@@ -101,6 +101,25 @@ def test_an_mlp_of_other_operands(make_problem, replays, monkeypatch, B, G, N, r
     assert replays
 
 
+@pytest.mark.parametrize("N", [33, 2100])
+def test_a_backward_pass_that_is_run_again(make_problem, replays, N):
+    """The last one may write over what forward saved; those before it may not."""
+    fc1 = make_problem(B=128, R=8, C=4, K=2, N=N, dtype=BF16)
+    fc2 = make_problem(B=128, R=4, C=8, K=4, N=N, dtype=BF16)
+    x, values1, values2 = (t.clone().requires_grad_() for t in (fc1.x, fc1.values, fc2.values))
+    found = []
+    for _ in range(2):
+        y = block_ell_mlp(
+            x, values1, fc1.pattern.col_indices, None, values2, fc2.pattern.col_indices, None
+        )
+        for again in (True, True, False):
+            grads = torch.autograd.grad(y, (x, values1, values2), fc2.dy, retain_graph=again)
+            found.append([y.clone(), *grads])
+    assert replays
+    for grads in found[1:]:
+        assert all(map(torch.equal, grads, found[0]))
+
+
 @pytest.mark.parametrize("needs", [(True, True), (True, False), (False, True)])
 @pytest.mark.parametrize("N", [33, 700])
 @pytest.mark.parametrize(("B", "G"), [(128, 1), (16, 8), (16, 1)])

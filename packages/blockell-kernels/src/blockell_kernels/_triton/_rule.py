@@ -147,18 +147,23 @@ def _mean(
 
 
 def expected(
-    case: Case, kind: str, copied: bool = True, density: float | None = None
+    case: Case,
+    kind: str,
+    copied: bool = True,
+    density: float | None = None,
+    bound: float = BOUND,
 ) -> Found | None:
     """The sparse kernel's time beside a dense product, its weight `copied` first or not.
 
-    At another density than the case's, if one is given.
+    At another density than the case's, if one is given. Bounded, it tells who wins, not by how
+    much.
     """
     found = nearest(case, kind, density)
     if found is None:
         return None
     near, width = found
     column, at = 1 if copied else 2, case.density if density is None else density
-    octaves = _mean(near, lambda shape: interpolated(shape, at, column))
+    octaves = _mean(near, lambda shape: interpolated(shape, at, column), bound)
     return Found(octaves, [shape for _, shape in near], width)
 
 
@@ -169,7 +174,7 @@ def expected_whole(case: Case, kind: str, copied: bool = True) -> Found | None:
     if rows is None or found is None or not _by_whole.available(case.device):
         return None
     near = _nearest(case, rows)
-    octaves = _mean(near, lambda shape: shape.points[0][1])
+    octaves = _mean(near, lambda shape: shape.points[0][1], math.inf)
     if copied:  # what the copy adds to the dense product, by the same measurements as elsewhere
         at = case.density
         octaves -= _mean(
@@ -183,7 +188,7 @@ def takes_whole(case: Case) -> bool:
     """Whether the product by the whole weight beats the other sparse kernels."""
     kind = arithmetic(case)
     whole = expected_whole(case, kind, copied=False)
-    other = expected(case, kind, copied=False)
+    other = expected(case, kind, copied=False, bound=math.inf)
     return whole is not None and (other is None or whole.octaves < other.octaves)
 
 
