@@ -7,11 +7,13 @@ are replayed.
 
 from __future__ import annotations
 
+import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -24,6 +26,9 @@ WARM_UP = 3
 
 Of these one at least is like that which is captured.
 """
+
+
+_REQUIRES_GRAD = attrgetter("requires_grad")
 
 
 class _Recorded(NamedTuple):
@@ -112,19 +117,20 @@ class GraphedBackward:
         """The loss, 0-d and detached; gradients are left as `function` leaves them.
 
         Args:
-            inputs: for `function`; brought to the model's device without waiting for it.
+            inputs: for `function`; brought to the model's device without waiting for it, so do not
+                write into pinned ones before it has read them.
 
         Raises:
             RuntimeError: `function` did what a graph cannot hold.
         """
         device = next(self._model.parameters()).device
-        moved = [_moved(tensor, device) for tensor in inputs]
         if not capturable(device):
             self._warn(
                 f"model (on {device}) must be on a CUDA device for its steps to be captured in a "
                 "graph; they run as they are. Move the model to one, or leave GraphedBackward out."
             )
-            return self._function(*moved).detach()
+            return self._plain(inputs, device)
+        given = [_pinned(tensor, device) for tensor in inputs]
         leaves = self._leaves()
         if any(leaf.grad is not None for leaf in leaves):
             self._warn(
@@ -132,38 +138,41 @@ class GraphedBackward:
                 "them. Clear them before (optimizer.zero_grad(set_to_none=True)); to accumulate, "
                 "let function go over all parts of a batch."
             )
-            return self._function(*moved).detach()
+            return self._plain(given, device)
         if not self._fixed():
-            return self._function(*moved).detach()
+            return self._plain(given, device)
         memory = self._addresses(leaves)
         if memory != self._memory:
             self.forget()
             self._memory = memory
-        key = self._key(moved)
+        key = self._key(given)
         recorded = self._graphs.get(key)
         if recorded is None:
             if not self._calls[key] or self._calls.total() < WARM_UP:
                 self._calls[key] += 1
                 with on(device):
-                    return beside(lambda: self._function(*moved).detach())
+                    return beside(lambda: self._plain(given, device))
             if len(self._graphs) == self._max_graphs:
                 self._warn(
                     f"inputs of {len(self._graphs)} shapes (=max_graphs) are captured; steps with "
-                    f"others (now {[tuple(x.shape) for x in moved]}) run as they are. Raise "
+                    f"others (now {[tuple(x.shape) for x in given]}) run as they are. Raise "
                     "max_graphs, or let batches have fewer shapes."
                 )
-                return self._function(*moved).detach()
+                return self._plain(given, device)
             with on(device):
-                recorded = self._graphs[key] = self._record(moved, leaves)
-        for kept, tensor in zip(recorded.inputs, moved, strict=True):
+                recorded = self._graphs[key] = self._record(given, leaves, device)
+        for kept, tensor in zip(recorded.inputs, given, strict=True):
             kept.copy_(tensor, non_blocking=True)
         recorded.replay()
         for leaf, gradient in recorded.gradients:
             leaf.grad = gradient
         return recorded.result.clone()
 
-    def _record(self, moved: list[Tensor], leaves: list[Tensor]) -> _Recorded:
-        inputs = [tensor.clone() for tensor in moved]
+    def _plain(self, given: Sequence[Tensor], device: torch.device) -> Tensor:
+        return self._function(*(x.to(device, non_blocking=True) for x in given)).detach()
+
+    def _record(self, given: list[Tensor], leaves: list[Tensor], device: torch.device) -> _Recorded:
+        inputs = [tensor.to(device, copy=True) for tensor in given]
         try:
             replay, result, self._pool = capture(
                 lambda: self._function(*inputs).detach(), self._generators, self._pool
@@ -185,17 +194,16 @@ class GraphedBackward:
 
     def _fixed(self) -> bool:
         """Whether the layers would do now what a captured call does."""
-        collects_loss = (
-            layer.collect_candidates and layer.scorer.config.candidate_score == "loss"
-            for layer in self._layers
-        )
-        # indices written to from outside are checked, and what follows from them rebuilt
-        stale = (x._is_stale() for x in self._layers)
-        return not any(collects_loss) and not any(stale)
+        for layer in self._layers:
+            if layer._is_stale():  # indices written to from outside are checked, and more rebuilt
+                return False
+            if layer.collect_candidates and layer.scorer.config.candidate_score == "loss":
+                return False
+        return True
 
     def _addresses(self, leaves: list[Tensor]) -> Any:
         """Where a graph reads and writes."""
-        places = [(leaf.data_ptr(), leaf.requires_grad) for leaf in leaves]
+        places = [*map(Tensor.data_ptr, leaves)], [*map(_REQUIRES_GRAD, leaves)]
         return places, [(x.num_live, x.col_indices.data_ptr()) for x in self._layers]
 
     def _key(self, inputs: list[Tensor]) -> Any:
@@ -214,10 +222,9 @@ class GraphedBackward:
             warnings.warn(message, stacklevel=3)
 
 
-def _moved(tensor: Tensor, device: torch.device) -> Tensor:
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+def _pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """What can be copied to a device without waiting for it."""
+    return tensor.pin_memory() if device.type == "cuda" and tensor.is_cpu else tensor
 
 
 def capturable(device: torch.device) -> bool:
@@ -261,8 +268,15 @@ def capture(
     for generator in generators:
         graph.register_generator_state(generator)
     torch.clear_autocast_cache()  # copies of weights made before would be read for ever
-    # other threads may go on, such as one that pins memory for a data loader
-    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
-        result = work()
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()  # garbage may hold another graph; freed during a capture it puts an end to it
+    try:
+        # other threads may go on, such as one that pins memory for a data loader
+        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+            result = work()
+    finally:
+        if enabled:
+            gc.enable()
     torch.clear_autocast_cache()
     return graph.replay, result, graph.pool()

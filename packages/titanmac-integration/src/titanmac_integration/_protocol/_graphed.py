@@ -59,7 +59,7 @@ class GraphedTrainer(Trainer):
             group["lr"].fill_(lr)
         if self._work is None:
             self._work = GraphedBackward(self._captured, self.model, generators=self.generators)
-        batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
+        batch = self._data.next(task, self.config.batch_size, self.config.seq_len)
         self.optimizer.zero_grad(set_to_none=True)
         loss = self._work(batch.input_ids, batch.labels)
         self.step += 1

@@ -1,7 +1,9 @@
 """An optimizer's step replayed from a CUDA graph."""
 
+import gc
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ class GraphedUpdate:
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
         self._places: Any = None
         self._places_before: Any = None
+        self._replay: Callable[[], object] | None = None
 
     @staticmethod
     def fits(optimizer: torch.optim.Optimizer) -> bool:
@@ -47,19 +50,20 @@ class GraphedUpdate:
             for p, g in self._gradients
             if g is not None
         )
+        self._replay = self._replays.get(self._places)
 
     def step(self) -> None:
         """Step, once."""
         exchanged = any(p.grad is not gradient for p, gradient in self._gradients)
-        known = self._places in self._replays
+        known = self._replay is not None
         if exchanged or hooked(self._optimizer) or not (known or self._may_capture()):
             with warnings.catch_warnings():  # torch asks whether this optimizer is ever captured
                 warnings.filterwarnings("ignore", message="(?s).*capturable=True")
                 self._optimizer.step()
             return
-        if not known:
-            self._replays[self._places] = captured(self._optimizer)
-        self._replays[self._places]()
+        if self._replay is None:
+            self._replay = self._replays[self._places] = captured(self._optimizer)
+        self._replay()
 
     def _may_capture(self) -> bool:
         """Whether places stay where they are, and no state would be made inside of a graph."""
@@ -70,9 +74,22 @@ class GraphedUpdate:
 def captured(optimizer: torch.optim.Optimizer) -> Callable[[], object]:
     """What replays a step; none is made on the way."""
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with _without_collector(), torch.cuda.graph(graph, capture_error_mode="thread_local"):
         optimizer.step()
     return graph.replay
+
+
+@contextmanager
+def _without_collector() -> Iterator[None]:
+    """Garbage may hold another graph, and one that is freed during a capture puts an end to it."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def hooked(optimizer: torch.optim.Optimizer) -> bool:

@@ -16,6 +16,7 @@ from titanmac_integration._loggers import MultiLogger
 from titanmac_integration._model._titanmac import TitanMAC
 from titanmac_integration._seeding import stream
 
+from ._batches import BatchStream
 from ._callback import TrainerCallback
 from ._checkpoint import CheckpointStore, read_training_checkpoint
 from ._config import TrainingConfig
@@ -116,7 +117,7 @@ class Trainer:
         """Optimizer steps so far."""
         runner = GraphedStepRunner if config.cuda_graph else StepRunner
         self._runner = runner(model, config, self.device)
-        self._data = stream(config.seed, "data")
+        self._data = BatchStream(stream(config.seed, "data"), self.device)
         self._nonfinite = 0
         self._stopping = False
         self._phase: Phase | None = None
@@ -193,15 +194,19 @@ class Trainer:
     def _one_step(self, task: Task | Mixture, done: int, steps: int) -> tuple[float, int]:
         """One optimizer step; batches without a finite loss and gradient are passed over."""
         set_rate(self.optimizer, lambda peak: self.config.lr_at(done, steps, peak=peak))
+        size_of_batch = self.config.batch_size, self.config.seq_len
         while True:
-            batch = task.batch(self.config.batch_size, self.config.seq_len, self._data)
+            batch = self._data.next(task, *size_of_batch)
             self.optimizer.zero_grad()
             loss = self._agree(self._runner.backward(batch, self.optimizer))
             self._call("on_backward", loss)
             norm = torch.nn.utils.clip_grad_norm_(
                 self.model.parameters(), self.config.grad_clip or float("inf")
             )
-            value, size = torch.stack((loss, norm.float())).tolist()
+            both = torch.stack((loss, norm.float()))
+            if done + 1 < steps:
+                self._data.draw_ahead(task, *size_of_batch)
+            value, size = both.tolist()
             finite = math.isfinite(value) and math.isfinite(size)
             if finite and hasattr(self.optimizer, "record_loss"):
                 self.optimizer.record_loss(value)  # finds loss spikes at decisions
