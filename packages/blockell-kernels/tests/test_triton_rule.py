@@ -160,6 +160,21 @@ def test_by_how_much_the_whole_weight_loses_counts(measured, monkeypatch):
     assert not rule.verdict(between).wins
 
 
+def test_what_was_measured_at_a_shape_is_not_overruled_by_others(measured, monkeypatch):
+    """Whichever sparse way was taken there lost; by others the whole weight were to win."""
+    monkeypatch.setattr(rule._by_whole, "available", lambda device: True)
+    own, whole = [1024, 640, 2560, [[0.5, 0.4, 0.9]]], [[0.5, 0.1]]
+    measured(own, whole=[[512, 640, 2560, whole], [2048, 640, 2560, whole]])
+    found = case("forward", 1024, 640, 2560, 16)
+    assert rule.takes_whole(found)
+    assert rule.expected_whole(found, "half").octaves < 0
+    assert not rule.verdict(found).wins
+    assert "whole" not in rule.verdict(found).why
+    assert not rule.beats_copied(found)
+    measured(own, whole=[[1024, 640, 2560, whole], [2048, 640, 2560, whole]])
+    assert rule.verdict(found).wins  # measured there, too
+
+
 def test_near_shapes_weigh_more_than_far_ones(measured):
     """Two lose a little at a distance of an octave; the one that wins is at half of it."""
     rows = [[2048, 640, 2560, [[0.5, 0.3, 1]]], [1024, 640, 10240, [[0.5, 0.3, 1]]]]

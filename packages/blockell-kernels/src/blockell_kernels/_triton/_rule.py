@@ -192,6 +192,22 @@ def takes_whole(case: Case) -> bool:
     return whole is not None and (other is None or whole.octaves < other.octaves)
 
 
+def _expected_by_its_way(case: Case, kind: str, copied: bool = True) -> tuple[Found | None, bool]:
+    """What is expected of the way that is taken, and whether that is by the whole weight.
+
+    What was measured at the case's own shape, by whichever way was taken there, is not overruled by
+    what the whole weight took at others.
+    """
+    found = expected(case, kind, copied)
+    if not takes_whole(case):
+        return found, False
+    whole = expected_whole(case, kind, copied)
+    assert whole is not None
+    if found is not None and len(found.shapes) == 1 < len(whole.shapes):
+        return found, False
+    return whole, True
+
+
 def verdict(case: Case) -> Verdict:
     """Whether the sparse kernel beats the dense product on this case, and by which measurement."""
     return _verdict(case, arithmetic(case))
@@ -205,9 +221,7 @@ def beats_copied(case: Case) -> bool:
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         return True
     kind = arithmetic(case)
-    found = expected(case, kind, copied=False)
-    if takes_whole(case):
-        found = expected_whole(case, kind, copied=False)
+    found, _ = _expected_by_its_way(case, kind, copied=False)
     return found is None or found.octaves <= 0
 
 
@@ -243,11 +257,9 @@ def _verdict(case: Case, kind: str) -> Verdict:
             f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, {UNMEASURED_FACTOR} "
             f"times the break-even of {case.direction} on a GPU not measured; {where}",
         )
-    way = ""
-    if takes_whole(case):
-        whole = expected_whole(case, kind)
-        assert whole is not None
-        found, way = whole, ", by the whole weight block by block,"
+    taken, by_whole = _expected_by_its_way(case, kind)
+    assert taken is not None
+    found, way = taken, ", by the whole weight block by block," if by_whole else ""
     return Verdict(
         found.octaves <= 0,
         f"{case.direction} at density {case.density:.2f}{way} takes {2**found.octaves:.2f} of the "
