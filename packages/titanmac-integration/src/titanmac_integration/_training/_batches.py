@@ -40,7 +40,8 @@ class BatchStream:
 
     def draw_ahead(self, task: Task | Mixture, batch_size: int, seq_len: int) -> None:
         """Draw what will probably be asked for next."""
-        state = self._generator.get_state()
+        state = self.get_state()
+        self._generator.set_state(state)
         batch = self._draw(task, batch_size, seq_len)
         self._ahead = _Ahead((task, batch_size, seq_len), batch, state)
 
