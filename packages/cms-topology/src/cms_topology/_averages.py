@@ -68,7 +68,7 @@ def _advance(
     emas, weights, ages = ([averages[i] for averages in state] for i in range(3))
     if _asking_is_free(finite):
         if finite:
-            one = torch.ones((), dtype=torch.float32)
+            one = torch.ones((), dtype=torch.float32, device=finite.device)
             torch._foreach_lerp_(emas, list(given), 1.0 - decay)
             torch._foreach_lerp_(weights, [one.expand_as(w) for w in weights], 1.0 - decay)
             torch._foreach_add_(ages, 1)

@@ -62,7 +62,7 @@ def layer_snapshot(layer: CMSBlockLinear, result: TopologyDecisionResult | None)
     """Topology, ages and scores, with what `result` (if any) changed."""
     columns = layer.col_indices.cpu().numpy()
     score = layer.scorer.present_scores(layer.values.detach(), layer.col_indices).nan_to_num(0.0)
-    swapped = torch.zeros(layer.R, layer.K, dtype=torch.bool)
+    swapped = torch.zeros(layer.R, layer.K, dtype=torch.bool, device="cpu")
     previous = layer.col_indices.cpu().clone()
     if result is not None:
         live = result.swapped.shape[1]

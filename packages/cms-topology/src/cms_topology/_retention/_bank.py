@@ -116,7 +116,7 @@ class BlockBank:
             for row, columns in enumerate(layer.col_indices[:, : layer.num_live].tolist())
             for slot, column in enumerate(columns)
         }
-        mask = torch.zeros(layer.R, layer.num_live, dtype=torch.bool)
+        mask = torch.zeros(layer.R, layer.num_live, dtype=torch.bool, device="cpu")
         for block in reversed(self.blocks):
             slot = slots.pop((block.row, block.column), None) if block.layer == name else None
             if slot is None or (task is not None and block.task != task):

@@ -201,7 +201,8 @@ def _observe(
 
     def projected() -> Tensor:
         result = outputs_of(model, batch)
-        return (result * torch.randn(result.shape, generator=generator).to(result)).sum()
+        draws = torch.randn(result.shape, generator=generator, device=generator.device)
+        return (result * draws.to(result)).sum()
 
     def loss() -> Tensor:
         if usage == "sampled":
@@ -236,7 +237,7 @@ def _products(
     output."""
     products: list[Product] = []
     edges: list[Any] = []
-    nothing = torch.empty(0)
+    nothing = torch.empty(0, device="cpu")
 
     def on_product(product: Product) -> None:
         x, y = product.input, product.output
@@ -274,7 +275,7 @@ def _products(
 def _sampled_loss(logits: Tensor, generator: torch.Generator) -> Tensor:
     """Mean cross entropy against labels drawn from the predictions themselves."""
     flat = logits.flatten(0, -2).float()
-    draws = torch.rand(flat.shape, generator=generator).to(flat)
+    draws = torch.rand(flat.shape, generator=generator, device=generator.device).to(flat)
     # Gumbel's trick: the largest of log p - log(-log u) is a sample of p
     labels = (flat.detach() - (-draws.clamp(min=1e-20).log()).clamp(min=1e-20).log()).argmax(-1)
     return nn.functional.cross_entropy(flat, labels)

@@ -101,9 +101,9 @@ class Consolidation:
     """Names of the tasks, in the order of consolidation."""
     weights: list[float] = field(default_factory=list)
     """Weight of each task."""
-    drift_levels: Tensor = field(default_factory=lambda: torch.zeros(0))
+    drift_levels: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     """Relative drifts D at which the tasks' own loss was measured, ascending; see `drift_at`."""
-    drift_rises: Tensor = field(default_factory=lambda: torch.zeros(0))
+    drift_rises: Tensor = field(default_factory=lambda: torch.zeros(0, device="cpu"))
     """[tasks, levels]: rise of each task's loss in nats when all layers drift by D at random."""
 
     probes: list[Probes] = field(default_factory=list)
@@ -136,10 +136,11 @@ class Consolidation:
         if self.drift_levels.numel() == 0:
             return None
         levels = self.drift_levels.double().log().tolist()
+        log_rise = float(torch.tensor(rise, device="cpu").log())
         found = []
         for rises in self.drift_rises.double().clamp(min=1e-12).log().tolist():
-            found.append(_crossing(levels, rises, float(torch.tensor(rise).log())))
-        return float(torch.tensor(min(found)).exp())
+            found.append(_crossing(levels, rises, log_rise))
+        return float(torch.tensor(min(found), device="cpu").exp())
 
     def plus(self, other: Consolidation) -> Consolidation:
         """What is kept of the tasks of both."""
@@ -202,7 +203,7 @@ class Consolidation:
             "inputs_first": [name for name, layer in self.layers.items() if layer.inputs_first],
             "stacked": [name for name, layer in self.layers.items() if layer.stacked],
         }
-        text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8)
+        text = torch.tensor(list(json.dumps(about).encode()), dtype=torch.uint8, device="cpu")
         tensors = {
             "about": text,
             "drift_levels": self.drift_levels,

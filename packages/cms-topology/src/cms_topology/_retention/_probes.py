@@ -210,7 +210,7 @@ def sample_tokens(
         if allowed is not None:
             logits = logits.masked_fill(~allowed.to(logits.device), -torch.inf)
         p = logits.softmax(-1)
-        draws = torch.rand(p.shape, generator=rng).to(p).clamp(min=1e-20)
+        draws = torch.rand(p.shape, generator=rng, device=rng.device).to(p).clamp(min=1e-20)
         # the smallest of -log(u) / p: an exponential race, won by class i with probability p_i
         chosen = (-draws.log() / p).argmin(-1, keepdim=True)
         tokens = torch.cat((tokens, chosen), 1)

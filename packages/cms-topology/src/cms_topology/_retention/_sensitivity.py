@@ -40,7 +40,7 @@ def measure_sensitivity(
     D = tr(dW K dW^T) / tr(W K W^T), to either side, then put back to the bit.
     """
     base = _mean_loss(model, batches, loss_of)
-    rises = torch.full((DRAWS, len(LEVELS)), torch.inf, dtype=torch.float64)
+    rises = torch.full((DRAWS, len(LEVELS)), torch.inf, dtype=torch.float64, device="cpu")
     for draw in range(DRAWS):
         steps = _unit_displacements(model, memory, generator)
         for i, level in enumerate(LEVELS):
@@ -53,7 +53,7 @@ def measure_sensitivity(
             if not rise < ENOUGH_NATS:
                 break
     mean = rises.mean(0).nan_to_num(nan=torch.inf, posinf=1e6)
-    return torch.tensor(LEVELS, dtype=torch.float64), mean[None]
+    return torch.tensor(LEVELS, dtype=torch.float64, device="cpu"), mean[None]
 
 
 def _mean_loss(
@@ -78,7 +78,7 @@ def _unit_displacements(
         if name not in memory.layers:
             continue
         weight = parameter.detach()
-        step = torch.randn(weight.shape, generator=generator).to(weight)
+        step = torch.randn(weight.shape, generator=generator, device=generator.device).to(weight)
         layer = sparse.get(parameter)
         if layer is not None:
             step[:, layer.num_live :] = 0

@@ -44,7 +44,7 @@ class WeightState:
             "scale": self.scale,
             "debt": self.debt,
             "multiplier": self.multiplier,
-            "rank": torch.tensor(self.basis.rank),
+            "rank": torch.tensor(self.basis.rank, device="cpu"),
         }
         # what is changed in place later must not change a state that was taken
         return {name: tensor.clone() for name, tensor in kept.items()}
