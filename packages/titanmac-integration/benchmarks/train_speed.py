@@ -1,7 +1,7 @@
 """What the training loop itself takes, dense and block-sparse: data, clipping, clock and all.
 
     python benchmarks/train_speed.py --preset small --out out
-    python benchmarks/train_speed.py --preset titanmac-163m --precision bf16 --graphs --out out
+    python benchmarks/train_speed.py --preset titanmac-163m --precision bf16 --graphs both --out out
 
 Trains on prose by `Trainer`, as `titanmac train` does; blocks of the sparse MLPs move. The models
 take turns, a decision period each, after a first one that is not counted, so that a host that is
@@ -30,6 +30,9 @@ from titanmac_integration import (
     TrainingConfig,
     create_titanmac_model,
 )
+
+
+KINDS = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
 class Times:
@@ -89,18 +92,17 @@ def main() -> None:
     parser.add_argument("--precision", default="fp32")
     parser.add_argument("--period", type=int, default=100, help="steps between decisions")
     parser.add_argument("--turns", type=int, default=3)
-    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, besides without")
+    parser.add_argument("--graphs", choices=sorted(KINDS), default="no", help="CUDA graphs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("out"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
 
     models = [("dense", {}), *((f"{d:.0%}", sparse(options, d)) for d in options.densities)]
-    kinds = (False, True) if options.graphs else (False,)
     task = ProseTask()
     cells = {
         (name, graph): make(options, changes, graph)
-        for (name, changes), graph in itertools.product(models, kinds)
+        for (name, changes), graph in itertools.product(models, KINDS[options.graphs])
     }
     measured: dict[tuple[str, bool], list[float]] = {cell: [] for cell in cells}
     reports = {}
