@@ -31,7 +31,6 @@ from titanmac_integration import (
     create_titanmac_model,
 )
 
-
 KINDS = {"no": (False,), "yes": (True,), "both": (False, True)}
 
 
