@@ -20,7 +20,8 @@ def to_dense(values: Tensor, col_indices: Tensor, R: int, C: int, K: int, B: int
 
     Args:
         values: [R, K, B, B].
-        col_indices: int [R, K], a valid topology; -1 in spare slots, whose values are ignored.
+        col_indices: int [R, K], a valid topology; -1 in spare slots, whose values are ignored. On
+            a CPU a column out of range raises IndexError.
         R, C, K, B: block rows, block columns, slots per row, tile side.
 
     Returns:
@@ -38,8 +39,9 @@ def to_dense(values: Tensor, col_indices: Tensor, R: int, C: int, K: int, B: int
             f"col_indices has shape {tuple(col_indices.shape)}; it must be [R, K] = {(R, K)}."
         )
     rows = torch.arange(R, device=values.device)[:, None].expand(R, K)
-    # spare slots are written to one column more, which is cut off: no data-dependent shape
-    columns = torch.where(col_indices < 0, C, col_indices).long()
+    # spare slots are written to one column more, which is cut off: no data-dependent shape; live
+    # ones that are out of range must not get there, and raise where they are used
+    columns = torch.where(col_indices < 0, C, col_indices + (col_indices >= C)).long()
     blocks = values.new_zeros(R, C + 1, B, B).index_put((rows, columns), values)
     return blocks[:, :C].transpose(1, 2).reshape(R * B, C * B)
 

@@ -171,6 +171,14 @@ def test_integers_are_not_weights() -> None:
         from_dense(torch.ones(4, 4, dtype=torch.int64), 2, 1.0)
 
 
+@pytest.mark.parametrize("column", [3, 4, 99])
+def test_no_block_gets_lost(column: int) -> None:
+    """Before, the first column behind the last one was taken for a spare slot."""
+    columns = torch.tensor([[0, -1], [column, -1]], dtype=torch.int32)
+    with pytest.raises(IndexError, match="out of bounds"):
+        to_dense(torch.ones(2, 2, 8, 8), columns, 2, 3, 2, 8)
+
+
 def test_to_dense_checks_shapes(matrix_maker: Maker) -> None:
     matrix = matrix_maker()
     with pytest.raises(ValueError, match=r"values has shape .* \[R, K, B, B\] = \(6, 3, 4, 4\)"):
