@@ -1,9 +1,10 @@
 """Runs launches again without the code that decided on them.
 
 What a launcher allocates and launches depends on its operands' shapes, strides, dtypes, alignment
-and device, never on what they hold. So the first call of a kind is recorded: its allocations, its
-compiled kernels, and which of their arguments are addresses of operands and allocations. Later
-calls of that kind allocate and launch the same, and let go of memory after its last use.
+and device, never on what they hold. So the second call of a kind is recorded (the first may be the
+only one): its allocations, its compiled kernels, and which of their arguments are addresses of
+operands and allocations. Later calls of that kind allocate and launch the same, and let go of
+memory after its last use.
 
 A call that does anything else, such as zeroing, copying or a dense product, or that uses memory
 from elsewhere, is not replayed, and goes the long way every time.
@@ -179,6 +180,7 @@ class Recorder(TorchDispatchMode):
 
 _recordings: dict[tuple[Any, ...], Recording | None] = {}
 _UNKNOWN: Any = object()
+_SEEN: Any = object()
 
 
 def forget() -> None:
@@ -275,7 +277,12 @@ def _run(
     recording = _recordings.get(key, _UNKNOWN)
     if recording is None:
         return function()
-    if recording is not _UNKNOWN:
+    if recording is _UNKNOWN:
+        if len(_recordings) >= MAX_RECORDINGS:
+            _recordings.clear()
+        _recordings[key] = _SEEN
+        return function()
+    if recording is not _SEEN:
         result: _T = replay(recording, operands, addresses)
         return result
     recorder = Recorder(operands)
@@ -283,8 +290,6 @@ def _run(
         return function()
     with recorder:
         out = function()
-    if len(_recordings) >= MAX_RECORDINGS:
-        _recordings.clear()
     _recordings[key] = recorder.finished(out, device)
     return out
 
