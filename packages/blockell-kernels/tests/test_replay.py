@@ -204,7 +204,7 @@ def test_tensors_given_by_name_are_operands(log):
         out = torch.zeros(16)
         assert run(torch.zeros(4), out=out, scale=1) is out
         for args in log:
-            assert out.data_ptr() == args[10] or out is args[10]
+            assert args[10] is out or args[10] == out.data_ptr()
         run(torch.zeros(4), scale=1, out=torch.zeros(16))
         run(torch.zeros(4), out=torch.zeros(16), scale=2)
     assert len(calls) == 3 * 2
