@@ -86,6 +86,31 @@ def test_a_part_without_counted_tokens_is_left_to_plain_steps(
     assert trainer._runner._graphed.calls == 0
 
 
+def test_batches_of_many_lengths_are_padded_to_two(here: None, tiny_config: Make) -> None:
+    class Cut(ProseTask):
+        def batch(self, batch_size: int, seq_len: int, generator: torch.Generator) -> Batch:
+            ids, labels = super().batch(batch_size, seq_len, generator)
+            length = int(torch.randint(seq_len // 2, seq_len - 4, (), generator=generator))
+            drawn.add(length)
+            return Batch(ids[:, :length], labels[:, :length])
+
+    finals, shapes, drawn = [], set(), set()
+    for graph in (False, True):
+        settings = TrainingConfig(**SETTINGS, cuda_graph=graph)
+        trainer = Trainer(create_titanmac_model(tiny_config(), seed=0), settings)
+        if graph:
+            function = trainer._runner._graphed.function
+
+            def note(*tensors: Tensor, function: Any = function) -> Tensor:
+                shapes.update(tensor.shape for tensor in tensors)
+                return function(*tensors)
+
+            trainer._runner._graphed.function = note
+        finals.append(trainer.fit(Cut(TEXT), 20).final_loss)
+    assert finals[1] == pytest.approx(finals[0], rel=1e-4)
+    assert len(shapes) == 2 < len(drawn)
+
+
 def test_graphs_are_dropped_before_every_task(here: None, tiny_config: Make) -> None:
     trainer, _ = trained(tiny_config(), steps=3, cuda_graph=True)
     trainer.fit(ProseTask(TEXT), 2)

@@ -4,9 +4,11 @@ import dataclasses
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from cms_topology import GraphedBackward
 from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._labels import IGNORE_INDEX
 
 from ._config import TrainingConfig
 from ._graphed_update import GraphedUpdate
@@ -19,7 +21,8 @@ class GraphedStepRunner(StepRunner):
 
     Between the two the host still sees loss and gradients: batches without a finite loss are passed
     over, callbacks and hooks act as they do otherwise. The update is replayed for fused Adam and
-    AdamW without hooks; other optimizers step as they are.
+    AdamW without hooks; other optimizers step as they are. Every shape of batch needs a graph:
+    where lengths vary, batches are padded behind their ends, which changes rounding only.
 
     Raises:
         ValueError: the model is not on a CUDA device, or there are several processes.
@@ -31,20 +34,37 @@ class GraphedStepRunner(StepRunner):
         self._keeps_casts = False  # copies of weights made in one step would serve all others
         self._graphed = GraphedBackward(self._captured, model)
         self._update: GraphedUpdate | None = None
+        self._lengths: dict[int, list[int]] = {}
 
     def begin(self, optimizer: torch.optim.Optimizer) -> None:
         """Forget what was captured: model or optimizer may have been changed since."""
         self._graphed.forget()
+        self._lengths = {}
         self._update = GraphedUpdate(optimizer) if GraphedUpdate.fits(optimizer) else None
 
     def _backward(self, parts: list[WeightedPart]) -> Tensor:
         if any(part.weight == 0 for part in parts):
             loss = super()._backward(parts)
         else:
-            loss = self._graphed(*_tensors(parts))
+            loss = self._graphed(*_tensors([self._padded(part) for part in parts]))
         if self._update is not None:
             self._update.look()
         return loss
+
+    def _padded(self, part: WeightedPart) -> WeightedPart:
+        """As long as the first of so many sequences, if it is not longer, else ``seq_len``."""
+        rows, length = part.input_ids.shape
+        known = self._lengths.setdefault(rows, [length])
+        goal = min((n for n in known if n >= length), default=max(length, self.config.seq_len))
+        if goal not in known:
+            known.append(goal)
+        if goal == length:
+            return part
+        behind = (0, goal - length)
+        return part._replace(
+            input_ids=functional.pad(part.input_ids, behind),
+            labels=functional.pad(part.labels, behind, value=IGNORE_INDEX),
+        )
 
     def _captured(self, *inputs: Tensor) -> Tensor:
         """`StepRunner._backward` of tensors alone: ids, labels and, of several parts, weights."""
