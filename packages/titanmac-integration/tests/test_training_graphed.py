@@ -108,7 +108,7 @@ def test_batches_of_many_lengths_are_padded_to_two(here: None, tiny_config: Make
             trainer._runner._graphed.function = note
         finals.append(trainer.fit(Cut(TEXT), 20).final_loss)
     assert finals[1] == pytest.approx(finals[0], rel=1e-4)
-    assert len(shapes) == 2 < len(drawn)
+    assert len(shapes) <= 2 < len(drawn)
 
 
 def test_graphs_are_dropped_before_every_task(here: None, tiny_config: Make) -> None:
