@@ -171,13 +171,26 @@ def test_activations_fused_and_not(activation: str) -> None:
     torch.testing.assert_close(fused, by_layer, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("width", [32, 64, 47])
+def test_widths_are_checked_as_by_the_layers(width: int) -> None:
+    """Before, features beyond those of a layer were left out without a word."""
+    fc1, fc2 = layers()
+    with pytest.raises(ValueError, match=rf"of x \(={width}\) must be fc1.in_features \(=48\)"):
+        block_sparse_mlp(torch.randn(3, width), fc1, fc2)
+    narrow = CMSBlockLinear(64, 32, tile_size=8)
+    said = r"fc1.out_features \(=96\) must be fc2.in_features \(=64\)"
+    with pytest.raises(ValueError, match=said):
+        block_sparse_mlp(torch.randn(3, 48), fc1, narrow)
+
+
 def test_messages() -> None:
     mlp, x = layers(), torch.randn(4, 48)
     for fc1, fc2 in (mlp, [layer.to_linear() for layer in mlp]):
         with pytest.raises(ValueError, match=r"activation \(='tanh'\) must be one of none, gelu"):
             block_sparse_mlp(x, fc1, fc2, "tanh")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"second layer: the last dimension of x \(=96\)"):
-        block_sparse_mlp(x, mlp[0], CMSBlockLinear(128, 64, tile_size=64))
+    other = CMSBlockLinear(96, 32, tile_size=8).double()
+    with pytest.raises(ValueError, match=r"second layer: values has dtype torch.float64"):
+        block_sparse_mlp(x, mlp[0], other)
 
 
 @pytest.mark.slow

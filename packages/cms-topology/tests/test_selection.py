@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
@@ -259,3 +261,27 @@ def test_without_a_floor_nothing_changes_and_the_cap_is_kept() -> None:
 def test_a_floor_above_the_cap_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"min_swap_frac \(=0.2\) must be in \[0, max_swap_frac"):
         ScoringConfig(min_swap_frac=0.2)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"candidates": torch.ones(3, 5)}, "candidates (shape (3, 5)) must have shape (4, 5)"),
+        ({"col_indices": torch.zeros(4, 1)}, "col_indices (shape (4, 1)) must have shape (4, 2)"),
+        ({"protected": torch.ones(4, 5)}, "protected (shape (4, 5)) must have shape (4, 2)"),
+        (
+            {"candidates": torch.ones(4, 1)},
+            "present (shape (4, 2)) must have at most C (=1) blocks",
+        ),
+        ({"row_group": 3}, "row_group (=3) must be a divisor of the block rows (=4)."),
+    ],
+)
+def test_shapes_that_do_not_fit(change: dict[str, Any], message: str) -> None:
+    arguments: dict[str, Any] = {
+        "present": torch.ones(4, 2),
+        "candidates": torch.ones(4, 5),
+        "col_indices": torch.tensor([[0, 1]] * 4, dtype=torch.int32),
+        "config": ScoringConfig(),
+    }
+    with pytest.raises(ValueError, match=re.escape(message)):
+        select_top_k(**arguments | change)

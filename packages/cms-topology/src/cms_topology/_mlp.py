@@ -59,6 +59,7 @@ def block_sparse_mlp(
         return _one_by_one(x, fc1, fc2, activation)
     assert isinstance(fc1, CMSBlockLinear)
     assert isinstance(fc2, CMSBlockLinear)
+    _check_widths(x, fc1, fc2)
     if not torch.compiler.is_compiling():  # as in `CMSBlockLinear.forward`
         fc1._refresh_if_stale()
         fc2._refresh_if_stale()
@@ -85,6 +86,19 @@ def block_sparse_mlp(
         recompute=recompute,
         backend=fc1.backend,
     )
+
+
+def _check_widths(x: Tensor, fc1: CMSBlockLinear, fc2: CMSBlockLinear) -> None:
+    """What `CMSBlockLinear.forward` checks: the function takes its widths from x alone."""
+    width = x.shape[-1] if x.ndim else 0
+    if width != fc1.in_features:
+        raise ValueError(
+            f"the last dimension of x (={width}) must be fc1.in_features (={fc1.in_features})."
+        )
+    if fc1.out_features != fc2.in_features:
+        raise ValueError(
+            f"fc1.out_features (={fc1.out_features}) must be fc2.in_features (={fc2.in_features})."
+        )
 
 
 def mlp_is_fused(fc1: nn.Module, fc2: nn.Module) -> bool:

@@ -61,7 +61,25 @@ def select_top_k(
         row_group: rows that share their columns; divides R.
         protected: bool [R, K], blocks that must stay.
         generator: source of the exploration; draws the same amount at every call.
+
+    Raises:
+        ValueError: shapes that do not fit, or a row group that does not divide R.
     """
+    (R, K), C = present.shape, candidates.shape[-1]
+    for name, tensor, shape in (
+        ("candidates", candidates, (R, C)),
+        ("col_indices", col_indices, (R, K)),
+        ("protected", protected, (R, K)),
+    ):
+        if tensor is not None and tensor.shape != shape:
+            raise ValueError(
+                f"{name} (shape {tuple(tensor.shape)}) must have shape {shape}, as present "
+                f"(shape {(R, K)}) has {R} rows of {K} blocks."
+            )
+    if K > C:
+        raise ValueError(f"present (shape {(R, K)}) must have at most C (={C}) blocks in a row.")
+    if row_group < 1 or R % row_group:
+        raise ValueError(f"row_group (={row_group}) must be a divisor of the block rows (={R}).")
     selection = select_in_layers(
         present[None],
         candidates[None],
