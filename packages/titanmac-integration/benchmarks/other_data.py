@@ -17,6 +17,15 @@ from pydoc_data.topics import topics
 
 NAMES = ["bolt", "nut", "gear", "lamp", "wire", "pump", "fan", "belt", "hose", "cap"]
 COLOURS = ["red", "blue", "green", "black", "white"]
+SERVICES = ["auth", "db", "cache", "web", "mail"]
+LEVELS = ["INFO", "INFO", "INFO", "WARN", "ERROR"]
+ROMAN = list(
+    zip(
+        (1000, 900, 500, 400, 100, 90, 50, 40, 10, 9, 5, 4, 1),
+        ["M", "CM", "D", "CD", "C", "XC", "L", "XL", "X", "IX", "V", "IV", "I"],
+        strict=True,
+    )
+)
 BYTES = 600_000
 
 
@@ -52,6 +61,57 @@ def questions() -> dict[str, Iterable[tuple[str, str]]]:
     }
 
 
+def further_questions() -> dict[str, Iterable[tuple[str, str]]]:
+    """Six digits sorted, four others sorted, the parity of bits, Roman numerals, capitals."""
+
+    def sorted_digits(length: int) -> list[tuple[str, str]]:
+        words = ["".join(random.choices(string.digits, k=length)) for _ in range(6000)]
+        return [(word + ">", "".join(sorted(word))) for word in words]
+
+    six, four = sorted_digits(6), sorted_digits(4)
+    bits = [format(random.randrange(2**12), "012b") for _ in range(6000)]
+    numbers = random.sample(range(1, 4000), 3999)
+    words = ["".join(random.choices("abcdefghijklmnop", k=4)) for _ in range(6000)]
+    return {
+        "sort6": six,
+        "sortagain": four,
+        "parity": [(word + "?", str(word.count("1") % 2)) for word in bits],
+        "roman": [(f"{number}=", roman(number)) for number in numbers],
+        "upper": [(word + "^", word.upper()) for word in words],
+    }
+
+
+def roman(number: int) -> str:
+    written = ""
+    for value, letters in ROMAN:
+        written += number // value * letters
+        number %= value
+    return written
+
+
+def log() -> str:
+    """Lines of a log: time, level, service, message."""
+    lines, seconds = [], 0
+    for number in range(9000):
+        seconds += random.randint(0, 9)
+        level = random.choice(LEVELS)
+        clock = f"{seconds // 3600 % 24:02d}:{seconds // 60 % 60:02d}:{seconds % 60:02d}"
+        head = f"{clock} {level} {random.choice(SERVICES)}: "
+        messages = {
+            "INFO": f"request {number} done in {random.randint(1, 400)} ms",
+            "WARN": f"queue at {random.randint(70, 99)}%",
+            "ERROR": f"timeout after {random.randint(1, 9) * 10} s",
+        }
+        lines.append(head + messages[level])
+    return "\n".join(lines) + "\n"
+
+
+def write_questions(directory: Path, found: dict[str, Iterable[tuple[str, str]]]) -> None:
+    for name, pairs in found.items():
+        lines = [json.dumps({"question": q, "answer": a}) for q, a in dict.fromkeys(pairs)]
+        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("directory", type=Path)
@@ -60,9 +120,10 @@ def main() -> None:
     random.seed(0)
     for name, text in texts().items():
         (directory / f"{name}.txt").write_text(text, encoding="utf-8")
-    for name, found in questions().items():
-        lines = [json.dumps({"question": q, "answer": a}) for q, a in dict.fromkeys(found)]
-        (directory / f"{name}.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_questions(directory, questions())
+    random.seed(1)
+    write_questions(directory, further_questions())
+    (directory / "log.txt").write_text(log(), encoding="utf-8")
 
 
 if __name__ == "__main__":
