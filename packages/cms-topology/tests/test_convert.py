@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 
 import pytest
@@ -37,6 +38,17 @@ def test_include_exclude_and_arguments() -> None:
     assert set(layers) == {"2.0"}
     assert layers["2.0"].density == 0.25
     assert layers["2.0"].B == 32
+
+
+def test_a_pattern_that_matches_nothing_is_named() -> None:
+    """A head that was to stay dense under another name; before, it was replaced without a word."""
+    said = re.escape(
+        "patterns that match no module's name: ['lm_head']; linear layers of the model"
+    )
+    with pytest.warns(UserWarning, match=said):
+        sparsify(mlp(), exclude=("lm_head", "3"))
+    model = nn.ModuleDict({"mlp": mlp(), "norm": nn.LayerNorm(64)})
+    sparsify(model, include="mlp.*", exclude=("norm", "mlp.2"))  # nothing to say
 
 
 def test_names_do_not_depend_on_wrappers() -> None:

@@ -55,7 +55,8 @@ def sparsify(
     Every replaced layer keeps its blocks of largest norm; one that is used in several places, is
     replaced in all of them. Left alone are layers that share a parameter with another module (a
     head tied to its embedding), subclasses of `nn.Linear`, and, with one warning that names them,
-    layers whose sizes the tile does not divide, that are pruned, or that have hooks.
+    layers whose sizes the tile does not divide, that are pruned, or that have hooks. A pattern that
+    matches no module at all is named in a warning, too.
 
     Args:
         model: changed in place. Build the optimizer afterwards: the parameters are new.
@@ -103,6 +104,13 @@ def sparsify(
     if isinstance(row_group, int):
         for linear in fitting:
             resolve_row_group(row_group, linear.out_features // tile_size, tile_size)
+    strays = [p for p in (*_listed(include), *_listed(exclude)) if not _matches_any(p, model)]
+    if strays:
+        warnings.warn(
+            f"sparsify was given patterns that match no module's name: {strays}; linear layers of "
+            f"the model: {sorted(places[0] for places in names.values())}.",
+            stacklevel=2,
+        )
     for reason, those in left.items():
         warnings.warn(f"sparsify left {sorted(those)} dense: {reason}.", stacklevel=2)
     made = {
@@ -159,6 +167,13 @@ def _hooks(module: nn.Module) -> bool:
     return "forward" in held or any(held[name] for name in _HOOKS)
 
 
+def _listed(patterns: str | Sequence[str]) -> Sequence[str]:
+    return (patterns,) if isinstance(patterns, str) else patterns
+
+
 def _matches(name: str, patterns: str | Sequence[str]) -> bool:
-    listed = (patterns,) if isinstance(patterns, str) else patterns
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in listed)
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in _listed(patterns))
+
+
+def _matches_any(pattern: str, model: nn.Module) -> bool:
+    return any(_matches(name, pattern) for name, _ in model.named_modules(remove_duplicate=False))
