@@ -84,6 +84,14 @@ def test_half_a_weight_is_noticed(given: str) -> None:
     target.load_state_dict({"0.bias": source[0].bias}, strict=False)  # nothing to say
 
 
+def test_a_dense_checkpoint_is_noticed() -> None:
+    """With strict=False torch only returns the names; nobody looks at them."""
+    target, dense = CMSBlockLinear(64, 64), nn.Linear(64, 64)
+    message = "weight is of a dense layer and is not loaded; load it into the dense model"
+    with pytest.warns(UserWarning, match=message):
+        target.load_state_dict(dense.state_dict(), strict=False)
+
+
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 def test_distributed_checkpoint(tmp_path: Path) -> None:
     """torch.distributed.checkpoint loads in place, into what `state_dict` returned."""

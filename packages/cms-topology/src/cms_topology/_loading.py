@@ -27,6 +27,12 @@ def before_load(layer: CMSBlockLinear, state: Mapping[str, Any], prefix: str, *_
         _check_shape(layer, f"{prefix}values", tuple(values.shape))
     if isinstance(columns, Tensor) and columns.shape == layer.col_indices.shape:
         _check_columns(layer, f"{prefix}col_indices", columns)
+    if values is None and f"{prefix}weight" in state:
+        warnings.warn(
+            f"{prefix}weight is of a dense layer and is not loaded; load it into the dense model "
+            "and then sparsify that.",
+            stacklevel=2,
+        )
     if (values is None) != (columns is None):
         given, missing = "values", "col_indices"
         if values is None:
