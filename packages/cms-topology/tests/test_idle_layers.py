@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -188,26 +189,51 @@ def test_managers_that_take_turns_are_noticed() -> None:
     first.step()  # said once
 
 
-def test_a_wrapped_optimizer_is_seen_through() -> None:
-    """As Accelerate wraps them; before, newborns' steps went uncorrected then."""
+class Wrapped(torch.optim.Optimizer):
+    """As Accelerate's."""
 
-    class Wrapped(torch.optim.Optimizer):
-        def __init__(self, optimizer: torch.optim.Optimizer) -> None:
-            self.optimizer = optimizer
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self.optimizer = optimizer
+        self.gradient_state = SimpleNamespace(sync_gradients=True)
 
-        @property  # type: ignore[override]
-        def param_groups(self) -> list[dict[str, object]]:
-            return self.optimizer.param_groups
+    @property  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, object]]:
+        return self.optimizer.param_groups
 
-        @property  # type: ignore[override]
-        def state(self) -> dict[Tensor, object]:
-            return self.optimizer.state
+    @property  # type: ignore[override]
+    def state(self) -> dict[Tensor, object]:
+        return self.optimizer.state
 
-        def step(self, *_: object) -> None:  # type: ignore[override]
+    def step(self, *_: object) -> None:  # type: ignore[override]
+        if self.gradient_state.sync_gradients:
             self.optimizer.step()
 
-        def zero_grad(self, set_to_none: bool = True) -> None:
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        if self.gradient_state.sync_gradients:
             self.optimizer.zero_grad(set_to_none)
+
+
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_steps_that_only_accumulate_do_not_count(accumulated: int) -> None:
+    """Before, every micro-batch under Accelerate's `accumulate` aged the blocks by a step."""
+    net = Net()
+    optimizer = Wrapped(torch.optim.AdamW(net.parameters(), lr=1e-2))
+    manager = TopologyManager(net, optimizer, periods=(1, 2, 4))
+    x = torch.randn(24, 32, generator=torch.Generator().manual_seed(0))
+    for i in range(8 * accumulated):
+        optimizer.gradient_state.sync_gradients = (i + 1) % accumulated == 0
+        part = x[i % accumulated :: accumulated]
+        (net(part) - part.roll(1, 1)).square().mean().div(accumulated).backward()
+        optimizer.step()
+        report = manager.step()
+        assert report.step == (i + 1) // accumulated
+        optimizer.zero_grad()
+    assert report.swap_rate
+    assert net.fc1.scorer.block_age.max() == 8
+
+
+def test_a_wrapped_optimizer_is_seen_through() -> None:
+    """As Accelerate wraps them; before, newborns' steps went uncorrected then."""
 
     found = []
     for wrap in (lambda o: o, Wrapped):

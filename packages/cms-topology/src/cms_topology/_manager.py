@@ -136,7 +136,10 @@ class TopologyManager:
         _refuse_shared_values(self.layers)
         for layer in self.layers.values():
             refuse_foreign_values(layer)
-        self._optimizers = optimizers.listed(optimizer)
+        wrapped = optimizers.listed(optimizer)
+        self._optimizers = [optimizers.unwrapped(one) for one in wrapped]
+        # only these can tell that a step was none
+        self._wrappers = [one for one in wrapped if hasattr(one, "gradient_state")]
         values = [layer.values for layer in self.layers.values()]
         optimizers.refuse_strangers(self._optimizers, model, values)
         self.clock = CMSClock(periods)  # type: ignore[arg-type]
@@ -216,10 +219,14 @@ class TopologyManager:
     def step(self) -> StepReport:
         """Advance by one optimizer step; call it after `optimizer.step()`, before `zero_grad()`.
 
+        While Accelerate accumulates gradients its optimizer does not step, and neither does this.
+
         Raises:
             TopologyDivergenceError: the ranks hold different topologies after a decision.
         """
         started = time.perf_counter()
+        if any(map(optimizers.accumulates, self._wrappers)):
+            return StepReport(self._step, (), False, time.perf_counter() - started)
         self._step += 1
         due = self.clock.due(self._step)
         sampled = any(layer.collect_candidates for layer in self.layers.values())
@@ -413,7 +420,7 @@ class TopologyManager:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; what was looked up is looked up again."""
-        return {**self.__dict__, "_kernels": None, "_model": None}
+        return {**self.__dict__, "_kernels": None, "_model": None, "_wrappers": []}
 
     def state_dict(self) -> dict[str, Any]:
         """Step, seed and periods; scores and ages are in the model's own state_dict."""

@@ -10,7 +10,7 @@ from torch import nn
 
 
 def listed(given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None) -> list[Any]:
-    """The optimizers, without the wrappers that would hide their kind and state.
+    """The optimizers, as they were given.
 
     Raises:
         ValueError: something else was given.
@@ -25,7 +25,20 @@ def listed(given: torch.optim.Optimizer | Iterable[torch.optim.Optimizer] | None
                 f"optimizer (={type(optimizer).__name__}) must be a torch.optim.Optimizer, or "
                 "several of them; it has no param_groups."
             )
-    return [_unwrapped(optimizer) for optimizer in found]
+    return found
+
+
+def unwrapped(optimizer: Any) -> Any:
+    """Accelerate's wrapper hides what kind of optimizer it is, by which newborns are corrected."""
+    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def accumulates(given: Any) -> bool:
+    """Whether a step of Accelerate's wrapper was none: gradients are still being accumulated."""
+    state = getattr(given, "gradient_state", None)
+    return not getattr(state, "sync_gradients", True)
 
 
 def trained_by(optimizers: Iterable[Any]) -> set[int]:
@@ -55,10 +68,3 @@ def refuse_strangers(optimizers: list[Any], model: nn.Module, values: Iterable[A
             f"the values of model's (={type(model).__name__}) CMSBlockLinear layers; it holds "
             "none of them. Pass the optimizer that trains them, made after sparsify()."
         )
-
-
-def _unwrapped(optimizer: Any) -> Any:
-    """Accelerate's wrapper hides what kind of optimizer it is, by which newborns are corrected."""
-    while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
-        optimizer = inner
-    return optimizer
