@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import prune
 
 from cms_topology import CMSBlockLinear, densify, sparse_layers, sparsify
@@ -57,6 +58,8 @@ def test_names_do_not_depend_on_wrappers() -> None:
     for wrapped in (compiled, parallel, torch.compile(parallel), nn.DataParallel(compiled)):
         assert list(sparse_layers(wrapped)) == list(sparse_layers(model))
     before = list(sparse_layers(model))
+    model[2] = checkpoint_wrapper(model[2])
+    assert list(sparse_layers(nn.ModuleDict({"_forward_module": model}))) == before  # as Fabric's
     model[0] = torch.compile(model[0])
     assert list(sparse_layers(model)) == before
     bare = CMSBlockLinear(16, 16)

@@ -15,14 +15,18 @@ from cms_topology._shapes import resolve_row_group
 
 ModuleT = TypeVar("ModuleT", bound=nn.Module)
 
-# wrappers that put their name in front of every submodule's
-_WRAPPERS = ("module", "_orig_mod")
+# what wrappers of a whole model put in front of every submodule's name: DDP, torch.compile, Fabric
+_WRAPPERS = ("module", "_orig_mod", "_forward_module")
+# and those of a part of it wherever that is: torch.compile, activation checkpointing
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module")
 _OWN = ("weight", "bias")
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def sparse_layers(model: nn.Module) -> dict[str, CMSBlockLinear]:
-    """All `CMSBlockLinear` of a model by name, without the prefixes of DDP and torch.compile.
+    """All `CMSBlockLinear` of a model by name, without what wrappers put into names.
+
+    DDP's, torch.compile's, Fabric's and checkpoint_wrapper's: a layer decides alike under each.
 
     Layers that would have one name then keep their prefixes.
     """
@@ -33,11 +37,11 @@ def sparse_layers(model: nn.Module) -> dict[str, CMSBlockLinear]:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's or module's name without what DDP and torch.compile put before it."""
+    """A parameter's or module's name without what wrappers put into it."""
     parts = name.split(".")
     while parts and parts[0] in _WRAPPERS:
         del parts[0]
-    return ".".join(part for part in parts if part != "_orig_mod")
+    return ".".join(part for part in parts if part not in _INNER)
 
 
 def sparsify(
