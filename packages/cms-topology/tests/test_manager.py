@@ -156,6 +156,31 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(scoring: ScoringConfig) -> Non
     assert sum(layer.scorer.num_decisions for layer in manager.layers.values()) == 6
 
 
+@pytest.mark.parametrize("score", ["gradient", "outer", "loss"])
+@pytest.mark.parametrize("bad", [torch.nan, 1e3])
+def test_statistics_go_with_gradients_that_are_thrown_away(score: str, bad: float) -> None:
+    """As by who passes over a batch; before, they stayed, and a NaN took the whole step with it."""
+    found = []
+    for passes_over in (False, True):
+        torch.manual_seed(0)
+        keep = "loss" if score == "loss" else "gradient"
+        scoring = ScoringConfig(candidate_score=score, keep_score=keep)
+        layer = CMSBlockLinear(32, 48, tile_size=8, scoring=scoring)
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+        manager = TopologyManager(layer, optimizer, periods=(1, 1, 1))
+        x = torch.randn(9, 32)
+        if passes_over:
+            (layer(x) * bad).sum().backward()
+            optimizer.zero_grad()
+        for part in x.chunk(3):  # these belong together
+            layer(part).square().sum().backward()
+        optimizer.step()
+        manager.step()
+        found.append((layer.scorer._means, layer.block_scores(), layer.col_indices))
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 def test_what_is_no_state_is_refused() -> None:
     manager = TopologyManager(Net())
     said = re.escape(

@@ -238,7 +238,20 @@ class CMSBlockLinear(nn.Module):
             return "none"  # there probes collect nothing
         if not self.values.requires_grad:
             return "none"  # no step would take what they collect: it would pile up
+        if not torch.compiler.is_compiling():
+            self._forget_discarded()
         return "norms" if self.scorer.config.candidate_score == "outer" else "gradient"
+
+    def _forget_discarded(self) -> None:
+        """Throw statistics away where the gradients of their backward pass were thrown away.
+
+        As by who passes over a batch, or whose other loss went through this layer, too:
+        `optimizer.zero_grad()` knows nothing of probes.
+        """
+        if self._probe.grad is not None and self.values.grad is None:
+            self._probe.grad = None
+            if self._fisher_probe is not None:
+                self._fisher_probe.grad = None
 
     @property
     def density(self) -> float:
