@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -85,6 +86,27 @@ def test_an_existing_run_is_not_overwritten(
     assert main([*command, "--steps", "8", "--force"]) == 0
     assert open_run(out).steps == [0, 4, 8]
     assert (out / "notes.txt").read_text() == "mine"
+
+
+def test_force_leaves_what_another_process_writes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "run"
+    command = ["train", "--tasks", "prose", "--steps", "1", "--out", str(out), *SMALL]
+    assert main(command) == 0
+    before = {path: path.read_bytes() for path in out.rglob("*.*") if path.is_file()}
+    write = "import sys, pathlib; from blockell_format.snapshots import DirectoryLock as Lock;"
+    write += "lock = Lock(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", write, str(out)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout.readline() == b"held\n"
+        assert main([*command, "--force"]) == 1
+        other.stdin.close()
+    assert f"another process (pid {other.pid}) is writing to {out}" in capsys.readouterr().err
+    for path, content in before.items():
+        assert path.name == ".writer.lock" or path.read_bytes() == content
+    assert main([*command, "--force"]) == 0
 
 
 @pytest.mark.parametrize(

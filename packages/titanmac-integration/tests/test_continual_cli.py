@@ -68,6 +68,11 @@ def test_a_sequence_is_recorded_and_gone_on_with(
     assert after.count(b"\n") == before.count(b"\n") + 2, "finished cells are not run again"
     assert "kept of arithmetic where the new task is within" in capsys.readouterr().out
     assert open_run(out).steps == run.steps
+    assert main([*command, "--methods", "fine-tuning", "--seeds", "1"]) == 0
+    assert capsys.readouterr().err == (
+        f"{out} keeps its recording, of ours-grown with seed 0; record in another directory\n"
+    )
+    assert open_run(out).config["method"] == "ours-grown"
     assert main([*command, "--methods", "fine-tuning", "--force", "--no-record"]) == 0
     assert [r["method"] for r in read_records([out])] == ["fine-tuning"]
     assert not (out / "run.json").exists()

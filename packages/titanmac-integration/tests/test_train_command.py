@@ -264,6 +264,8 @@ def test_training_on_files_and_writing(tmp_path: Path, capsys: pytest.CaptureFix
     write = ["generate", str(out), "--prompt", "abcdef", "--max-new-tokens", "5"]
     assert main([*write, "--device", "cpu"]) == 0
     assert capsys.readouterr().out == "abcdefghijk\n"
+    assert main(["generate", str(out), "--prompt", "\udcff"]) == 1
+    assert "--prompt must be text in UTF-8: 'utf-8' codec can't" in capsys.readouterr().err
     assert main(["generate", str(out), "--prompt", ""]) == 1
     assert "--prompt (='') must hold" in capsys.readouterr().err
     moved = text.rename(tmp_path / "moved.txt")

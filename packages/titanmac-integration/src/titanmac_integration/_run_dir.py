@@ -3,6 +3,8 @@
 import shutil
 from pathlib import Path
 
+from blockell_format.snapshots import DirectoryLock
+
 from ._training._checkpoint import CHECKPOINTS_DIR
 
 RUN_FILE = "run.json"
@@ -28,7 +30,8 @@ def prepare_run_dir(path: Path, *, force: bool) -> None:
     With ``force`` the files of an older run are deleted, other files stay.
 
     Raises:
-        FileExistsError: the directory holds a run and ``force`` is off.
+        FileExistsError: the directory holds a run and ``force`` is off, or another process is
+            writing to it.
         NotADirectoryError: ``path`` is a file.
     """
     if path.exists() and not path.is_dir():
@@ -40,8 +43,12 @@ def prepare_run_dir(path: Path, *, force: bool) -> None:
             f"--out (={path}) already holds a run; choose another directory, or pass --force to "
             "replace the run (titanmac train can continue one: --resume)."
         )
-    for name in OWN_DIRS:
-        if (path / name).is_dir() and not (path / name).is_symlink():
-            shutil.rmtree(path / name)
-    for name in OWN_FILES:
-        (path / name).unlink(missing_ok=True)
+    lock = DirectoryLock(path)
+    try:
+        for name in OWN_DIRS:
+            if (path / name).is_dir() and not (path / name).is_symlink():
+                shutil.rmtree(path / name)
+        for name in OWN_FILES:
+            (path / name).unlink(missing_ok=True)
+    finally:
+        lock.release()

@@ -4,7 +4,7 @@ FORMAT.md of this package states the format in one page.
 """
 
 from ._discover import discover_runs
-from ._files import write_atomically
+from ._files import DirectoryLock, write_atomically
 from ._layers import LayerInfo, LayerSnapshot
 from ._manifest import Attempt
 from ._problems import Problem, RunError, SnapshotError
@@ -14,6 +14,7 @@ from ._writer import SnapshotWriter
 
 __all__ = [
     "Attempt",
+    "DirectoryLock",
     "LayerInfo",
     "LayerSnapshot",
     "Problem",

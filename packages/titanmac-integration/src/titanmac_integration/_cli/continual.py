@@ -147,7 +147,9 @@ def run(arguments: argparse.Namespace) -> int:
     )
     for task in protocol.tasks:
         _check_vocabulary(setting.config(asked[0].arch), task.name, task.min_vocab_size)
-    _prepare(out, setting, asked, seeds, force=arguments.force, record=arguments.record)
+    protocol.record = _prepare(
+        out, setting, asked, seeds, force=arguments.force, record=arguments.record
+    )
     if arguments.tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     torch.manual_seed(seeds[0])  # dropout draws from the global generator
@@ -202,11 +204,14 @@ def _setting(arguments: argparse.Namespace) -> Setting:
 
 def _prepare(
     out: Path, setting: Setting, asked: list[Asked], seeds: list[int], *, force: bool, record: bool
-) -> None:
-    """Clear the directory, or make sure that it can be gone on with.
+) -> bool:
+    """Clear the directory, or make sure that it can be gone on with; returns whether to record.
+
+    A recording that is complete stays, whatever it was of.
 
     Raises:
-        FileExistsError: it holds a run of another command, and ``force`` is off.
+        FileExistsError: it holds a run of another command and ``force`` is off, or another process
+            is recording.
     """
     if not (out / RUN_FILE).exists() or force:
         prepare_run_dir(out, force=force)
@@ -214,13 +219,22 @@ def _prepare(
             for name in (RECORDS_FILE, SUMMARY_FILE):
                 (out / name).unlink(missing_ok=True)
             shutil.rmtree(out / CHECKPOINTS_DIR, ignore_errors=True)
-        return
-    mine = (open_run(out).config or {}).get("command") == "continual"
-    done = {record["id"] for record in read_records([out])}
-    if not mine:
+        return record
+    recorded = open_run(out).config or {}
+    done = {r["id"]: (r["method"], r["seed"]) for r in read_records([out])}
+    if recorded.get("command") != "continual":
         prepare_run_dir(out, force=False)  # refuses
-    elif record and record_id(setting.key, asked[0], seeds[0]) not in done:
-        prepare_run_dir(out, force=True)  # its recording was cut off, and begins again
+    if not record or record_id(setting.key, asked[0], seeds[0]) in done:
+        return record
+    method, seed = recorded.get("method"), recorded.get("seed")
+    if (method, seed) in done.values():
+        print(
+            f"{out} keeps its recording, of {method} with seed {seed}; record in another directory",
+            file=sys.stderr,
+        )
+        return False
+    prepare_run_dir(out, force=True)  # its recording was cut off, and begins again
+    return True
 
 
 def _check_vocabulary(config: TitanMACConfig, task: str, needed: int) -> None:

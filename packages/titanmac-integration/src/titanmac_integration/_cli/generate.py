@@ -1,6 +1,8 @@
 """``titanmac generate``: text that a saved model writes."""
 
 import argparse
+import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
     device = resolve_device(arguments.device)
     model = load_checkpoint(newest_model(arguments.run_dir), device=device)
     tokenizer = make_tokenizer(stored_tokenizer(arguments.run_dir))
-    prompt = tokenizer.encode(arguments.prompt)
+    try:  # what the system's encoding does not know arrives as halves of characters
+        prompt = tokenizer.encode(os.fsencode(arguments.prompt).decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"--prompt must be text in UTF-8: {error}.") from error
     if not prompt:
         raise ValueError("--prompt (='') must hold at least one token.")
     tokens = model.generate(
@@ -62,5 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
         written = written[: written.index(tokenizer.end_of_text)]
     # a model may have more tokens than its tokenizer; those mean nothing
     known = [token for token in written if token < tokenizer.vocab_size]
-    print(tokenizer.decode([*prompt, *known]))
+    text = tokenizer.decode([*prompt, *known])
+    encoding = sys.stdout.encoding or "utf-8"  # a console may not know every character
+    print(text.encode(encoding, "replace").decode(encoding))
     return 0
