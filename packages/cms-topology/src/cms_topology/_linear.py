@@ -303,7 +303,7 @@ class CMSBlockLinear(nn.Module):
 
         Args:
             generator: source of exploration and new weights; the same on every rank. Default: one
-                made from `seed`, `global_step` and the number of decisions so far.
+                made from `seed` and `global_step`, or else the number of decisions so far.
             global_step: optimizer step, recorded in the result.
             optimizer: if given, its state of the replaced slots is reset.
         """

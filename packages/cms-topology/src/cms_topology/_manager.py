@@ -87,7 +87,7 @@ class TopologyManager:
         freeze_after: no more decisions after this step; None decides for ever.
         correct_newborn_steps: see `NewbornStepCorrection`.
         writer: records a snapshot at every decision (rank 0 only).
-        logger: receives swap rate, column entropy and mean age at every decision (rank 0 only).
+        logger: receives swap rate and column entropy at every decision (rank 0 only).
         retention: what is kept of earlier tasks; see `retain`.
         drop_cost: under retention, nats per token that dropping a block (all of its row group) may
             cost the earlier tasks; 0 locks every block they had.
