@@ -14,7 +14,7 @@ from safetensors.torch import load as safetensors_load
 from safetensors.torch import save as safetensors_save
 from torch import nn
 
-from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
+from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager, accumulate_scores
 
 
 @pytest.mark.parametrize("shape", [(96,), (5, 96), (2, 3, 96), (2, 0, 96), (0, 96)])
@@ -345,6 +345,21 @@ def test_statistics(trained_layer: Callable[..., CMSBlockLinear]) -> None:
     fresh = CMSBlockLinear(96, 64, tile_size=8, scoring=ScoringConfig(keep_score="magnitude"))
     assert fresh.get_topology_stats().avg_block_score > 0
     assert CMSBlockLinear(96, 64, tile_size=8).get_topology_stats().avg_block_score == 0.0
+
+
+@pytest.mark.parametrize(
+    "by_hand", [lambda x: x.accumulate_scores(), lambda x: accumulate_scores([x])]
+)
+def test_who_scores_by_hand_gets_statistics(
+    by_hand: Callable[[CMSBlockLinear], object],
+) -> None:
+    layer = CMSBlockLinear(32, 48, tile_size=8)
+    for _ in range(2):
+        layer(torch.randn(5, 32)).sum().backward()
+        by_hand(layer)
+        layer.zero_grad()
+    layer.score_step()
+    assert layer.scorer.num_samples == 1
 
 
 def test_nothing_is_collected_before_somebody_scores() -> None:

@@ -24,7 +24,8 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
 
     Takes the gradients of `values` and the statistics of absent blocks collected since the last
     call. A step in which any of them is not finite contributes nothing to any layer. Layers without
-    a gradient (frozen, or not used in this step) are left out; None if that is all of them.
+    a gradient (frozen, or not used in this step) are left out; None if that is all of them. Layers
+    that no manager has collect statistics from the first call on.
 
     Raises:
         ValueError: the parameters are sharded (FSDP, tensor parallelism), pruned or parametrised.
@@ -32,6 +33,9 @@ def accumulate_scores(layers: Sequence[CMSBlockLinear]) -> Tensor | None:
     active = []
     for layer in layers:
         refuse_foreign_values(layer)
+        if layer._clock is None:  # no manager decides when to collect
+            layer._clock = "by hand"
+            layer.collect_candidates = True
         if layer.values.grad is not None:
             active.append(layer)
     if not active:

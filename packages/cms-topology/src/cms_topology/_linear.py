@@ -280,9 +280,6 @@ class CMSBlockLinear(nn.Module):
 
     def accumulate_scores(self) -> None:
         """Level 0, after every optimizer step and before gradients are cleared."""
-        if self._clock is None:  # nobody else decides when to collect
-            self._clock = "by hand"
-            self.collect_candidates = True
         accumulate_scores([self])
 
     def score_step(self) -> None:
