@@ -158,16 +158,16 @@ def unsharded(rank: int, out: Path, kind: str) -> None:
     """The recipe of docs/topology.md: FSDP2 around layers that stay whole."""
     warnings.simplefilter("ignore")
     model = nn.Sequential(build(), nn.Linear(32, 32))
-    whole = {p for layer in sparse_layers(model).values() for p in layer.parameters()}
+    whole = [p for layer in sparse_layers(model).values() for p in layer.parameters()]
     if kind == "averaged":
         for parameter in whole:
             parameter.register_post_accumulate_grad_hook(
                 lambda p: dist.all_reduce(p.grad.div_(dist.get_world_size()))
             )
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    fully_shard(model, mesh=mesh, ignored_params=whole)
-    sharded = [p for p in model.parameters() if p not in whole]
-    optimizers = [torch.optim.AdamW(list(whole), lr=1e-2), torch.optim.AdamW(sharded, lr=1e-2)]
+    fully_shard(model, mesh=mesh, ignored_params=set(whole))
+    sharded = [p for p in model.parameters() if p not in set(whole)]
+    optimizers = [torch.optim.AdamW(whole, lr=1e-2), torch.optim.AdamW(sharded, lr=1e-2)]
     manager = TopologyManager(model, optimizers, periods=(1, 2, 4))
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
