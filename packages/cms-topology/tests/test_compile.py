@@ -58,9 +58,7 @@ def test_fullgraph_equals_eager_through_topology_steps(candidate_score: str) -> 
 
 @pytest.mark.parametrize("strict", [False, True])
 def test_export(strict: bool) -> None:
-    """Also of a layer that is to collect; before, its probe became a constant, with a warning."""
     layer = CMSBlockLinear(32, 48, tile_size=8)
-    layer.collect_candidates = True
     tokens = torch.export.Dim("tokens")
     exported = torch.export.export(
         layer, (torch.randn(3, 32),), dynamic_shapes=({0: tokens},), strict=strict

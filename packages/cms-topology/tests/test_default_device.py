@@ -57,7 +57,7 @@ def loss_of(model: nn.Module, x: Tensor) -> Tensor:
 def test_the_life_of_blocks(score: str, tmp_path: Path) -> None:
     kinds = {"candidate_score": score, "keep_score": "loss" if score == "loss" else "gradient"}
     model = layers(**kinds)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2, momentum=0.9)  # Adam counts on "meta"
     manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
     with SnapshotWriter(tmp_path / "run", layers=manager.layer_table()) as writer:
         manager.writer = manager.logger = writer
@@ -84,7 +84,7 @@ def test_retention() -> None:
     before = model(old).detach()
     grow_for_task(model, memory, density=0.75)
     assert torch.equal(model(old), before)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     guard = RetentionGuard(model, optimizer, memory, drift=1e-3)
     bank = BlockBank()
     manager = TopologyManager(

@@ -234,7 +234,7 @@ class CMSBlockLinear(nn.Module):
         """What the backward pass of a call made now collects about absent blocks."""
         if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
             return "none"
-        if transforms_active() or torch.jit.is_tracing() or _is_exporting():  # type: ignore[attr-defined]
+        if transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return "none"  # there probes collect nothing
         if not self.values.requires_grad:
             return "none"  # no step would take what they collect: it would pile up
@@ -476,11 +476,6 @@ class CMSBlockLinear(nn.Module):
             self._make_derived()
         self._index_source = None
         return self
-
-
-def _is_exporting() -> bool:
-    known = getattr(torch.compiler, "is_exporting", None)  # from torch 2.7 on
-    return known is not None and bool(known())
 
 
 def _version(tensor: Tensor) -> int:
