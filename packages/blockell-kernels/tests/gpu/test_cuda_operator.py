@@ -224,4 +224,5 @@ def test_explain_names_the_choice_and_the_reason(make_problem):
     free = make_problem(B=16, R=64, C=64, K=48, N=4096, dtype=torch.bfloat16)
     said = explain(free.x, free.values, free.pattern.col_indices, free.bias)
     assert said.forward.backend == "dense"
-    assert "at density 0.75 takes " in said.forward.why
+    assert "forward at density 0.75" in said.forward.why
+    assert "takes 1." in said.forward.why
