@@ -235,7 +235,9 @@ class CMSBlockLinear(nn.Module):
         if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
             return "none"
         if transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            return "none"  # there probes collect nothing
+            # there probes collect nothing. (Do not ask torch.compiler.is_exporting(): up to torch 2.11
+            # at least Dynamo answers yes for all that it compiles.)
+            return "none"
         if not self.values.requires_grad:
             return "none"  # no step would take what they collect: it would pile up
         if not torch.compiler.is_compiling():
