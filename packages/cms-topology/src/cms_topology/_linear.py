@@ -235,8 +235,8 @@ class CMSBlockLinear(nn.Module):
         if not (self.collect_candidates and self.training and torch.is_grad_enabled()):
             return "none"
         if transforms_active() or torch.jit.is_tracing():  # type: ignore[attr-defined]
-            # there probes collect nothing. (Do not ask torch.compiler.is_exporting(): up to torch 2.11
-            # at least Dynamo answers yes for all that it compiles.)
+            # there probes collect nothing (torch.compiler.is_exporting is not asked: in torch 2.11
+            # Dynamo says yes of all that it compiles)
             return "none"
         if not self.values.requires_grad:
             return "none"  # no step would take what they collect: it would pile up
