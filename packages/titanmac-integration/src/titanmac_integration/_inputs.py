@@ -14,8 +14,9 @@ def check_inputs(
     """Shapes, types, length and, on the CPU only, where it is free, the vocabulary."""
     if input_ids.ndim != 2 or input_ids.dtype not in (torch.int64, torch.int32):
         raise ValueError(
-            f"input_ids (shape {tuple(input_ids.shape)}, {input_ids.dtype}) must be an integer "
-            "tensor [batch, sequence]; for a single sequence use input_ids[None]."
+            f"input_ids (shape {tuple(input_ids.shape)}, {input_ids.dtype}) must be an int64 "
+            "or int32 tensor [batch, sequence]; use input_ids.long(), for one sequence "
+            "input_ids[None]."
         )
     batch, length = input_ids.shape
     if length == 0:
