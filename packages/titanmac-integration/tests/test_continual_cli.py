@@ -149,6 +149,7 @@ def test_a_run_of_another_command_is_not_touched(
         (["--device", "abacus"], "--device (=abacus) cannot be used"),
         (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),
         (["--seq-len", "500"], "seq_len (=500) must not exceed the model's max_seq_len"),
+        (["--optimizer", "nested", "--cms-levels", "x:1"], "levels (pattern 'x') must name at le"),
     ],
 )
 def test_bad_flags_make_nothing(

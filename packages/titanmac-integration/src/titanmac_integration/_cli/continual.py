@@ -11,6 +11,7 @@ import torch
 
 from blockell_format.snapshots import open_run
 from titanmac_integration._config._config import TitanMACConfig
+from titanmac_integration._model._titanmac import create_titanmac_model
 from titanmac_integration._protocol._methods import (
     METHOD_HELP,
     Asked,
@@ -29,6 +30,7 @@ from titanmac_integration._protocol._tables import retention_tables
 from titanmac_integration._protocol._tasks import TASK_HELP, file_digest
 from titanmac_integration._run_dir import RUN_FILE, prepare_run_dir
 from titanmac_integration._training._config import TrainingConfig
+from titanmac_integration._training._optimizer import make_optimizer
 
 from .flags import add_fields, given_fields, resolve_device
 from .session import show_progress
@@ -135,7 +137,10 @@ def run(arguments: argparse.Namespace) -> int:
         rate = cell.make().learning_rate
         for number in range(len(setting.tasks)):
             training = setting.training_config(number, 0, rate if number else None)
-            training.check_fits(setting.config(cell.arch))
+            config = setting.config(cell.arch)
+            training.check_fits(config)
+            if training.cms_levels:  # their patterns must name parameters
+                make_optimizer(create_titanmac_model(config, device="meta"), training)
     out = arguments.out
     protocol = Protocol(
         setting,
