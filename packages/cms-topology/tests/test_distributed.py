@@ -25,7 +25,9 @@ from cms_topology import (
     ScoringConfig,
     TopologyDivergenceError,
     TopologyManager,
+    densify,
     sparse_layers,
+    sparsify,
 )
 
 
@@ -194,6 +196,16 @@ def sharing_optimizer_state(rank: int, out: Path, _: str) -> None:
     (out / f"{rank}.json").write_text(json.dumps([sums, old]))
 
 
+def converting(rank: int, out: Path, _: str) -> None:
+    messages = []
+    for convert, model in ((sparsify, nn.Sequential(nn.Linear(16, 16))), (densify, build())):
+        try:
+            convert(DistributedDataParallel(model))
+        except ValueError as error:
+            messages.append(str(error))
+    (out / f"{rank}.json").write_text(json.dumps(messages))
+
+
 def growing(rank: int, out: Path, kind: str) -> None:
     torch.manual_seed(0)
     scoring = ScoringConfig(max_swap_frac=0.0)
@@ -299,6 +311,15 @@ def test_optimizer_state_that_ranks_share_out_is_reset(tmp_path: Path) -> None:
     (sums, old), (other, its) = launch(sharing_optimizer_state, tmp_path)
     assert sums == other
     assert {**old, **its} == {"0": 0.0, "2": 0.0}
+
+
+def test_models_are_converted_before_they_are_wrapped(tmp_path: Path) -> None:
+    """Before, the ranks' new layers drifted apart."""
+    for messages in launch(converting, tmp_path):
+        assert len(messages) == 2
+        for message, name in zip(messages, ("sparsify", "densify"), strict=True):
+            assert "must not be wrapped by DistributedDataParallel yet" in message
+            assert message.endswith(f"Call {name}() before.")
 
 
 @pytest.mark.parametrize("kind", ["scored", "unscored"])

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._shapes import resolve_row_group
@@ -73,8 +74,10 @@ def sparsify(
         `model`, or its replacement if `model` itself is an `nn.Linear`.
 
     Raises:
-        ValueError: nothing to replace; the message says which linear layers there are.
+        ValueError: nothing to replace; the message says which linear layers there are. Or `model`
+            is wrapped by DistributedDataParallel already.
     """
+    _refuse_wrapped(model, "sparsify")
     uses: dict[int, int] = {}
     for module in model.modules():
         for parameter in module._parameters.values():
@@ -126,6 +129,14 @@ def sparsify(
     return _replace(model, made)
 
 
+def _refuse_wrapped(model: nn.Module, function: str) -> None:
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise ValueError(
+            f"model (={type(model).__name__}) must not be wrapped by DistributedDataParallel yet: "
+            f"the gradients of new layers would not be averaged. Call {function}() before."
+        )
+
+
 def _reason_to_leave(linear: nn.Linear, tile_size: int) -> str | None:
     """Why a layer cannot be replaced without losing something; None: it can."""
     if linear.in_features % tile_size or linear.out_features % tile_size:
@@ -142,7 +153,11 @@ def densify(model: ModuleT) -> ModuleT:
 
     Returns:
         `model`, or its replacement if `model` itself is a `CMSBlockLinear`.
+
+    Raises:
+        ValueError: `model` is wrapped by DistributedDataParallel.
     """
+    _refuse_wrapped(model, "densify")
     layers = {n: m for n, m in model.named_modules() if isinstance(m, CMSBlockLinear)}
     hooked = sorted(name for name, layer in layers.items() if _hooks(layer))
     if hooked:
