@@ -174,7 +174,8 @@ def test_the_gate_passes_what_is_right(dtype):
 
 
 @pytest.mark.parametrize(
-    ("method", "name"), [("forward", "y"), ("grad_input", "dx"), ("grad_values", "dvalues")]
+    ("method", "name"),
+    [("forward_by", "y"), ("grad_input_by", "dx"), ("grad_values", "dvalues")],
 )
 @pytest.mark.parametrize("fault", [float("nan"), 1.0])
 def test_the_gate_stops_what_is_wrong(monkeypatch, method, name, fault):
