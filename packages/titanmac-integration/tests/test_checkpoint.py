@@ -56,6 +56,8 @@ def test_a_failed_write_leaves_the_old_file(
 def test_bad_checkpoints_are_explained(tiny_config: Make, tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"must hold a checkpoint, but has no model.json"):
         load_checkpoint(tmp_path)
+    with pytest.raises(FileNotFoundError, match=r"directory \(=.*nowhere'\) must exist"):
+        load_checkpoint(tmp_path / "nowhere")
     save_checkpoint(create_titanmac_model(tiny_config()), tmp_path)
     weights, config = tmp_path / "model.safetensors", tmp_path / "model.json"
     good_weights, good_config = weights.read_bytes(), config.read_text()

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from blockell_format.snapshots import open_run
-from titanmac_integration import load_checkpoint
+from titanmac_integration import ArithmeticTask, load_checkpoint
 from titanmac_integration._cli.signals import StopSignals
 from titanmac_integration.cli import main
 
@@ -310,6 +310,20 @@ def test_signals_ask_to_stop() -> None:
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+def test_a_signal_during_the_first_evaluation_stops_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It may take longer than a scheduler waits, and nothing is learned yet."""
+
+    def measure(*_: object) -> float:
+        signal.raise_signal(signal.SIGTERM)
+        raise AssertionError("goes on")
+
+    monkeypatch.setattr(ArithmeticTask, "measure", measure)
+    assert train(tmp_path / "run", *SMALL, "--tasks", "arithmetic", "--steps", "3") == 143
+    assert "stopped at once; no checkpoint yet" in capsys.readouterr().err
 
 
 @pytest.mark.filterwarnings("ignore")  # the libraries' own

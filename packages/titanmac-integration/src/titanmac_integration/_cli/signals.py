@@ -2,6 +2,7 @@
 
 import contextlib
 import signal
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
@@ -11,14 +12,16 @@ from titanmac_integration._training._processes import launched_by_torchrun
 class StopSignals:
     """Notes SIGINT and SIGTERM while it is entered; calling it tells whether one has come.
 
-    A second SIGINT stops at once, as Python does, except under torchrun: there it is torchrun that
-    passes the first one on a second time.
+    A second SIGINT stops at once, as Python does, and so does the first signal while nothing would
+    be lost by it (:meth:`at_once`); except under torchrun: there it is torchrun that passes the
+    first one on a second time, and other processes wait.
     """
 
     def __init__(self) -> None:
         self.signal_number: int | None = None
         """The first signal that came."""
         self._previous: dict[signal.Signals, Any] = {}
+        self._at_once = False
 
     def __call__(self) -> bool:
         return self.signal_number is not None
@@ -40,10 +43,21 @@ class StopSignals:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 
+    @contextlib.contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Work that a signal may break off: raises ``KeyboardInterrupt`` inside of it."""
+        self._at_once = True
+        try:
+            yield
+        finally:
+            self._at_once = False
+
     def _note(self, number: int, frame: FrameType | None) -> None:
         again = self.signal_number is not None
         self.signal_number = self.signal_number or number
-        if again and number == signal.SIGINT and not launched_by_torchrun():
+        if launched_by_torchrun():
+            return
+        if self._at_once or (again and number == signal.SIGINT):
             raise KeyboardInterrupt
 
 

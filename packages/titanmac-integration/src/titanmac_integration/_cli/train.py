@@ -156,7 +156,8 @@ def _train(
             for logger in _loggers(options, arguments.out, info, trainer):
                 stack.callback(logger.close)
                 trainer.add_logger(logger)
-        before = plan.before or _evaluate(trainer, plan)
+        with stop.at_once():  # schedulers do not wait long, and nothing is learned yet
+            before = plan.before or _evaluate(trainer, plan)
         trainer.info = {**info, "before": before}
         report = trainer.fit(Mixture(plan.tasks), plan.steps)
         after = _evaluate(trainer, plan)

@@ -40,10 +40,12 @@ def load_checkpoint(
     """The model that :func:`save_checkpoint` wrote into ``directory``.
 
     Raises:
-        FileNotFoundError: the directory holds no checkpoint.
+        FileNotFoundError: there is no such directory, or it holds no checkpoint.
         ValueError: its content is no TitanMAC checkpoint or does not fit together.
     """
     directory = Path(directory)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"directory (={str(directory)!r}) must exist; give that of a run.")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(
