@@ -30,6 +30,12 @@ def config(make: Make, variant: str, depth: int, **changes: object) -> TitanMACC
     return make(max_seq_len=4096, segment_size=64, **{**memory, **sizes, **changes})
 
 
+@pytest.fixture
+def compiler() -> None:
+    """What earlier tests compiled counts towards the limit of recompilations until it is freed."""
+    torch._dynamo.reset()
+
+
 @contextmanager
 def no_host_synchronisation() -> Iterator[None]:
     try:
@@ -83,6 +89,7 @@ def test_a_step_waits_for_nothing(tiny_config: Make, variant: str) -> None:
         model(tokens, tokens)["loss"].backward()
 
 
+@pytest.mark.usefixtures("compiler")
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_compiled_blocks_compute_the_same(tiny_config: Make, variant: str) -> None:
     model = create_titanmac_model(config(tiny_config, variant, 1), device="cuda")
@@ -101,6 +108,7 @@ def test_compiled_blocks_compute_the_same(tiny_config: Make, variant: str) -> No
         assert (parameter.grad - gradients[name]).abs().max() < 1e-2 * scale, name
 
 
+@pytest.mark.usefixtures("compiler")
 def test_compiled_blocks_attend_by_the_kernels(tiny_config: Make) -> None:
     model = create_titanmac_model(config(tiny_config, "none", 1, d_model=64), device="cuda")
     tokens = torch.randint(256, (2, 70), device="cuda")
