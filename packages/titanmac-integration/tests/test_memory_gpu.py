@@ -205,6 +205,7 @@ def test_compiled_blocks_keep_the_kernels(tiny_config: Make, variant: str) -> No
     from titanmac_integration._attention import _segment_kernels
     from titanmac_integration._memory import _chunk_launch
 
+    torch._dynamo.reset()  # what earlier tests compiled counts towards its limit
     model = create_titanmac_model(small(tiny_config, variant), device="cuda")
     tokens = torch.randint(256, (2, 150), device="cuda")
     watched = [(_chunk_launch, "read_chunks"), (_chunk_launch, "read_chunks_backward")]
