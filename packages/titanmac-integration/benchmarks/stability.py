@@ -6,7 +6,8 @@ Trains one preset with DeepNestedOptimizer's defaults on prose. The run is cut i
 each the state is saved and loaded into a new model and optimizer: the resume is part of the test.
 With `--state FILE` a run that `--max-seconds` ended goes on where it stopped. `--frozen` is the
 control: the topology stands still; losses are looked at at the same steps. `--graph` replays
-loss and gradients from a CUDA graph: models this small are bound by their launches.
+loss and gradients from a CUDA graph: models this small are bound by their launches. `--tf32` lets
+products round to TF32.
 Writes the largest loss ratio within ten steps of every decision, the swap rates, and a thinned loss
 curve. `docs/images/stability.py` draws it.
 """
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--warmup", type=int, default=200)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--graph", action="store_true")
+    parser.add_argument("--tf32", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--frozen", action="store_true")
     parser.add_argument("--decide-until", type=float, default=1.0, help="share of the steps")
@@ -89,6 +91,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("stability.json"))
     args = parser.parse_args()
 
+    torch.backends.cuda.matmul.allow_tf32 = args.tf32
     schedule = TrainingConfig(lr=args.lr, warmup_steps=args.warmup, batch_size=args.batch)
     task = make_task(args.task)
     data = torch.Generator().manual_seed(args.seed)
@@ -175,6 +178,9 @@ def write(
         "task": args.task,
         "lr": args.lr,
         "steps": optimizer.global_step,
+        "tf32": args.tf32,
+        "batch": args.batch,
+        "length": args.length,
         "frozen": args.frozen,
         "decide_until": args.decide_until,
         "measure": measure,
