@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from cms_topology import CMSClock
-from titanmac_integration import ContinuumMemorySystem
+from titanmac_integration import (
+    ContinuumMemorySystem,
+    DeepNestedOptimizer,
+    classify_parameters,
+)
 
 
 def test_the_clock_is_that_of_the_topology() -> None:
@@ -37,6 +42,27 @@ def test_a_function_assigns_levels_and_names_have_no_wrapper_prefix() -> None:
     cms = ContinuumMemorySystem(levels=lambda name, parameter: 2 if parameter.ndim > 1 else 0)
     assert cms.assign(compiled) == {"0.weight": 2, "0.bias": 0, "1.weight": 0, "1.bias": 0}
     assert cms.level_of("module._orig_mod.0.weight", torch.zeros(2, 2)) == 2
+
+
+def test_names_have_nothing_of_wrappers_of_parts() -> None:
+    model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
+    model[1] = torch.compile(checkpoint_wrapper(model[1]))
+    cms = ContinuumMemorySystem(levels={"1.0.*": 1})
+    levels = {"0.weight": 0, "0.bias": 0, "1.0.weight": 1, "1.0.bias": 1}
+    assert cms.assign(torch.compile(model)) == levels
+    optimizer = DeepNestedOptimizer(model, cms=cms)
+    slow = {p for group in optimizer.param_groups if group["level"] == 1 for p in group["params"]}
+    assert slow == set(model[1].parameters())
+
+
+def test_parameters_whose_names_differ_by_a_wrapper_only_are_all_trained() -> None:
+    model = nn.Module()
+    model.module, model.weight = nn.Linear(2, 2, bias=False), nn.Parameter(torch.ones(3))
+    names = ["weight", "module.weight"]
+    assert [*classify_parameters(model)] == [*ContinuumMemorySystem().assign(model)] == names
+    optimizer = DeepNestedOptimizer(model)
+    trained = {p for group in optimizer.param_groups for p in group["params"]}
+    assert trained == set(model.parameters())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from cms_topology import CMSBlockLinear, sparse_layers
 
-from ._cms import ContinuumMemorySystem, plain_name
+from ._cms import ContinuumMemorySystem, plain_names
 
 Kind = Literal["matrix", "embedding", "norm", "bias", "other"]
 
@@ -42,8 +42,9 @@ def classify_parameters(model: nn.Module) -> dict[str, Kind]:
     | bias | biases |
     | other | anything else with fewer than two dimensions: gates, scales |
 
-    Weight decay makes sense for matrices only. Names come without the prefixes of DDP and
-    torch.compile; a parameter that two modules share appears once, under its first name.
+    Weight decay makes sense for matrices only. Names come without what DDP, torch.compile and
+    other wrappers put into them; a parameter that two modules share appears once, under its first
+    name.
     """
     kinds: dict[str, Kind] = {}
     seen: set[Tensor] = set()
@@ -53,8 +54,8 @@ def classify_parameters(model: nn.Module) -> dict[str, Kind]:
                 continue
             seen.add(parameter)
             full = f"{module_name}.{name}" if module_name else name
-            kinds[plain_name(full)] = _kind(module, name, parameter)
-    return kinds
+            kinds[full] = _kind(module, name, parameter)
+    return {plain: kinds[full] for full, plain in plain_names(kinds).items()}
 
 
 def _kind(module: nn.Module, name: str, parameter: Tensor) -> Kind:
@@ -75,7 +76,8 @@ def groups_of_model(
     model: nn.Module, cms: ContinuumMemorySystem, weight_decay: float
 ) -> list[dict[str, Any]]:
     """Parameter groups by level and by whether weight decay applies; empty ones are left out."""
-    named = {plain_name(name): parameter for name, parameter in model.named_parameters()}
+    full = dict(model.named_parameters())
+    named = {plain: full[name] for name, plain in plain_names(full).items()}
     kinds, levels = classify_parameters(model), cms.assign(named.items())
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for name, parameter in named.items():

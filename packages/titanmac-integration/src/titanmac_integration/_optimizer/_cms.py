@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import Any
@@ -12,7 +13,10 @@ from cms_topology import CMSClock
 
 LevelRule = Mapping[str, int] | Callable[[str, Tensor], int]
 
-_WRAPPERS = ("module.", "_orig_mod.")
+# what wrappers of a whole model put in front of a name, and those of a part of it wherever that is:
+# DistributedDataParallel, torch.compile, Fabric; torch.compile, activation checkpointing, FSDP
+_WRAPPERS = ("module", "_orig_mod", "_forward_module")
+_INNER = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 class ContinuumMemorySystem:
@@ -36,7 +40,7 @@ class ContinuumMemorySystem:
         periods: steps between two updates of each level, fastest first; each a multiple of the one
             before it.
         levels: which level a parameter belongs to. A mapping from patterns on parameter names
-            (`fnmatch`, without the prefixes of DDP and torch.compile; the first match wins) to
+            (`fnmatch`, without what wrappers put into names; the first match wins) to
             levels, or a function `(name, parameter) -> level`. Parameters that no pattern names,
             and all of them by default, belong to level 0.
         lr_scales: factor on the learning rate of each level, at least 0. A slow level takes fewer
@@ -100,7 +104,9 @@ class ContinuumMemorySystem:
         Raises:
             ValueError: the function given as `levels` returned something that is no level.
         """
-        name = plain_name(name)
+        return self._level(plain_name(name), parameter)
+
+    def _level(self, name: str, parameter: Tensor) -> int:
         if self._levels is None:
             return 0
         if isinstance(self._levels, Mapping):
@@ -118,7 +124,8 @@ class ContinuumMemorySystem:
         """
         if isinstance(parameters, nn.Module):
             parameters = parameters.named_parameters()
-        named = {plain_name(name): parameter for name, parameter in parameters}
+        full = dict(parameters)
+        named = {plain: full[name] for name, plain in plain_names(full).items()}
         if isinstance(self._levels, Mapping):
             for pattern in self._levels:
                 if not any(fnmatchcase(name, pattern) for name in named):
@@ -127,7 +134,7 @@ class ContinuumMemorySystem:
                         f"levels (pattern {pattern!r}) must name at least one parameter; the "
                         f"parameters are called {some}, ..."
                     )
-        return {name: self.level_of(name, parameter) for name, parameter in named.items()}
+        return {name: self._level(name, parameter) for name, parameter in named.items()}
 
     @property
     def assigns(self) -> bool:
@@ -165,8 +172,15 @@ class ContinuumMemorySystem:
 
 
 def plain_name(name: str) -> str:
-    """A parameter's name without the prefixes of DistributedDataParallel and torch.compile."""
-    while name.startswith(_WRAPPERS):
-        for wrapper in _WRAPPERS:
-            name = name.removeprefix(wrapper)
-    return name.replace("._orig_mod.", ".")
+    """A parameter's name without what wrappers put into it."""
+    parts = name.split(".")
+    while parts and parts[0] in _WRAPPERS:
+        del parts[0]
+    return ".".join(part for part in parts if part not in _INNER)
+
+
+def plain_names(names: Iterable[str]) -> dict[str, str]:
+    """Each name -> its plain one; names that would become the same stay as they are."""
+    plain = {name: plain_name(name) for name in names}
+    seen = Counter(plain.values())
+    return {name: name if seen[short] > 1 else short for name, short in plain.items()}
