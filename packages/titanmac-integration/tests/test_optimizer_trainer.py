@@ -97,3 +97,22 @@ def test_a_checkpoint_between_two_slow_updates_continues_to_the_bit(
     states = [trainer.model.state_dict() for trainer in (whole, second)]
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "message"),
+    [
+        (
+            lambda model: torch.optim.LBFGS(model.parameters()),
+            r"\(=LBFGS\) must step without a clo",
+        ),
+        (lambda model: torch.optim.SGD([torch.ones(2)]), r"\(=SGD\) must hold parameters of model"),
+        (lambda model: torch.optim.AdamW, r"\(=<class .*AdamW'>\) must be an optimizer, made"),
+    ],
+)
+def test_optimizers_that_cannot_train_the_model_are_refused(
+    tiny_config: Make, optimizer: Callable[[torch.nn.Module], Any], message: str
+) -> None:
+    model = create_titanmac_model(tiny_config(), seed=1)
+    with pytest.raises((TypeError, ValueError), match=message):
+        Trainer(model, TrainingConfig(seq_len=32), optimizer=optimizer(model))

@@ -1,5 +1,6 @@
 """The optimizer that the settings ask for, and the manager of the topology."""
 
+import inspect
 from collections.abc import Callable
 
 import torch
@@ -39,6 +40,28 @@ def make_optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Opti
         controller=config.lr_controller,
         topology={"seed": config.seed} if getattr(model, "block_sparse_layers", None) else True,
     )
+
+
+def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``TypeError`` or ``ValueError`` unless the trainer can train ``model`` with it."""
+    if not isinstance(getattr(optimizer, "param_groups", None), list):
+        raise TypeError(
+            f"optimizer (={optimizer!r}) must be an optimizer, made of the model's parameters."
+        )
+    name = type(optimizer).__name__
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer (={name}) must step without a closure; it asks for the loss several times "
+            "per step, which Trainer does not compute. Take another, or write the loop yourself: "
+            "optimizer.step(closure), then TopologyManager.step()."
+        )
+    held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+    if not any(id(parameter) in held for parameter in model.parameters()):
+        raise ValueError(
+            f"optimizer (={name}) must hold parameters of model (={type(model).__name__}), and "
+            "holds none of them; make it from this model."
+        )
 
 
 def make_manager(

@@ -27,7 +27,7 @@ from ._log import (
     progress_bar,
     write_first_snapshot,
 )
-from ._optimizer import make_manager, make_optimizer, set_rate
+from ._optimizer import check_optimizer, make_manager, make_optimizer, set_rate
 from ._phase import Phase
 from ._processes import rank, sum_over_processes, world_size
 from ._report import PhaseReport, peak_memory_bytes
@@ -74,6 +74,10 @@ class Trainer:
             :meth:`fit` and when it is stopped. 0 writes only those.
         stop: asked after every step; True ends :meth:`fit` with :class:`TrainingStopped`, in all
             processes as soon as one says so.
+
+    Raises:
+        TypeError: ``optimizer`` is none.
+        ValueError: settings, model and ``optimizer`` do not go together.
     """
 
     def __init__(
@@ -105,6 +109,8 @@ class Trainer:
         self.info: dict[str, Any] = {}
         """What JSON can hold; part of every checkpoint."""
         self._logger = MultiLogger([writer, *loggers] if writer is not None else loggers)
+        if optimizer is not None:
+            check_optimizer(model, optimizer)
         self.optimizer = optimizer if optimizer is not None else make_optimizer(model, config)
         for group in self.optimizer.param_groups:
             group.setdefault(
