@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import re
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
 from torch import nn
 
-from cms_topology import CMSBlockLinear, NewbornStepCorrection, reset_optimizer_state
+from cms_topology import (
+    CMSBlockLinear,
+    NewbornStepCorrection,
+    TopologyManager,
+    reset_optimizer_state,
+)
 
 RunAlone = Callable[[str, Mapping[str, str]], None]
 
@@ -19,16 +26,35 @@ ADAM: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "adam amsgrad": lambda p: torch.optim.Adam(p, lr=0.01, amsgrad=True),
     "adam maximize": lambda p: torch.optim.Adam(p, lr=0.01, maximize=True),
     "adam short memory": lambda p: torch.optim.Adam(p, lr=0.01, betas=(0.8, 0.95)),
+    "nadam": lambda p: torch.optim.NAdam(p, lr=0.01),
+    "nadam foreach": lambda p: torch.optim.NAdam(p, lr=0.01, foreach=True, maximize=True),
+    "nadam decay": lambda p: torch.optim.NAdam(
+        p, lr=0.01, momentum_decay=0.05, weight_decay=0.1, decoupled_weight_decay=True
+    ),
+    "radam": lambda p: torch.optim.RAdam(p, lr=0.01, weight_decay=0.1),
+    "radam foreach": lambda p: torch.optim.RAdam(p, lr=0.01, foreach=True, maximize=True),
+    "adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
+    "adamax foreach": lambda p: torch.optim.Adamax(p, lr=0.01, foreach=True, weight_decay=0.1),
+}
+CAPTURABLE: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "adamw capturable": lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0, capturable=True),
+    "nadam capturable": lambda p: torch.optim.NAdam(p, lr=0.01, capturable=True),
+    "radam capturable": lambda p: torch.optim.RAdam(p, lr=0.01, capturable=True),
+    "adamax capturable": lambda p: torch.optim.Adamax(p, lr=0.01, capturable=True),
 }
 
 
-def run(name: str, corrected: bool) -> tuple[CMSBlockLinear, torch.Tensor, nn.Parameter]:
+def run(
+    name: str, corrected: bool, *, steps_before: int = 0, strided: bool = False, device: str = "cpu"
+) -> tuple[CMSBlockLinear, torch.Tensor, nn.Parameter]:
     """50 steps, then one block is reborn; 40 more steps beside a fresh parameter like it."""
-    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8, row_group=1)
-    optimizer = ADAM[name]([layer.values])
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8, row_group=1, device=device)
+    if strided:  # as what no CPU kernel takes
+        layer.values.data = layer.values.data.to(memory_format=torch.channels_last)
+    optimizer = (ADAM | CAPTURABLE)[name]([layer.values])
     correction = NewbornStepCorrection()
     generator = torch.Generator().manual_seed(0)
-    born = torch.zeros(2, 2, dtype=torch.bool)
+    born = torch.zeros(2, 2, dtype=torch.bool, device=device)
     born[1, 0] = True
     fresh: nn.Parameter | None = None
     for step in range(90):
@@ -36,9 +62,15 @@ def run(name: str, corrected: bool) -> tuple[CMSBlockLinear, torch.Tensor, nn.Pa
             reset_optimizer_state([optimizer], layer.values, born)
             layer.scorer.block_age.masked_fill_(born, 0)
             fresh = nn.Parameter(layer.values.detach()[1, 0].clone())
-            fresh_optimizer = ADAM[name]([fresh])
-        layer.values.grad = torch.randn(layer.values.shape, generator=generator)
+            fresh_optimizer = (ADAM | CAPTURABLE)[name]([fresh])
+        drawn = torch.randn(layer.values.shape, generator=generator)
+        layer.values.grad = torch.empty_like(layer.values).copy_(drawn)
         optimizer.step()
+        if step == 0 and steps_before:
+            optimizer.state[layer.values]["step"] += steps_before
+            layer.scorer.block_age += steps_before
+            if "mu_product" in optimizer.state[layer.values]:
+                optimizer.state[layer.values]["mu_product"].zero_()
         layer.scorer.block_age += 1
         if corrected:
             correction.apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
@@ -49,14 +81,104 @@ def run(name: str, corrected: bool) -> tuple[CMSBlockLinear, torch.Tensor, nn.Pa
     return layer, born, fresh
 
 
+@pytest.mark.parametrize("steps_before", [0, 50000])
+@pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("name", ADAM)
-def test_newborn_follows_a_fresh_parameter_and_survivors_do_not_move(name: str) -> None:
-    plain, born, _ = run(name, corrected=False)
+def test_newborn_follows_a_fresh_parameter_and_survivors_do_not_move(
+    name: str, strided: bool, steps_before: int
+) -> None:
+    plain, born, _ = run(name, corrected=False, steps_before=steps_before, strided=strided)
     torch.manual_seed(0)
-    layer, _, fresh = run(name, corrected=True)
-    torch.testing.assert_close(layer.values[1, 0], fresh, atol=2e-6, rtol=1e-4)
+    layer, _, fresh = run(name, corrected=True, steps_before=steps_before, strided=strided)
+    assert layer.values.is_contiguous() != strided
+    torch.testing.assert_close(layer.values[1, 0], fresh, atol=4e-6, rtol=1e-4)
+    assert fresh.isfinite().all()
     assert torch.equal(layer.values[~born], plain.values[~born])
     assert not torch.allclose(plain.values[1, 0], fresh, atol=1e-2), "the correction matters"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", [*ADAM, *CAPTURABLE])
+def test_newborn_follows_a_fresh_parameter_on_a_gpu(name: str) -> None:
+    torch.manual_seed(0)
+    layer, _, fresh = run(name, corrected=True, steps_before=50000, device="cuda")
+    torch.testing.assert_close(layer.values[1, 0], fresh, atol=4e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("age", [3000, 8000])
+def test_nadams_momentum_is_scheduled_by_the_blocks_own_age(age: int) -> None:
+    """It settles late: a block of 8000 steps has outlived Adam's corrections, but not NAdam's."""
+    layer = CMSBlockLinear(16, 8, bias=False, tile_size=8, density=1.0)
+    fresh = nn.Parameter(torch.zeros(8, 8))
+    optimizers = [torch.optim.NAdam([p], lr=0.1) for p in (layer.values, fresh)]
+    correction = NewbornStepCorrection()
+    for step in range(3):
+        layer.values.grad = torch.randn_like(layer.values)
+        fresh.grad = layer.values.grad[0, 0].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        layer.scorer.block_age += 1
+        if step == 0:  # as if so many steps had gone by
+            layer.scorer.block_age[0] = torch.tensor([age, 10**6])
+            for optimizer, t in zip(optimizers, (10**6, age), strict=True):
+                (state,) = optimizer.state.values()
+                state["step"].fill_(t)
+                state["mu_product"].zero_()
+        uncorrected = layer.values.detach().clone()
+        correction.apply(optimizers[0], layer.values, layer.scorer.block_age, layer.num_live)
+        if step == 0:
+            fresh.data.copy_(layer.values[0, 0])
+    assert not torch.allclose(uncorrected[0, 0], fresh, atol=1e-3)
+    torch.testing.assert_close(layer.values[0, 0], fresh, atol=1e-5, rtol=1e-4)
+
+
+def test_nadams_steps_with_decay_in_the_gradient_are_left_alone_with_a_warning() -> None:
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8)
+    optimizer = torch.optim.NAdam([layer.values], weight_decay=0.01)
+    correction = NewbornStepCorrection()
+    for step in range(3):
+        layer.values.grad = torch.randn_like(layer.values)
+        optimizer.step()
+        before = layer.values.detach().clone()
+        said = re.escape("NAdam with weight_decay (=0.01) adds it to the gradients")
+        with pytest.warns(UserWarning, match=said) if step == 0 else contextlib.nullcontext():
+            correction.apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+        assert torch.equal(layer.values, before)
+
+
+def test_nadams_step_without_its_gradient_is_left_alone() -> None:
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8)
+    optimizer = torch.optim.NAdam([layer.values])
+    for _ in range(2):
+        layer.values.grad = torch.randn_like(layer.values)
+        optimizer.step()
+    optimizer.zero_grad()
+    before = layer.values.detach().clone()
+    NewbornStepCorrection().apply(optimizer, layer.values, layer.scorer.block_age, layer.num_live)
+    assert torch.equal(layer.values, before)
+
+
+class HomeMadeAdam(torch.optim.Optimizer):
+    """Has Adam's moments, and nobody knows what else it does."""
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] |= {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.ones_like(p)}
+
+
+def test_an_unknown_optimizer_with_adams_moments_is_named_once() -> None:
+    layer = CMSBlockLinear(32, 16, bias=False, tile_size=8)
+    optimizer = HomeMadeAdam([layer.values], {})
+    model = nn.Sequential(layer)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 100))
+    for step in range(3):
+        model(torch.randn(4, 32)).sum().backward()
+        optimizer.step()
+        said = re.escape("the optimizer (=HomeMadeAdam) keeps Adam's moments, but is none of")
+        with pytest.warns(UserWarning, match=said) if step == 0 else contextlib.nullcontext():
+            manager.step()
+        optimizer.zero_grad()
 
 
 def test_the_uncorrected_step_is_too_long_by_the_known_factor() -> None:

@@ -8,12 +8,13 @@ Legend: L layers, R block rows, K slots per row, B tile side.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from cms_topology._adam_rules import grown_up
 
 
 class YoungLaunch:
@@ -80,9 +81,3 @@ class YoungLaunch:
             steps, lasts, self._group["lr"], betas, self._group["eps"], grown_up(betas)
         )
         lasts.copy_(steps)
-
-
-def grown_up(betas: tuple[float, float]) -> float:
-    """Age in steps from which the bias correction is below 0.1% and no longer worth its time."""
-    slowest = max(betas)
-    return math.log(1e-3) / math.log(slowest) if slowest > 0 else 0.0

@@ -5,7 +5,7 @@ Legend: R block rows, K slots per row, B tile side.
 
 from __future__ import annotations
 
-import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from operator import is_
 from typing import Any, NamedTuple
@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from cms_topology._adam_rules import ADAM, NADAM, Rule, corrected, exact_kind, rule_of, step
 from cms_topology._blocks import kernels_for
-from cms_topology._newborn_launch import YoungLaunch, grown_up
+from cms_topology._newborn_launch import YoungLaunch
 
 _PIECE = 1 << 17
 """Elements that a CPU corrects at a time: what its caches hold."""
@@ -31,8 +32,12 @@ class _Known(NamedTuple):
     """[R, K, B, B], the second moment that it divides by."""
     step: Tensor
     """0-d, Adam's steps."""
+    product: Tensor | None
+    """0-d, the product of NAdam's momenta."""
     group: dict[str, Any]
     """The parameter group."""
+    rule: Rule
+    """The optimizer's."""
     by_kernel: bool
     """Whether the Triton kernel takes it."""
     alike: object
@@ -58,11 +63,14 @@ class NewbornStepCorrection:
     replaces the block's update by the one with t = the block's own age. Blocks as old as the
     parameter are not changed by a bit.
 
-    Knows `torch.optim.Adam` and `AdamW` (foreach, fused and capturable included). Others are left
-    alone.
+    Knows `torch.optim.Adam`, `AdamW`, `NAdam`, `RAdam` and `Adamax` (foreach, fused and capturable
+    included). Others are left alone, with a warning if they keep Adam's moments. So is NAdam where
+    a weight decay that is not decoupled goes into its gradients: they cannot be told afterwards.
     """
 
     def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._strangers: set[int] = set()  # ids of optimizers that are not known
         self._last_step: dict[Tensor, Tensor | float] = {}  # a float on a CPU
         self._joined: dict[int, tuple[list[Tensor], Tensor]] = {}  # of what one kernel corrects
         self._known: dict[Tensor, _Known] = {}
@@ -79,8 +87,9 @@ class NewbornStepCorrection:
         """Correct the step that `optimizer` has just taken with one layer's `values`.
 
         Args:
-            optimizer: any; only Adam and AdamW are acted on.
-            values: parameter [R, K, B, B].
+            optimizer: any; only Adam and its kin are acted on.
+            values: parameter [R, K, B, B], with the gradient that the step was made of (of which
+                NAdam's need it).
             block_age: int32 [R, K], optimizer steps since birth, this one included.
             live: live slots per row.
         """
@@ -91,7 +100,9 @@ class NewbornStepCorrection:
         self, optimizer: torch.optim.Optimizer, layers: Iterable[tuple[Tensor, Tensor, int]]
     ) -> None:
         """`apply` for (`values`, `block_age`, `live`) of many layers, on a GPU in one launch."""
-        if not isinstance(optimizer, torch.optim.Adam):  # AdamW is a subclass
+        rule = rule_of(optimizer)
+        if rule is None:
+            self._warn_of_moments(optimizer)
             return
         self._notice_groups(optimizer)
         layers = list(layers)
@@ -111,9 +122,9 @@ class NewbornStepCorrection:
                 or known.mean is not state["exp_avg"]
                 or known.step is not state["step"]
             ):
-                known = self._look_up(optimizer, values)
-                if known is None:
-                    continue
+                known = self._look_up(optimizer, rule, values)
+            if known is None or (rule is NADAM and not self._has_gradient(known)):
+                continue
             aged = _Aged(known, block_age, live)
             if known.by_kernel and block_age.is_contiguous():
                 launches.setdefault(known.alike, []).append(aged)
@@ -141,18 +152,52 @@ class NewbornStepCorrection:
             self._known.clear()
             self._kept.clear()
 
-    def _look_up(self, optimizer: torch.optim.Optimizer, values: Tensor) -> _Known | None:
+    def _has_gradient(self, known: _Known) -> bool:
+        """Whether the gradient that NAdam's step was made of is at hand."""
+        group = known.group
+        if group["weight_decay"] and not group.get("decoupled_weight_decay", False):
+            self._warn_once(
+                f"NAdam with weight_decay (={group['weight_decay']}) adds it to the gradients, so "
+                "the first steps of newborn blocks cannot be corrected and come out too long; "
+                "pass decoupled_weight_decay=True, or correct_newborn_steps=False to "
+                "TopologyManager."
+            )
+            return False
+        return known.values.grad is not None
+
+    def _warn_of_moments(self, optimizer: torch.optim.Optimizer) -> None:
+        """Warn, once, of an optimizer that has Adam's moments but is not known."""
+        if id(optimizer) in self._strangers or not optimizer.state:
+            return
+        self._strangers.add(id(optimizer))
+        if any("exp_avg" in held and "exp_avg_sq" in held for held in optimizer.state.values()):
+            self._warn_once(
+                f"the optimizer (={type(optimizer).__name__}) keeps Adam's moments, but is none of "
+                "torch.optim's Adam, AdamW, NAdam, RAdam and Adamax: the first steps of newborn "
+                "blocks may come out several times too long; pass correct_newborn_steps=False to "
+                "TopologyManager if they do not."
+            )
+
+    def _warn_once(self, said: str) -> None:
+        if said not in self._said:
+            self._said.add(said)
+            warnings.warn(said, stacklevel=5)
+
+    def _look_up(
+        self, optimizer: torch.optim.Optimizer, rule: Rule, values: Tensor
+    ) -> _Known | None:
         owners = (g for g in optimizer.param_groups if any(p is values for p in g["params"]))
         group = next(owners, None)
         if group is None:
             return None
         state = optimizer.state[values]
         mean = state["exp_avg"]
-        square = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+        square = state["max_exp_avg_sq" if group.get("amsgrad") else rule.second]
         kinds = (values.dtype, mean.dtype, square.dtype, values.shape[-1])
-        by_kernel = _by_kernel(values, mean, square)
+        by_kernel = rule is ADAM and _by_kernel(values, mean, square)
         alike = (id(group), values.device, kinds)
-        known = _Known(values, mean, square, state["step"], group, by_kernel, alike)
+        step, product = state["step"], state.get("mu_product")
+        known = _Known(values, mean, square, step, product, group, rule, by_kernel, alike)
         self._known[values] = known
         return known
 
@@ -178,8 +223,8 @@ class NewbornStepCorrection:
 
     def _correct_on_cpu(self, members: list[_Aged], t: float) -> None:
         """Takes the young blocks out: asking which they are costs nothing here; they are few."""
-        group = members[0].known.group
-        limit = min(t, grown_up(group["betas"]))
+        known = members[0].known
+        limit = min(t, known.rule.grown_up(known.group))
         ages = [aged.age[:, : aged.live].reshape(-1) for aged in members]
         counts = [len(its) for its in ages]
         young = torch.cat(ages) < limit
@@ -187,7 +232,7 @@ class NewbornStepCorrection:
             return
         pieces = []
         for aged, mask, its in zip(members, young.split(counts), ages, strict=True):
-            flat = [x.flatten(0, 1) for x in aged.known[:3]]
+            flat = [x.flatten(0, 1) for x in _tensors(aged.known)]
             slots = mask.nonzero().squeeze(1)
             its = its[slots].clamp_(min=1)
             if aged.live < aged.age.shape[1]:  # behind the live ones there are spare ones
@@ -198,23 +243,28 @@ class NewbornStepCorrection:
         few = sum(slots.numel() * flat[0][0].numel() for flat, slots, _ in pieces) <= _PIECE
         for together in [pieces] if few else [[piece] for piece in pieces]:
             taken = [[x.index_select(0, at) for x in flat] for flat, at, _ in together]
-            w, m, v = map(torch.cat, zip(*taken, strict=True)) if few else taken[0]
+            tensors = list(map(torch.cat, zip(*taken, strict=True))) if few else taken[0]
             age = torch.cat([its for _, _, its in together])
-            parts = _corrected(w, m, v, t, age, group).split([len(at) for _, at, _ in together])
+            meant = corrected(tensors, t, age, known.rule, known.group, known.product)
+            parts = meant.split([len(at) for _, at, _ in together])
             for ((values, *_), at, _), part in zip(together, parts, strict=True):
                 values.index_copy_(0, at, part)
 
     def _correct(self, aged: _Aged) -> None:
         """Computes a correction for every block, and waits for no device."""
-        (values, mean, square, step, group, *_), live = aged.known, aged.live
-        t = step.detach().to(values.device, torch.float32, non_blocking=True)
+        known, live = aged.known, aged.live
+        values, rule, group = known.values, known.rule, known.group
+        exact = exact_kind(values.device)
+        t = known.step.detach().to(values.device, exact, non_blocking=True)
         moved = t > self._last_step.get(values, -1.0)
-        self._last_step[values] = t.clone()
-        age = torch.minimum(aged.age[:, :live].float(), t).clamp(min=1)
-        young = (age < t.clamp(max=grown_up(group["betas"]))) & moved
-        w, m, v = (block[:, :live] for block in (values, mean, square))
-        corrected = w + _lacking(m, v, t, age[:, :, None, None], group)
-        w.copy_(torch.where(young[:, :, None, None], corrected, w))
+        self._last_step[values] = t.to(torch.float32, copy=True)
+        age = torch.minimum(aged.age[:, :live].to(exact), t).clamp(min=1)
+        young = (age < t.clamp(max=rule.grown_up(group))) & moved
+        w, *rest = (x[:, :live] for x in _tensors(known))
+        made = step(rest, rule.parts(t, group, known.product), rule, group)
+        own = rule.parts(age[:, :, None, None], group, None)
+        lacking = group["lr"] * (made - step(rest, own, rule, group))
+        w.copy_(torch.where(young[:, :, None, None], w + lacking, w))
 
     def state_dict(self, names: Mapping[Any, str]) -> dict[str, float]:
         """Optimizer steps seen per layer name."""
@@ -239,31 +289,10 @@ def _by_kernel(values: Tensor, *moments: Tensor) -> bool:
     return kernels_for(values, *moments)
 
 
-def _lacking(m: Tensor, v: Tensor, t: Tensor, age: Tensor, group: dict[str, Any]) -> Tensor:
-    """What a step corrected by `t` lacks to be one corrected by `age`."""
-    beta1, beta2 = group["betas"]
-    root = v.sqrt()
-    made = (m / _bias(beta1, t)) / (root / _bias(beta2, t).sqrt() + group["eps"])
-    meant = (m / _bias(beta1, age)) / (root / _bias(beta2, age).sqrt() + group["eps"])
-    # with `maximize` Adam negates the gradient on its way into the moments: no sign here
-    return group["lr"] * (made - meant)
-
-
-def _corrected(
-    w: Tensor, m: Tensor, v: Tensor, t: float, age: Tensor, group: dict[str, Any]
-) -> Tensor:
-    """`w + _lacking(...)` in few passes, of blocks [n, B, B], ages [n]; changes all three."""
-    (beta1, beta2), eps, lr = group["betas"], group["eps"], float(group["lr"])
-    kind, kept = torch.promote_types(w.dtype, torch.float32), w.dtype
-    w, m, root = w.to(kind), m.to(kind), v.to(kind).sqrt_()
-    # (m / b1) / (root / b2 + eps) = m (b2 / b1) / (root + eps b2), where b2 is a root, too
-    b1, b2 = 1 - beta1**t, math.sqrt(1 - beta2**t)
-    w.addcdiv_(m, root + eps * b2, value=lr * b2 / b1)
-    years = age.double()[:, None, None]  # powers in single depend on where a number stands
-    b1_own, b2_own = 1 - beta1**years, (1 - beta2**years).sqrt()
-    m.mul_((b2_own / b1_own).to(kind))
-    return w.addcdiv_(m, root.add_((eps * b2_own).to(kind)), value=-lr).to(kept)
-
-
-def _bias(beta: float, steps: Tensor) -> Tensor:
-    return 1 - beta**steps
+def _tensors(known: _Known) -> list[Tensor]:
+    """Values, both moments and, where the step is made of it, the gradient: [R, K, B, B] each."""
+    found = [known.values, known.mean, known.square]
+    if known.rule is NADAM:
+        assert known.values.grad is not None
+        found.append(known.values.grad)
+    return found
