@@ -13,11 +13,15 @@ Two schedules, both with buffers that stay in the cache and never hold [N, R*K*B
   result. Serves a few tall groups. grad_input is always looped, adding each group's product to its
   columns with `index_add_` (sequential, hence deterministic), except with few tokens.
 
-Index errors: `index_select` and `index_add_` check every column, so a column outside [0, C) raises
-IndexError; it never reads or writes out of bounds.
+Index errors: `index_select` and `index_add_` check every column, so one outside [0, C) never reads
+or writes out of bounds. What they say of it is made the IndexError of the dense product.
 """
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +29,9 @@ from torch import Tensor
 from blockell_kernels._backends import Backend, Case, Pattern, Verdict
 from blockell_kernels._cpu_rule import few_tokens, verdict
 from blockell_kernels._cpu_scratch import scratch
-from blockell_kernels._dense import with_spare_slots
+from blockell_kernels._dense import check_columns, with_spare_slots
 
+ProductT = TypeVar("ProductT", bound=Callable[..., Tensor])
 TALL = 64
 FEW_GROUPS = 8
 TOKENS_PER_CHUNK = 4096  # looped
@@ -113,6 +118,20 @@ def _forward_looped(x: Tensor, W: Tensor, bias: Tensor | None, pattern: Pattern)
     return y
 
 
+def _says_which_column(product: ProductT) -> ProductT:
+    """Look for the cause of an error after it was raised: looking before costs every call."""
+
+    @functools.wraps(product)
+    def explained(*args: Any) -> Tensor:
+        try:
+            return product(*args)
+        except (IndexError, RuntimeError):
+            check_columns(args[-1])
+            raise
+
+    return cast(ProductT, explained)
+
+
 class GatheredBackend(Backend):
     """Gathered block products on the CPU."""
 
@@ -126,10 +145,12 @@ class GatheredBackend(Backend):
     def verdict(self, case: Case) -> Verdict:
         return verdict(case)
 
+    @_says_which_column
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         run = _forward_looped if _looped(x.shape[0], pattern) else _forward_batched
         return run(x, pack(values, pattern), bias, pattern)
 
+    @_says_which_column
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
         W = pack(values, pattern)
         groups, H, KB = W.shape
@@ -155,6 +176,7 @@ class GatheredBackend(Backend):
                 dx_part.index_add_(1, columns, product.view(-1, KB // B, B))
         return dx.view(N, pattern.C * B)
 
+    @_says_which_column
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
         N, B, H = dy.shape[0], pattern.B, pattern.row_group * pattern.B
         groups, KB = pattern.R // pattern.row_group, pattern.num_live * B

@@ -33,7 +33,7 @@ def _prepare_thread(t: Tensor) -> None:
         _thread.prepared = True
 
 
-def _check_columns(pattern: Pattern) -> None:
+def check_columns(pattern: Pattern) -> None:
     """Raise IndexError for a column outside [0, C), on the CPU, where looking costs nothing.
 
     Elsewhere it would wait for the device; such a column then falls into another block row, or is
@@ -55,7 +55,7 @@ def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     """
     if kernels := gpu_blocks(values, pattern.B):
         return kernels.to_dense(values, pattern)
-    _check_columns(pattern)
+    check_columns(pattern)
     R, C, B, K = pattern.R, pattern.C, pattern.B, pattern.num_live
     first = torch.arange(0, R * C, C, device=values.device)
     position = (pattern.live + first[:, None]).reshape(-1)  # int64 [R*K] in the grid of blocks
@@ -104,7 +104,7 @@ class DenseBackend(Backend):
             if chunks == 1:
                 return kernels.from_dense(torch.mm(dy.T, x), pattern)
             return _grad_values_by_chunks(kernels, dy, x, pattern, chunks)
-        _check_columns(pattern)
+        check_columns(pattern)
         blocks = gather_blocks(dy.T @ x, pattern, 0, pattern.R)
         return with_spare_slots(blocks, pattern)
 
@@ -140,7 +140,7 @@ def grad_values_and_norms(dy: Tensor, x: Tensor, pattern: Pattern) -> tuple[Tens
     """dv [R, slots, B, B] and squared norms [R, C], from a few block rows of dy^T x at a time."""
     if gpu_blocks(x, pattern.B):
         return BACKEND.grad_values(dy, x, pattern), block_grad_norms_sq(dy, x, pattern.B)
-    _check_columns(pattern)
+    check_columns(pattern)
     B, R = pattern.B, pattern.R
     blocks, norms = [], []
     step = rows_per_chunk(R, pattern.C, B)

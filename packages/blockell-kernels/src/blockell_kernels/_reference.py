@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Backend, Pattern
+from blockell_kernels._dense import check_columns
 
 
 def _blocks(t: Tensor, B: int) -> Tensor:
@@ -96,12 +97,15 @@ class ReferenceBackend(Backend):
     name = "reference"
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
+        check_columns(pattern)
         return forward(x, values, pattern.col_indices, bias, pattern.num_live)
 
     def grad_input(self, dy: Tensor, values: Tensor, pattern: Pattern) -> Tensor:
+        check_columns(pattern)
         return grad_input(dy, values, pattern.col_indices, pattern.C, pattern.num_live)
 
     def grad_values(self, dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
+        check_columns(pattern)
         return grad_values(dy, x, pattern.col_indices, pattern.B, pattern.num_live)
 
     def block_grad_norms(self, dy: Tensor, x: Tensor, B: int) -> Tensor:
