@@ -21,6 +21,7 @@ from titanmac_integration import (
     TrainingConfig,
     create_titanmac_model,
 )
+from titanmac_integration._training._processes import process_group, wait_for_all
 from titanmac_integration.cli import main
 
 Job = Callable[[int, int, Path], None]
@@ -94,11 +95,36 @@ def test_two_processes(tmp_path: Path) -> None:
     assert losses[0][7] == pytest.approx(losses[1][7], rel=0.02)
 
 
-def resume(rank: int, port: int, out: Path) -> None:
+def as_torchrun(rank: int, port: int) -> None:
     """What torchrun does, in less time."""
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", **address}
+
+
+def resume(rank: int, port: int, out: Path) -> None:
+    as_torchrun(rank, port)
     assert main(["train", "--out", str(out), "--resume", "6", "--device", "cpu", "--quiet"]) == 0
+
+
+def leave_one_alone(rank: int, port: int, out: Path) -> None:
+    as_torchrun(rank, port)
+    cpu = torch.device("cpu")
+
+    def first_fails() -> None:
+        with process_group(cpu):
+            wait_for_all(cpu)
+            if rank == 0:
+                raise ValueError("its own error")
+            wait_for_all(cpu)
+
+    lost = r"process 1 lost another one, whose message says why \(.*onnection"
+    error, message = ((ValueError, "its own error"), (ConnectionError, lost))[rank]
+    with pytest.raises(error, match=message):
+        first_fails()
+
+
+def test_the_other_process_of_one_that_fails_says_so_in_a_line(tmp_path: Path) -> None:
+    in_two_processes(leave_one_alone, tmp_path)
 
 
 def write_gradients(rank: int, port: int, out: Path) -> None:

@@ -30,6 +30,9 @@ def process_group(device: torch.device) -> Iterator[None]:
     """Join the other processes that torchrun started; nothing without torchrun.
 
     The backend is NCCL for CUDA devices and gloo for the CPU.
+
+    Raises:
+        ConnectionError: another process has ended, most likely by an error that it printed.
     """
     if not launched_by_torchrun() or int(os.environ["WORLD_SIZE"]) == 1:
         yield
@@ -39,6 +42,14 @@ def process_group(device: torch.device) -> Iterator[None]:
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield
+    except RuntimeError as error:
+        # gloo has no class of its own
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        reason = str(error).splitlines()[0].rpartition("] ")[2]
+        raise ConnectionError(
+            f"process {rank()} lost another one, whose message says why ({reason})"
+        ) from error
     finally:
         dist.destroy_process_group()
 
