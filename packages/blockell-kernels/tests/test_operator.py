@@ -102,12 +102,12 @@ class Spy(_backends.Backend):
 @pytest.fixture
 def spy(monkeypatch):
     backend = Spy(_backends.get_backend("gathered"))
-    _backends.select.cache_clear()
+    _backends.forget()
     monkeypatch.setattr(_backends, "get_backend", lambda name: backend)
     monkeypatch.setattr(_plan, "get_backend", lambda name: backend)
     monkeypatch.setattr(_plan, "_plans", {})
     yield backend
-    _backends.select.cache_clear()
+    _backends.forget()
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,31 @@ def test_heights_between_the_measured_ones_take_the_row_below():
     assert select(case(B=4, K=1)).backend == "dense"  # lower than any that was measured
 
 
+@pytest.fixture
+def matmul():
+    """Settings of products on GPUs, put back."""
+    found = torch.backends.cuda.matmul
+    before = found.allow_tf32
+    yield found
+    found.allow_tf32 = before
+    _backends.forget()
+
+
+def test_a_choice_does_not_outlive_the_tf32_setting(matmul, monkeypatch):
+    """Where torch allows TF32, dense products are many times as fast."""
+
+    class Sparse(_backends.Backend):
+        def verdict(self, case):
+            return _backends.Verdict(not matmul.allow_tf32, "measured")
+
+    monkeypatch.setattr(_backends, "get_backend", lambda name: Sparse())
+    monkeypatch.setattr(_backends, "unavailable", lambda name: None)
+    on_gpu = case(device=torch.device("cuda"))
+    for allowed, expected in ((False, "triton"), (True, "dense"), (False, "triton")):
+        matmul.allow_tf32 = allowed
+        assert select(on_gpu).backend == expected
+
+
 def test_other_devices_use_dense():
     assert select(case(device=torch.device("meta"))).backend == "dense"
     assert (
@@ -89,7 +114,7 @@ def test_triton_on_cpu_tensors_warns_once_and_computes(make_operands, monkeypatc
     o = make_operands(9, 4, 3, 2, 8)
     reason = "its kernels do not run here"
     monkeypatch.setattr(_backends, "unavailable", lambda name: reason if name == "triton" else None)
-    _backends.select.cache_clear()
+    _backends.forget()
     pattern = f"backend 'triton' was asked for, but {reason}; 'dense' is used"
     with pytest.warns(RuntimeWarning, match=pattern):
         y = call(o, backend="triton")
@@ -99,14 +124,14 @@ def test_triton_on_cpu_tensors_warns_once_and_computes(make_operands, monkeypatc
         call(o, backend="triton")
         monkeypatch.setenv("BLOCKELL_BACKEND", "triton")
         call(o)
-    _backends.select.cache_clear()
+    _backends.forget()
 
 
 def test_a_backend_whose_module_cannot_be_imported_says_so(monkeypatch):
     monkeypatch.setitem(_backends._MODULES, "gathered", "blockell_kernels._nowhere")
     _backends.get_backend.cache_clear()
     _backends.unavailable.cache_clear()
-    _backends.select.cache_clear()
+    _backends.forget()
     try:
         choice = select(case(K=4))
         assert choice.backend == "dense"
@@ -114,7 +139,7 @@ def test_a_backend_whose_module_cannot_be_imported_says_so(monkeypatch):
     finally:
         _backends.get_backend.cache_clear()
         _backends.unavailable.cache_clear()
-        _backends.select.cache_clear()
+        _backends.forget()
 
 
 def test_unknown_names(make_operands, monkeypatch):

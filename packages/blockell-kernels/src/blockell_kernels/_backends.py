@@ -152,8 +152,8 @@ class Backend:
         """Whether this backend beats the dense one on this case."""
         return Verdict(False, f"{self.name} is never chosen by itself")
 
-    def arithmetic(self, case: Case) -> str | None:
-        """How operands are multiplied, in words; None: as the device's own products do it."""
+    def details(self, case: Case) -> str | None:
+        """How this backend computes a case, in words; None: there is one way only."""
         return None
 
     def beats_copied(self, case: Case) -> bool:
@@ -221,9 +221,29 @@ def _why_not(name: str, case: Case) -> str | None:
     return unavailable(name) or get_backend(name).unsupported(case)
 
 
-@lru_cache(maxsize=4096)
+def arithmetic(dtype: torch.dtype) -> object:
+    """What a float32 product's choice depends on besides its sizes: torch's TF32 setting."""
+    if dtype is not torch.float32:
+        return None
+    matmul = torch.backends.cuda.matmul
+    try:
+        return matmul.allow_tf32
+    except RuntimeError:  # the newer setting is in use, and reading the older one is an error
+        return matmul.fp32_precision
+
+
 def select(case: Case, requested: str = "auto") -> Choice:
     """The backend for one direction of one case. `requested` is one of `BACKEND_NAMES`."""
+    return _select(case, requested, arithmetic(case.dtype))
+
+
+def forget() -> None:
+    """Decide anew from here on."""
+    _select.cache_clear()
+
+
+@lru_cache(maxsize=4096)
+def _select(case: Case, requested: str, arithmetic: object) -> Choice:
     if requested != "auto":
         refused = _why_not(requested, case)
         if refused is None:

@@ -185,7 +185,8 @@ def explain(
 ) -> Explanation:
     """Which backend `block_ell_linear` with the same arguments would use, and why.
 
-    `why` says, too, how float32 operands are multiplied where that is not IEEE's way.
+    `why` says, too, by which kernels, and how float32 operands are multiplied where that is not
+    IEEE's way.
 
     Of each product by itself: a training step takes the dense product for both `forward` and
     `grad_input` where one copy of the weight for the two is faster; `why` says so then.
@@ -200,14 +201,14 @@ def explain(
     requested = requested_backend(backend)
     dtype = compute_dtype(x)
     cases = [Case(direction, x.device, dtype, *sizes) for direction in DIRECTIONS]
-    choices = [_with_arithmetic(select(case, requested), case) for case in cases]
+    choices = [_with_details(select(case, requested), case) for case in cases]
     if keeps_copy(cases[0], choices[0], choices[1]):
         choices[:2] = [_shared(choice) for choice in choices[:2]]
     return Explanation(*choices)
 
 
-def _with_arithmetic(choice: Choice, case: Case) -> Choice:
-    words = get_backend(choice.backend).arithmetic(case)
+def _with_details(choice: Choice, case: Case) -> Choice:
+    words = get_backend(choice.backend).details(case)
     return choice if words is None else choice._replace(why=f"{choice.why}; {words}")
 
 

@@ -22,6 +22,7 @@ from blockell_kernels._backends import (
     Case,
     Choice,
     Pattern,
+    arithmetic,
     get_backend,
     select,
     shares,
@@ -57,17 +58,6 @@ def compute_dtype(t: Tensor) -> torch.dtype:
     if dtype is not torch.float32 and not t.is_cuda and t.device.type == "cpu":
         return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
     return dtype
-
-
-def arithmetic(dtype: torch.dtype) -> object:
-    """What the choice of a float32 product depends on besides its sizes: torch's TF32 setting."""
-    if dtype is not torch.float32:
-        return None
-    matmul = torch.backends.cuda.matmul
-    try:
-        return matmul.allow_tf32
-    except RuntimeError:  # the newer setting is in use, and reading the older one is an error
-        return matmul.fp32_precision
 
 
 @dataclass(frozen=True, eq=False, slots=True)

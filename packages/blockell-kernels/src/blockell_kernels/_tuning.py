@@ -177,7 +177,7 @@ def forget() -> None:
     from blockell_kernels import _backends, _plan
 
     table_for.cache_clear()
-    _backends.select.cache_clear()
+    _backends.forget()
     _plan.forget()
 
 

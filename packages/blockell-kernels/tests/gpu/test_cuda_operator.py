@@ -221,6 +221,7 @@ def test_explain_names_the_choice_and_the_reason(make_problem):
     said = explain(problem.x, problem.values, problem.pattern.col_indices, problem.bias)
     assert said.forward.backend == "triton"
     assert "at density 0.25 takes 0." in said.forward.why
+    assert said.forward.why.endswith("; by its live blocks, in time in proportion to them")
     free = make_problem(B=16, R=64, C=64, K=48, N=4096, dtype=torch.bfloat16)
     said = explain(free.x, free.values, free.pattern.col_indices, free.bias)
     assert said.forward.backend == "dense"

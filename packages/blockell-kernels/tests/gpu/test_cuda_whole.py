@@ -59,7 +59,7 @@ def test_products_match_the_reference(make_problem, error, shape, name, dtype):
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_grad_values_match_the_reference(make_problem, error, shape, dtype):
     p = make_problem(**shape, dtype=dtype)
-    assert _whole_values.takes(p.dy, p.x, p.B)
+    assert _whole.takes(p.dy, p.x, p.B)
     actual = _whole_values.grad_values(p.dy, p.x, p.pattern)
     expected, by_dense = p.expected()["grad_values"], p.by_dense()["grad_values"]
     assert error(actual, expected) <= 1.1 * error(by_dense, expected)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from blockell_format import transposed_index
-from blockell_kernels._triton import BACKEND, _walk
+from blockell_kernels._triton import BACKEND, _walk, _ways
 from blockell_kernels._triton._walk import Walk
 
 CUDA = torch.cuda.is_available()
@@ -103,7 +103,7 @@ def test_sliced_operands_are_read_where_they_lie(make_problem, error, walk):
     for name in ("x", "dy"):
         t = getattr(problem, name)
         setattr(problem, name, torch.cat([t, t], 1)[:, : t.shape[1]])
-        assert _walk.readable(getattr(problem, name))
+        assert _walk.takes(getattr(problem, name), problem.x, 32)
     for name, actual in products(problem, walk).items():
         assert error(actual, expected[name]) < 5e-3, name
 
@@ -113,7 +113,8 @@ def test_the_backend_leaves_other_operands_to_other_kernels(
     make_problem, error, monkeypatch, layout
 ):
     problem = make_problem(B=16, R=4, C=3, K=2, N=21, dtype=BF16)
-    monkeypatch.setattr(_walk, "walk_for", lambda case: WALKS["boxes"])
+    walks = _ways.WALK._replace(how=lambda case: WALKS["boxes"])
+    monkeypatch.setattr(_ways, "WAYS", (walks, *_ways.WAYS))
     expected = problem.expected()
     for name in ("x", "dy"):
         t = getattr(problem, name)
@@ -121,7 +122,7 @@ def test_the_backend_leaves_other_operands_to_other_kernels(
             strided = t.T.contiguous().T
         else:
             strided = torch.cat([t[:, :1], t], 1)[:, 1:]
-        assert not _walk.readable(strided)
+        assert not _walk.takes(strided, problem.values, 16)
         setattr(problem, name, strided)
     p, q = problem, problem.pattern
     assert error(BACKEND.forward(p.x, p.values, p.bias, q), expected["y"]) < 5e-3
@@ -131,13 +132,13 @@ def test_the_backend_leaves_other_operands_to_other_kernels(
 
 def test_the_backend_walks_where_the_rule_says_so(make_problem, error, monkeypatch):
     problem = make_problem(B=16, R=4, C=3, K=2, N=21, dtype=BF16)
-    monkeypatch.setattr(_walk, "walk_for", lambda case: WALKS["boxes"])
     p, q, walked = problem, problem.pattern, []
-    for name in ("forward", "grad_input", "grad_values"):
-        original = getattr(_walk, name)
-        monkeypatch.setattr(
-            _walk, name, lambda *a, name=name, run=original: walked.append(name) or run(*a)
-        )
+    noted = {
+        name: lambda *a, name=name: walked.append(name) or getattr(_walk, name)(*a)
+        for name in ("forward", "grad_input", "grad_values")
+    }
+    walks = _ways.WALK._replace(how=lambda case: WALKS["boxes"], **noted)
+    monkeypatch.setattr(_ways, "WAYS", (walks, *_ways.WAYS))
     expected = problem.expected()
     assert error(BACKEND.forward(p.x, p.values, p.bias, q), expected["y"]) < 5e-3
     assert error(BACKEND.grad_input(p.dy, p.values, q), expected["grad_input"]) < 5e-3

@@ -62,17 +62,16 @@ def runs(t: Tensor, tiling: Tiling) -> bool:
     )
 
 
-def chosen(case: Case, *operands: Tensor) -> Tiling | None:
+def chosen(case: Case) -> Tiling | None:
     """How a float32 case is computed as float16 halves, None: another way."""
     if case.dtype is not torch.float32 or not available(case.device):
         return None
-    tiling = halves_for(case)
-    return tiling if tiling is not None and all(map(readable, operands)) else None
+    return halves_for(case)
 
 
-def readable(t: Tensor) -> bool:
-    """Whether an operand lies as the kernels read it: x and dy by descriptors."""
-    return describable(t) if t.ndim == 2 else t.is_contiguous()
+def reads(a: Tensor, b: Tensor, B: int) -> bool:
+    """Whether a product's operands lie as the kernels read them: x and dy by descriptors."""
+    return describable(a) and (describable(b) if b.ndim == 2 else b.is_contiguous())
 
 
 def takes(

@@ -56,14 +56,17 @@ def available(device: torch.device) -> bool:
     return SUPPORTED and not INTERPRETED and capability(device)[0] == 9
 
 
-def takes(a: Tensor, values: Tensor, B: int) -> bool:
-    """Whether the kernel can run on these operands: a [N, features], values [R, slots, B, B]."""
+def takes(a: Tensor, b: Tensor, B: int) -> bool:
+    """Whether these kernels can run on a product's operands.
+
+    x or dy [N, features] and values [R, slots, B, B]; or, for the weight gradient, dy and x.
+    """
     return (
         runs_on(a)
         and B in LOADERS
-        and values.is_contiguous()
         and describable(a)
-        and describable(values)
+        and describable(b)
+        and (b.ndim == 2 or b.is_contiguous())
     )
 
 

@@ -8,26 +8,19 @@ from __future__ import annotations
 from torch import Tensor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._gluon._support import runs_on
-from blockell_kernels._triton._device import describable, num_sms, on_its_device
+from blockell_kernels._triton._device import num_sms, on_its_device
 from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._places import places_of
 from blockell_kernels._triton._tiling import ceil_div
 
 COLUMNS = 256
 """Of a tile."""
-TILES = (16, 32, 64, 128)
 STAGES = 3
-
-
-def takes(dy: Tensor, x: Tensor, B: int) -> bool:
-    """Whether the kernel can run on these operands: dy [N, R*B], x [N, C*B]."""
-    return runs_on(x) and B in TILES and describable(dy) and describable(x)
 
 
 @on_its_device
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern) -> Tensor:
-    """dv [R, slots, B, B] from operands that `takes` accepts; zeros in the spare slots."""
+    """dv [R, slots, B, B] from operands that `_whole.takes`; zeros in the spare slots."""
     from blockell_kernels._gluon._descriptors import descriptor
     from blockell_kernels._gluon._whole_values_kernels import whole_values
 

@@ -53,11 +53,6 @@ class Strip:
     stages: int = 4
 
 
-def takes(case: Case) -> bool:
-    """Whether this module computes the case."""
-    return strip_for(case) is not None
-
-
 @lru_cache(maxsize=4096)
 def strip_for(case: Case) -> Strip | None:
     """How to run a case, None: not here. Rules read off searches on one H200, half full."""

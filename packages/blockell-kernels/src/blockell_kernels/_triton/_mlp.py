@@ -64,7 +64,9 @@ def forward_activated(
 def forward_way(x: Tensor, values: Tensor, pattern: Pattern, activation: str) -> Way:
     """How `forward_activated` computes."""
     case = _case("forward", x, pattern)
-    halves = _halves.chosen(case, x, values)
+    halves = _halves.chosen(case)
+    if halves is not None and not _halves.reads(x, values, pattern.B):
+        halves = None
     by_turns = _by_turns.forward_takes(x, values, pattern)
     return rule.forward_way(case, activation, halves, by_turns)
 
@@ -122,7 +124,7 @@ def middle_way(
         sparse=sparse,
         dense=dense,
         keep_a=keep_a,
-        halves=_halves.chosen(case, dy, values) is not None,
+        halves=_halves.chosen(case) is not None and _halves.reads(dy, values, pattern.B),
         by_turns=_by_turns.middle_takes(dy, values, pattern, pre),
         dense_by_turns=_by_turns.dense_middle_takes(dy, pre),
     )

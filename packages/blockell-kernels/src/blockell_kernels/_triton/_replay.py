@@ -21,8 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime import driver
 
-from blockell_kernels._backends import Pattern
-from blockell_kernels._plan import arithmetic
+from blockell_kernels._backends import Pattern, arithmetic
 from blockell_kernels._triton import _launch
 
 MAX_RECORDINGS = 4096

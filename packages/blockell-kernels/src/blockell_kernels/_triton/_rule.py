@@ -192,20 +192,19 @@ def takes_whole(case: Case) -> bool:
     return whole is not None and (other is None or whole.octaves < other.octaves)
 
 
-def _expected_by_its_way(case: Case, kind: str, copied: bool = True) -> tuple[Found | None, bool]:
-    """What is expected of the way that is taken, and whether that is by the whole weight.
+def _expected_by_its_way(case: Case, kind: str, copied: bool = True) -> Found | None:
+    """What is expected of the way that is taken.
 
     What was measured at the case's own shape, by whichever way was taken there, is not overruled by
     what the whole weight took at others.
     """
     found = expected(case, kind, copied)
     if not takes_whole(case):
-        return found, False
+        return found
     whole = expected_whole(case, kind, copied)
     assert whole is not None
-    if found is not None and len(found.shapes) == 1 < len(whole.shapes):
-        return found, False
-    return whole, True
+    by_its_own = found is not None and len(found.shapes) == 1 < len(whole.shapes)
+    return found if by_its_own else whole
 
 
 def verdict(case: Case) -> Verdict:
@@ -221,7 +220,7 @@ def beats_copied(case: Case) -> bool:
     if case.device.type == "cuda" and capability(case.device) != (9, 0):
         return True
     kind = arithmetic(case)
-    found, _ = _expected_by_its_way(case, kind, copied=False)
+    found = _expected_by_its_way(case, kind, copied=False)
     return found is None or found.octaves <= 0
 
 
@@ -257,11 +256,10 @@ def _verdict(case: Case, kind: str) -> Verdict:
             f"density {case.density:.2f} {'<=' if wins else '>'} {limit:.2f}, {UNMEASURED_FACTOR} "
             f"times the break-even of {case.direction} on a GPU not measured; {where}",
         )
-    taken, by_whole = _expected_by_its_way(case, kind)
+    taken = _expected_by_its_way(case, kind)
     assert taken is not None
-    found, way = taken, ", by the whole weight block by block," if by_whole else ""
     return Verdict(
-        found.octaves <= 0,
-        f"{case.direction} at density {case.density:.2f}{way} takes {2**found.octaves:.2f} of the "
-        f"time of the dense product with its copy, {where}",
+        taken.octaves <= 0,
+        f"{case.direction} at density {case.density:.2f} takes {2**taken.octaves:.2f} of the time "
+        f"of the dense product with its copy, {where}",
     )

@@ -157,9 +157,9 @@ def _grad_values(case: Case) -> tuple[Walk, float] | None:
     return walk, least.get(B, 1.0)
 
 
-def readable(*operands: Tensor) -> bool:
-    """Whether operands [N, features] can be read the way walks do, without a copy."""
-    return all(map(describable, operands))
+def takes(a: Tensor, b: Tensor, B: int) -> bool:
+    """Whether x and dy [N, features], among a product's operands, are read as they lie."""
+    return describable(a) and (b.ndim > 2 or describable(b))
 
 
 def _steps(depth: int, walk: Walk) -> tuple[int, int]:
@@ -170,7 +170,7 @@ def _steps(depth: int, walk: Walk) -> tuple[int, int]:
 
 @on_its_device
 def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, walk: Walk) -> Tensor:
-    """y [N, R*B] from a `readable` x [N, C*B], values [R, slots, B, B], bias [R*B]."""
+    """y [N, R*B] from x [N, C*B], values [R, slots, B, B], bias [R*B]."""
     N, R, C, B = x.shape[0], pattern.R, pattern.C, pattern.B
     y = x.new_empty(N, R * B)
     BN = max(walk.BN, B)
@@ -212,7 +212,7 @@ def forward(x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern, wa
 
 @on_its_device
 def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, walk: Walk) -> Tensor:
-    """dx [N, C*B] from a `readable` dy [N, R*B] and values [R, slots, B, B]."""
+    """dx [N, C*B] from dy [N, R*B] and values [R, slots, B, B]."""
     N, R, C, B = dy.shape[0], pattern.R, pattern.C, pattern.B
     dx = dy.new_empty(N, C * B)
     order, col_start = pattern.transposed()
@@ -253,7 +253,7 @@ def grad_input(dy: Tensor, values: Tensor, pattern: Pattern, walk: Walk) -> Tens
 
 @on_its_device
 def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, walk: Walk) -> Tensor:
-    """dv [R, slots, B, B] from `readable` dy [N, R*B], x [N, C*B]; zeros in the spare slots."""
+    """dv [R, slots, B, B] from dy [N, R*B], x [N, C*B]; zeros in the spare slots."""
     N, R, C, B, slots = x.shape[0], pattern.R, pattern.C, pattern.B, pattern.slots
     out = x.new_empty(R, slots, B, B)
     BM, BN = max(walk.BM, B), max(walk.BN, B)
