@@ -11,7 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
+from cms_topology import (
+    CMSBlockLinear,
+    ScoringConfig,
+    TopologyManager,
+    reset_optimizer_state,
+)
 
 LOOSE = ScoringConfig(max_swap_frac=0.3, max_row_swap_frac=0.5, swap_threshold=1.0)
 Make = Callable[[Iterator[nn.Parameter]], torch.optim.Optimizer]
@@ -57,6 +62,8 @@ OPTIMIZERS: dict[str, Make] = {
     "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01),
     "RMSprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.9, centered=True),
     "LBFGS": lambda p: torch.optim.LBFGS(p, lr=0.1, max_iter=4),
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=1e-3),
+    "Adamax": lambda p: torch.optim.Adamax(p, lr=0.01),
 }
 
 
@@ -68,6 +75,56 @@ def test_trains_and_swaps_under(kind: str) -> None:
     losses = train(model, optimizer.step, manager, 16)
     assert manager.swap_rate
     assert losses[-1] < losses[0]
+
+
+class ScheduleFree(torch.optim.Optimizer):
+    """SGD that trains between two sets of weights (Defazio et al. 2024, algorithm 1)."""
+
+    def __init__(self, params: Any, lr: float) -> None:
+        super().__init__(params, {"lr": lr, "weight_sum": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            group["weight_sum"] += 1
+            for p in group["params"]:
+                z = self.state[p].setdefault("z", p.clone())
+                p.lerp_(z, 1 / group["weight_sum"]).sub_(p.grad, alpha=0.1 * group["lr"])
+                z.sub_(p.grad, alpha=group["lr"])
+
+
+FRESH: dict[str, Make] = {
+    "Rprop": lambda p: torch.optim.Rprop(p, lr=0.02),
+    "Adagrad": lambda p: torch.optim.Adagrad(p, lr=0.01, initial_accumulator_value=0.5),
+    "schedule-free": lambda p: ScheduleFree(p, lr=0.01),
+}
+
+
+@pytest.mark.parametrize("kind", FRESH)
+def test_state_of_newborn_blocks_is_that_of_a_fresh_optimizer(kind: str) -> None:
+    layer = CMSBlockLinear(32, 64, tile_size=8, max_density=0.75, row_group=1)
+    optimizer = FRESH[kind](iter([layer.values]))
+    for _ in range(3):
+        layer.values.grad = torch.randn_like(layer.values)
+        optimizer.step()
+    born = torch.zeros(8, layer.num_live, dtype=torch.bool)
+    born[1, 0] = born[5, 1] = True
+    with torch.no_grad():
+        layer.values[:, : layer.num_live][born] = 0.25
+    old = {name: x.clone() for name, x in optimizer.state[layer.values].items() if x.ndim == 4}
+    assert old
+    reset_optimizer_state([optimizer], layer.values, born)
+    fresh = nn.Parameter(layer.values.detach().clone())
+    other = FRESH[kind](iter([fresh]))
+    fresh.grad = torch.zeros_like(fresh)
+    other.step()
+    for name, before in old.items():
+        after = optimizer.state[layer.values][name]
+        assert torch.equal(after[1, 0], other.state[fresh][name][1, 0]), name
+        assert torch.equal(after[5, 1], other.state[fresh][name][5, 1]), name
+        expected, live = before.clone(), after[:, : layer.num_live]
+        expected[:, : layer.num_live][born] = live[born]
+        assert torch.equal(after, expected), f"{name} of survivors"
 
 
 def test_lbfgs_forgets_what_led_to_other_blocks() -> None:

@@ -61,11 +61,12 @@ def write_newborn_values(
 def reset_optimizer_state(
     optimizers: Iterable[torch.optim.Optimizer], values: Tensor, swapped: Tensor
 ) -> None:
-    """Zero the swapped slots of every per-element state the optimizers hold for `values`.
+    """Make the swapped slots of every per-element state the optimizers hold for `values` fresh.
 
-    Works for any optimizer whose state tensors have the parameter's shape (moments of Adam and
-    its fused and multi-tensor forms, momentum of SGD). Survivors are not touched. LBFGS forgets its
-    whole history, which is of one vector, if anything was swapped.
+    That is zero for any optimizer whose state tensors have the parameter's shape (moments of Adam
+    and its fused and multi-tensor forms, momentum of SGD), but for Rprop's step sizes, Adagrad's
+    sums and the second set of weights of schedule-free optimizers. Survivors are not touched. LBFGS
+    forgets its whole history, which is of one vector, if anything was swapped.
 
     Args:
         optimizers: those that may hold state of `values`.
@@ -79,7 +80,7 @@ def reset_optimizer_states(
     optimizers: Iterable[torch.optim.Optimizer], swapped: Mapping[Tensor, Tensor]
 ) -> None:
     """`reset_optimizer_state` for many parameters, each with its swapped slots, in one launch."""
-    states, masks = [], []
+    states, masks, fresh = [], [], []
     for optimizer in optimizers:
         if isinstance(optimizer, torch.optim.LBFGS):
             if any(bool(mask.any()) for mask in swapped.values()):
@@ -87,8 +88,38 @@ def reset_optimizer_states(
             continue
         for values, mask in swapped.items():
             # `state` is a defaultdict: reading an unknown parameter would create an entry
-            for entry in optimizer.state.get(values, {}).values():
-                if isinstance(entry, Tensor) and entry.shape == values.shape:
+            for name, entry in optimizer.state.get(values, {}).items():
+                if not isinstance(entry, Tensor) or entry.shape != values.shape:
+                    continue
+                start = _fresh_state(optimizer, values, name)
+                if start is None:
                     states.append(entry)
                     masks.append(mask)
+                else:
+                    fresh.append((entry, mask, start))
     clear_blocks(states, masks)
+    for entry, mask, start in fresh:
+        live = entry[:, : mask.shape[1]]
+        if isinstance(start, Tensor):
+            start = start[:, : mask.shape[1]].to(entry)
+        live.copy_(torch.where(mask[:, :, None, None], start, live))
+
+
+def _fresh_state(
+    optimizer: torch.optim.Optimizer, values: Tensor, name: str
+) -> Tensor | float | None:
+    """What a fresh optimizer holds under a name, of the shape of `values` or one number.
+
+    None: zeros.
+    """
+    if name not in ("step_size", "sum", "z"):
+        return None
+    owners = (g for g in optimizer.param_groups if any(p is values for p in g["params"]))
+    group = next(owners, {})
+    if name == "step_size" and isinstance(optimizer, torch.optim.Rprop):
+        return float(group["lr"])
+    if name == "sum" and isinstance(optimizer, torch.optim.Adagrad):
+        return float(group["initial_accumulator_value"])
+    if name == "z" and "weight_sum" in group:  # schedule-free: trains between z and their mean
+        return values.detach()
+    return None
