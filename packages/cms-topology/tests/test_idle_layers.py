@@ -243,3 +243,40 @@ def test_a_wrapped_optimizer_is_seen_through() -> None:
         train(net, optimizer, manager, range(10))
         found.append(net)
     assert torch.equal(found[0].fc1.values, found[1].fc1.values)
+
+
+@pytest.mark.parametrize("how", ["added", "replaced"])
+def test_a_layer_that_came_later_is_named_once(how: str) -> None:
+    net, optimizer, manager = setup()
+    train(net, optimizer, manager, range(3))
+    name = "fc3" if how == "added" else "fc2"
+    layer = CMSBlockLinear(32, 32, tile_size=8, row_group=1, scoring=RESTLESS)
+    net.add_module(name, layer)
+    optimizer.add_param_group({"params": layer.parameters()})
+    said = rf"the layers \['{name}'\] came into the model after this TopologyManager was made"
+    with pytest.warns(UserWarning, match=said):
+        train(net, optimizer, manager, range(3, 4))
+    train(net, optimizer, manager, range(4, 8))
+
+    newer = TopologyManager(net, optimizer, periods=(1, 2, 4))
+    newer.load_state_dict(manager.state_dict())
+    reports = train(net, optimizer, newer, range(8, 16))
+    assert newer.global_step == 16
+    assert swaps(reports, "fc1") > 0
+    if how == "replaced":
+        assert swaps(reports, name) > 0
+
+
+def test_gradients_without_a_backward_pass_bring_no_statistics() -> None:
+    net, optimizer, manager = setup()
+    parameters = list(net.parameters())
+    for i in range(4):
+        loss = (net(torch.randn(16, 32)) - 1).square().mean()
+        for parameter, grad in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+            parameter.grad = grad
+        optimizer.step()
+        if i < 3:
+            manager.step()
+    with pytest.warns(UserWarning, match="come from backward.., not from torch.autograd.grad"):
+        report = manager.step()
+    assert report.swap_rate == 0

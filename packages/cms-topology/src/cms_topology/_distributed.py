@@ -86,7 +86,7 @@ def group_of(model: nn.Module) -> dist.ProcessGroup | None:
     return None if group is dist.group.WORLD else group
 
 
-def refuse_join(model: nn.Module) -> None:
+def refuse_join(model: nn.Module | None) -> None:
     """A rank that ran out of inputs takes part in DDP's collectives under Join, not in ours.
 
     Raises:

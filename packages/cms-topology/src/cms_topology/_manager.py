@@ -78,7 +78,8 @@ class TopologyManager:
     Args:
         model: any module; wrapped by DDP or torch.compile or not.
         optimizer: the optimizer (or several) of the layers' `values`; its state of replaced blocks
-            is reset. None if there is no such state.
+            is reset. None if there is no such state. A new optimizer needs a new manager; what the
+            old one's `state_dict` returned goes into that.
         periods: optimizer steps between two score accumulations (always 1), foldings and decisions.
         seed: of exploration and new weights; the same on every rank.
         sample_steps: how many steps before each decision collect statistics of absent blocks.
@@ -158,7 +159,8 @@ class TopologyManager:
                 raise ValueError(f"{name} (={type(given).__name__}) must have a method {method}.")
         self.seed = operator.index(seed)
         self.writer, self.logger = writer, logger
-        self._model, self._group = model, process_group or dist_sync.group_of(model)
+        self._model: nn.Module | None = model
+        self._group = process_group or dist_sync.group_of(model)
         self.freeze_after = freeze_after
         self.overhead_seconds = 0.0
         """Host seconds spent in `step` so far."""
@@ -279,6 +281,8 @@ class TopologyManager:
         dist_sync.refuse_join(self._model)
         self._sync()
         self._look_for_zeros()
+        if self._model is not None:
+            self._participation.look_for_others(self._model)
         taking_part = self._participation.take(self._group)
         generators = {n: decision_generator(self.seed, self._step, n) for n in taking_part}
         rules = {n: rule for n, rule in self._rules.items() if n in taking_part}

@@ -6,7 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from torch import nn
+
 from cms_topology import _distributed as dist_sync
+from cms_topology._convert import sparse_layers
 from cms_topology._optimizers import trained_by
 
 if TYPE_CHECKING:
@@ -70,9 +73,19 @@ class Participation:
         self._warn_once(
             unknown,
             "collected no statistics of absent blocks for this decision, so they keep their "
-            "blocks; in the step before one they must be in training mode",
+            "blocks; in the step before one they must be in training mode, and gradients must "
+            "come from backward(), not from torch.autograd.grad",
         )
         return {n: x for n, x in found.items() if n not in idle and n not in unknown}
+
+    def look_for_others(self, model: nn.Module) -> None:
+        """Warn, once, of sparse layers that came into the model since it was managed."""
+        known = set(map(id, self._layers.values()))
+        self._warn_once(
+            [name for name, layer in sparse_layers(model).items() if id(layer) not in known],
+            "came into the model after this TopologyManager was made, so their blocks stay; make a "
+            "new one and load this one's state_dict() into it",
+        )
 
     def state_dict(self) -> dict[str, list[str]]:
         """Names, for a checkpoint."""
@@ -86,5 +99,5 @@ class Participation:
     def _warn_once(self, names: list[str], said: str) -> None:
         if names and said not in self._said:
             self._said.add(said)
-            # by way of `take`, of the manager's decision and of its step
+            # by way of our caller, of the manager's decision and of its step
             warnings.warn(f"the layers {names} {said}.", stacklevel=5)
