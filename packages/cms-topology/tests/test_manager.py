@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import pickle
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -154,6 +155,26 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(scoring: ScoringConfig) -> Non
         for name, value in entries.items():
             assert torch.equal(value, second[key][name]), (key, name)
     assert sum(layer.scorer.num_decisions for layer in manager.layers.values()) == 6
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam])
+@pytest.mark.parametrize("way", ["deepcopy", "pickle"])
+def test_a_copied_training_goes_on_bit_for_bit(
+    way: str, kind: Callable[..., torch.optim.Optimizer]
+) -> None:
+    model = Net()
+    optimizer = kind(model.parameters(), lr=1e-2)
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    train(model, optimizer, manager, range(7))
+    both = (model, optimizer, manager)
+    other = copy.deepcopy(both) if way == "deepcopy" else pickle.loads(pickle.dumps(both))
+    for its_model, its_optimizer, its_manager in (both, other):
+        train(its_model, its_optimizer, its_manager, range(7, 14))
+    assert manager.state_dict() == other[2].state_dict()
+    for (name, a), (_, b) in zip(
+        model.state_dict().items(), other[0].state_dict().items(), strict=True
+    ):
+        assert torch.equal(a, b), name
 
 
 @pytest.mark.parametrize("score", ["gradient", "outer", "loss"])

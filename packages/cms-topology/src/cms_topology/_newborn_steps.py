@@ -78,8 +78,9 @@ class NewbornStepCorrection:
         self._kept: dict[int, YoungLaunch] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickle and deepcopy; addresses are looked up again."""
-        return {**self.__dict__, "_kept": {}}
+        """For pickle and deepcopy; what was looked up is looked up again."""
+        found = {"_kept": {}, "_known": {}, "_groups": {}, "_joined": {}, "_strangers": set()}
+        return {**self.__dict__, **found}
 
     def apply(
         self, optimizer: torch.optim.Optimizer, values: Tensor, block_age: Tensor, live: int
