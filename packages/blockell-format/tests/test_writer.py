@@ -6,6 +6,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -195,6 +196,17 @@ def test_new_refuses_the_rest_of_a_run(run_maker: Any, left: str) -> None:
     with pytest.raises(FileExistsError, match="already holds"):
         run_maker.writer()
     assert (run_maker.path / left).read_text() == "something"
+
+
+@pytest.mark.parametrize("taken", [".", "topology"])
+def test_a_file_where_a_directory_should_be(run_maker: Any, taken: str) -> None:
+    path = run_maker.path / taken
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("something")
+    said = re.escape(f"{path} is not a directory; choose another run_dir.")
+    with pytest.raises(FileExistsError, match=said):
+        run_maker.writer()
+    assert path.read_text() == "something"
 
 
 def test_new_leaves_other_files_alone(run_maker: Any) -> None:

@@ -227,6 +227,9 @@ class SnapshotWriter:
 
     def _refuse_existing(self) -> None:
         topology = self.run_dir / TOPOLOGY_DIR
+        for path in (self.run_dir, topology):
+            if path.exists() and not path.is_dir():
+                raise FileExistsError(f"{path} is not a directory; choose another run_dir.")
         for path in (self.run_dir / RUN_FILE, self.run_dir / METRICS_FILE):
             if path.exists() or path.is_symlink():
                 raise FileExistsError(
