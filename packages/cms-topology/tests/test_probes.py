@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +153,39 @@ def test_what_the_second_task_cost_the_first_leaves_room_for_a_third() -> None:
     assert guard.budget is not None
     assert guard.budget > 1e-5  # wider than at first
     guard.remove()
+
+
+DIVERGENCE = """
+import sys, torch
+from cms_topology import make_probes
+from cms_topology._retention import _divergence_kernel, _probes
+
+device = sys.argv[1]
+torch.manual_seed(0)
+half, bfloat = torch.float16, torch.bfloat16
+for V, k, dtype in ((2, 64, torch.float32), (300, 64, half), (5000, 3, bfloat), (257, 1, half)):
+    then = 4 * torch.randn(3, 7, V, device=device)
+    probes = make_probes(torch.nn.Identity(), then, confidence=0.2 * (V < 999), classes=k)
+    kept = (probes.positions, probes.classes, probes.log_probs, _probes.LOST_NATS)
+    for scale in (0.0, 0.1, 3.0):
+        now = (then + scale * torch.randn_like(then)).to(dtype)
+        now[0, 0, 1:] = -torch.inf
+        flat = now.flatten(0, -2)
+        found = _divergence_kernel.divergences(flat, *kept).mean()
+        expected = probes._by_torch(flat, _probes.LOST_NATS)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert device == "cpu" or torch.equal(probes.divergence(now), found)
+    now[:, :, 0] = torch.nan
+    assert _divergence_kernel.divergences(now.flatten(0, -2), *kept).isnan().all()
+print("agrees")
+"""
+
+
+def test_the_kernel_agrees_with_torch(run_alone: Callable[[str, Mapping[str, str]], None]) -> None:
+    """In Triton's interpreter where there is no GPU."""
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(DIVERGENCE, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
 
 
 @pytest.mark.parametrize(("start", "exacting"), [(1e-5, True), (1e-3, False)])

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cms_topology import CMSBlockLinear, RetentionGuard, consolidate
+from cms_topology import (
+    CMSBlockLinear,
+    DriftController,
+    RetentionGuard,
+    consolidate,
+    make_probes,
+)
+from cms_topology._retention import _projection
 
 pytestmark = pytest.mark.gpu
 
@@ -121,3 +128,58 @@ def test_gradients_are_damped_without_waiting_for_the_device(rank: int) -> None:
     error = (model.head.weight.grad - expected).norm() / plain.norm()
     assert error < 0.05  # directions of which less would be taken away are left alone
     assert expected.norm() < 0.9 * plain.norm()
+
+
+def guarded(steps: int, **settings: Any) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = Network(4).cuda()
+    memory = consolidate(model, [inputs(1)], loss_fn=loss_of)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, fused=True)
+    guard = RetentionGuard(model, optimizer, memory, **settings)
+    train(model, optimizer, steps, amp=False)
+    assert guard.drift()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_kernels_project_as_torch_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings: dict[str, Any] = {"drift": 1e-4, "eps": 0.1, "every": 3}
+    found, again = (guarded(12, **settings) for _ in range(2))
+    assert all(map(torch.equal, found, again)), "to the bit from run to run"
+    monkeypatch.setattr(_projection, "reachable", lambda *_: None)
+    expected = guarded(12, **settings)
+    torch.manual_seed(0)
+    start = Network(4).cuda().parameters()
+    for got, wanted, before in zip(found, expected, start, strict=True):
+        moved = (wanted - before).norm()
+        assert (got - wanted).norm() <= 0.01 * moved  # in TF32; Adam follows small differences
+
+
+def test_what_takes_nothing_away_changes_no_bit() -> None:
+    torch.manual_seed(0)
+    model = Network(4).cuda()
+    memory = consolidate(model, [inputs(1)], loss_fn=loss_of)
+    guard = RetentionGuard(model, None, memory, drift=1e9, eps=1e300)
+    train(model, torch.optim.AdamW(model.parameters(), lr=3e-3), 3, amp=False)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    guard.flush()
+    assert all(map(torch.equal, before, model.parameters()))
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two devices")
+def test_a_model_on_another_device_than_the_current_one() -> None:
+    def weights(device: str) -> Tensor:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(64, 96), nn.Tanh(), nn.Linear(96, 32)).to(device)
+        x = inputs(1)[:, :64].to(device)
+        probes = make_probes(model, x, confidence=0.0)
+        memory = consolidate(model, [x], loss_fn=lambda m, b: m(b).square().mean(), probes=probes)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        controller = DriftController(1e-3, start=1e-3, device=device)
+        RetentionGuard(model, optimizer, memory, drift=controller, measure_every=1)
+        for _ in range(4):
+            optimizer.zero_grad()
+            (model(x) - x[:, :32]).square().mean().backward()
+            optimizer.step()
+        return model[0].weight.detach().cpu()
+
+    torch.testing.assert_close(weights("cuda:1"), weights("cuda:0"), rtol=1e-4, atol=1e-6)

@@ -5,9 +5,11 @@ Legend: P probes, T positions of a probe, V classes, N answers kept, k classes k
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
+from cms_topology._graphed import on
 from cms_topology._retention._capture import captured, undisturbed
 from cms_topology._retention._precision import products
 
@@ -63,13 +66,34 @@ class Probes:
                 half has a divergence of log 2; without a limit a handful of answers, each lost by
                 many nats, would speak for all.
         """
-        chosen = logits.flatten(0, -2)[self.positions]
+        flat = logits.flatten(0, -2)
+        kernel = _kernel() if flat.is_cuda and flat.dtype != torch.float64 else None
+        if kernel is not None:
+            kept = (self.positions, self.classes, self.log_probs)
+            with on(flat.device):  # where kernels are launched
+                found: Tensor = kernel.divergences(flat.contiguous(), *kept, limit)
+            return found.mean()
+        return self._by_torch(flat, limit)
+
+    def _by_torch(self, logits: Tensor, limit: float) -> Tensor:
+        """The same, and the kernel's reference: several copies of the logits."""
         # in float32, like `log_probs`: for large V twice the memory would be felt
-        now = _widened(chosen).log_softmax(-1).gather(1, self.classes).double()
+        chosen = _widened(logits[self.positions])
+        now = chosen.log_softmax(-1).gather(1, self.classes).double()
         then = self.log_probs.double()
         inside = (then.exp() * (then - now)).sum(1)
         p, q = ((1 - t.exp().sum(1)).clamp(min=1e-12) for t in (then, now))
         return (inside + p * (p / q).log()).clamp(max=limit).mean()
+
+
+@functools.cache
+def _kernel() -> ModuleType | None:
+    """`_divergence_kernel`; None without Triton."""
+    try:
+        from cms_topology._retention import _divergence_kernel
+    except ImportError:
+        return None
+    return _divergence_kernel
 
 
 def _widened(logits: Tensor) -> Tensor:

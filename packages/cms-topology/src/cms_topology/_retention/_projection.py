@@ -12,8 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from cms_topology._graphed import on
 from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._damping import Damping, per_row
+from cms_topology._retention._passes import kernels, reachable
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
@@ -47,7 +49,8 @@ class ProjectionBatch:
         """[L, G, m, n]; the anchor itself if updates are not controlled."""
         if controls_updates:
             self.reference = torch.stack([state.reference for state in states])
-        bases = [state.basis.padded(max(self._ranks)) for state in states]
+        rank = aligned(max(self._ranks), states[0].anchor)
+        bases = [state.basis.padded(rank) for state in states]
         self.vectors = torch.stack([basis.vectors for basis in bases])
         """[L, G, n, r]."""
         values = torch.stack([basis.values for basis in bases])
@@ -61,6 +64,7 @@ class ProjectionBatch:
         self.last_drift = torch.zeros_like(self.scale)
         self._complete = min(self._ranks) >= self.vectors.shape[2]
         """No direction is outside of U."""
+        self._still = [weight.still() for weight in self.weights]
         self._damping: Damping | None = None
         self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
         """Weights are written as they were computed, not rounded."""
@@ -114,6 +118,12 @@ class ProjectionBatch:
             eps: None: no control of the update.
             budget: relative drift, a number or 0-d; None: no control of the displacement.
         """
+        with on(self.anchor.device):  # where kernels are launched
+            if eps is None or not self._in_passes(eps, budget):
+                self._by_torch(eps, budget)
+
+    def _by_torch(self, eps: float | None, budget: Tensor | float | None) -> None:
+        """`project` anywhere, and the kernels' reference."""
         now = self.read()
         taken: Tensor | None = None
         if eps is None:
@@ -140,11 +150,7 @@ class ProjectionBatch:
             removed_along = C - kept
             left = drift(self.spectrum, energy)
         else:
-            # what dropped blocks cost is spent, but a layer is never brought to a complete stop
-            allowed = budget * self.scale
-            within = torch.maximum(allowed - self.debt, 0.01 * allowed)
-            factor, multiplier, left = shrink(self.spectrum, energy, within, self.multiplier)
-            self.multiplier.copy_(multiplier)
+            factor, left = self._within(energy, budget)
             inside, outside = factor[:, :, :-1], factor[:, :, -1:]
             if eps is None:
                 removed_along = C * per_row(outside - inside, C)
@@ -158,6 +164,50 @@ class ProjectionBatch:
         self._write(result)
         if eps is not None:
             self.reference = result if self._exact else self.read()
+
+    def _in_passes(self, eps: float, budget: Tensor | float | None) -> bool:
+        """`project` by one pass over memory before, between and after two products each.
+
+        Returns:
+            False where torch has to do it; nothing has happened then.
+        """
+        weights, by = reachable(self.weights, self._still), kernels()
+        if weights is None or by is None or self.reference is self.anchor:
+            return False
+        removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
+        beside, more = removed[:, :, -1:], not self._complete
+        shift = (beside - removed[:, :, :-1] if more else -removed[:, :, :-1]).flatten(0, 1)
+        shift = shift.to(self.anchor.dtype)
+        anchor, result, vectors = (
+            t.flatten(0, 1) for t in (self.anchor, self.reference, self.vectors)
+        )
+        outside = beside.flatten().to(anchor.dtype) if more else None
+        both, all_squares = by.begin(weights, anchor, result, outside)
+        C = torch.bmm(both, vectors)
+        kept, inside = by.squares(C, shift, more)
+        rest = (all_squares - inside).clamp(min=0) if more else kept.new_zeros(len(kept))
+        energy = torch.cat((kept, rest[:, None]), 1).view(self.spectrum.shape)
+        factor = None
+        if budget is None:
+            left = drift(self.spectrum, energy)
+        else:
+            per_direction, left = self._within(energy, budget)
+            factor = per_direction.flatten(0, 1)
+            if more:
+                by.shrink_outside(both, factor, result)
+        self.last_drift.copy_((self.debt + left) / self.scale)
+        result.baddbmm_(by.take(C, shift, factor, more), vectors.mT, alpha=-1)
+        by.end(weights, result)
+        return True
+
+    def _within(self, energy: Tensor, budget: Tensor | float) -> tuple[Tensor, Tensor]:
+        """What a budget leaves along each direction, [L, G, r + 1], and the drift [L] then."""
+        # what dropped blocks cost is spent, but a layer is never brought to a complete stop
+        allowed = budget * self.scale
+        within = torch.maximum(allowed - self.debt, 0.01 * allowed)
+        factor, multiplier, left = shrink(self.spectrum, energy, within, self.multiplier)
+        self.multiplier.copy_(multiplier)
+        return factor, left
 
     @torch.no_grad()
     def damp_gradients(self, eps: float) -> None:
@@ -216,3 +266,11 @@ class ProjectionBatch:
         inside = torch.linalg.vector_norm(C, dim=(2, 3)).double().square()
         outside = torch.linalg.vector_norm(moved, dim=(2, 3)).double().square() - inside
         return torch.cat((along, outside.clamp(min=0)[:, :, None]), 2)
+
+
+def aligned(rank: int, weights: Tensor) -> int:
+    """More directions, if that makes products with them faster, but no more than inputs.
+
+    On a GPU rows of matrices that begin at odd addresses take three times as long.
+    """
+    return min(-(-rank // 8) * 8, weights.shape[2]) if weights.is_cuda else rank

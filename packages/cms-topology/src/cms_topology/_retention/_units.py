@@ -71,6 +71,15 @@ class ProtectedWeight:
         units.view(R, B, K, B).copy_(self.parameter[:, :K].permute(0, 2, 1, 3))
         return units
 
+    def still(self) -> Tensor | None:
+        """Bool [G m]: which of the matrices' rows are `rows`; None if there are none, or if they
+        are columns there."""
+        if self.rows is None or self._layout.inputs_first:
+            return None
+        G, m, _ = self.shape
+        still = torch.zeros(G * m, dtype=torch.bool, device=self.parameter.device)
+        return still.index_fill_(0, self.rows, True)
+
     def keep_rows(self, units: Tensor, kept: Tensor) -> None:
         """Copy the `rows` of the parameter from `kept` to `units`, both contiguous [G, m, n]."""
         if self.rows is None:
