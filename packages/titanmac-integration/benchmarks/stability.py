@@ -179,6 +179,7 @@ def write(
         "lr": args.lr,
         "steps": optimizer.global_step,
         "tf32": args.tf32,
+        "seed": args.seed,
         "batch": args.batch,
         "length": args.length,
         "frozen": args.frozen,
