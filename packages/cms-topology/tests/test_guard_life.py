@@ -27,6 +27,7 @@ from cms_topology import (
     grow_for_task,
     make_probes,
 )
+from cms_topology._retention._still import StillParameters
 
 LOOSE = ScoringConfig(max_swap_frac=0.3, max_row_swap_frac=0.5, swap_threshold=1.0)
 
@@ -192,6 +193,22 @@ def test_what_stays_stays_although_its_storage_is_exchanged() -> None:
     for name, values in before.items():
         assert torch.equal(model.get_parameter(name), values), name
     assert max(guard.drift().values()) <= 1e-3 * (1 + 1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("shape", [(9,), (9, 3), (9, 8), (9, 2, 4)])
+def test_rows_are_put_back_to_the_bit(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    parameter = nn.Parameter(torch.randn(shape).to(dtype))
+    before, kept = parameter.detach().clone(), torch.tensor([1, 4, 8])
+    still = StillParameters()
+    still.add("rows", parameter, kept)
+    with torch.no_grad():
+        parameter.add_(1)[4] = torch.nan
+    version = parameter._version
+    still.put_back()
+    assert parameter._version > version
+    expected = (before + 1).index_copy(0, kept, before[kept])
+    assert torch.equal(parameter, expected)
 
 
 def test_every_tenth_step_keeps_what_every_step_keeps() -> None:
