@@ -189,6 +189,7 @@ def test_json_round_trip(
         ({"batch_size": 0}, r"batch_size \(=0\) must be an integer of at least 1"),
         ({"seq_len": 1}, r"seq_len \(=1\) must be an integer of at least 2"),
         ({"seed": -1}, r"seed \(=-1\) must be an integer of at least 0"),
+        ({"seed": 1 << 64}, r"seed \(=18446744073709551616\) must be below 2\*\*64"),
         ({"lr": 0.0}, r"lr \(=0.0\) must be a number above 0"),
         ({"lr": float("inf")}, r"lr \(=inf\) must be a number"),
         ({"lr": "fast"}, r"lr \(='fast'\) must be a number"),

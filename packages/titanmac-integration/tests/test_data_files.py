@@ -1,6 +1,7 @@
 """Data from files: what is read, how it is split, what is refused."""
 
 import json
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -139,11 +140,22 @@ def test_texts_and_questions_together(tmp_path: Path) -> None:
     assert changed[1].fingerprint == tasks[1].fingerprint
 
 
+def test_a_pipe_cannot_be_read_again(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match="pipe must be a file, but is a pipe or a device"):
+        load_data([tmp_path / "pipe"])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
         ("a.txt", b"", r"a.txt \(0 bytes\) must have at least 2 bytes"),
         ("a.jsonl", b"\n \n", "a.jsonl holds no record; data must not be empty"),
+        (
+            "a.jsonl",
+            b'{"text": ""}\n' * 9,
+            "a.jsonl holds only empty texts; data must not,
+        ),
         ("a.jsonl", b'{"text": "a"}\n', r"a.jsonl \(1 records\) must have at least 2 records"),
         ("a.jsonl", b'{"text": "a"}\n{"text":', "a.jsonl, line 2 must be a JSON object"),
         ("a.jsonl", b"[1]\n", r"line 1 \(='\[1\]'\) must be a JSON object"),

@@ -63,6 +63,11 @@ def load_data(
                 f"{path} must be a file, but is a directory; name the files in it, for example "
                 f"{path / '*.txt'}."
             )
+        if path.exists() and not path.is_file():
+            raise ValueError(
+                f"{path} must be a file, but is a pipe or a device, which cannot be read again "
+                "when the run is continued; write the data to a file."
+            )
         if path.suffix.lower() not in JSON_LINES:
             parts.append(_text_file(path, tokenizer, held_out))
             continue
@@ -149,8 +154,9 @@ def _json_lines(path: Path) -> tuple[list[str], list[tuple[str, str]]]:
                 f'{place} (keys {sorted(record)}) must have a string "text", or strings '
                 '"question" and "answer".'
             )
-    if not texts and not questions:
-        raise ValueError(f"{path} holds no record; data must not be empty.")
+    if not any(texts) and not questions:
+        what = "only empty texts" if texts else "no record"
+        raise ValueError(f"{path} holds {what}; data must not be empty.")
     return texts, questions
 
 

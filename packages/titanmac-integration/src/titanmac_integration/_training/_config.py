@@ -93,6 +93,8 @@ class TrainingConfig:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
                 raise ValueError(f"{name} (={value!r}) must be an integer of at least {minimum}.")
+        if self.seed >= 1 << 64:
+            raise ValueError(f"seed (={self.seed}) must be below 2**64.")
         for name, rule, holds in (
             ("lr", "above 0", lambda v: v > 0),
             ("min_lr_frac", "in [0, 1]", lambda v: 0 <= v <= 1),
