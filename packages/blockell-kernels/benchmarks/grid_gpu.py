@@ -4,8 +4,9 @@
 
 A gate comes first: every product is compared with the dense one before it is timed. Times are
 those of CUDA graph replays with a cold L2, random data, medians with the 20th and 80th percentile,
-ours and dense in turns. `auto_us` is what the dispatcher takes: the sparse kernel, or the dense
-product with the weight scattered at every call ("fallback"). "layer" is the three products of a
+ours and dense in turns. `auto_us` is what the dispatcher takes: a sparse kernel ("whole" by the
+whole weight, put together block by block, "sparse" the others), or the dense product with the
+weight scattered at every call ("fallback"). "layer" is the three products of a
 training step as the operator runs them: where forward and input gradient are both dense, they share
 one copy of the weight. `--shard I/N` measures every N-th problem, for several GPUs.
 """
@@ -27,6 +28,7 @@ from tune_gpu import SHAPES, Problem, relative_error
 
 from blockell_kernels._backends import DIRECTIONS, Case, get_backend, select
 from blockell_kernels._plan import plan_for
+from blockell_kernels._triton import _ways
 
 FEW = [(n, i, o) for n in (1, 32, 64, 128, 256, 512) for _, i, o in (*SHAPES[:2], SHAPES[4])]
 MEDIUM = [(1024, 640, 2560), (2048, 640, 2560), (2048, 2560, 640), (2048, 4096, 14336)]
@@ -35,13 +37,15 @@ SIZES = [(768, 768), (768, 3072), (3072, 768), (1024, 4096), (4096, 1024), (2048
 SIZES += [(2048, 8192), (8192, 2048), (1536, 6144), (4096, 4096), (14336, 4096), (5120, 5120)]
 BETWEEN = [(n, i, o) for n in (32, 128, 384, 768, 1536, 3072, 6144) for i, o in SIZES]
 """For the dispatcher alone: layers between those with goals."""
+WHOLE_TOKENS = 4096
+"""Beyond, products by the whole weight are not timed: they take a third longer than dense ones."""
 DENSE_TIMES: dict[tuple[object, ...], list[float]] = {}
 MOST_TURNS = 25
 CLEAR = None  # more bytes than the L2 cache holds; made where there is a GPU
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (32, 1), (16, 8), (16, 1), (8, 16), (8, 1)]
 TOLERANCE = {"bfloat16": 1e-2, "float16": 2e-3, "float32": 1e-5, "tf32": 1e-3}
 FACTS = ["direction", "N", "in", "out", "B", "row_group", "density", "K", "dtype", "chosen"]
-TIMES = ["auto_us", "auto_p20_us", "auto_p80_us", "sparse_us", "fallback_us", "bsr_us"]
+TIMES = ["auto_us", "auto_p20_us", "auto_p80_us", "sparse_us", "whole_us", "fallback_us", "bsr_us"]
 DENSE = ["dense_us", "dense_p20_us", "dense_p80_us"]
 FIELDS = [*FACTS, *TIMES, *DENSE, "speedup", "sparse_tflops", "error"]
 
@@ -139,17 +143,42 @@ def layer_choices(problem: Problem) -> str:
     return "/".join(names.values())
 
 
+def case_of(problem: Problem, direction: str) -> Case:
+    p, x = problem.pattern, problem.x
+    sizes = (x.shape[0], p.R, p.C, p.num_live, p.B, p.row_group)
+    return Case(direction, x.device, x.dtype, *sizes)
+
+
+def sparse_products(problem: Problem, direction: str) -> dict[str, object]:
+    """One product by the sparse kernels: "whole", where that can run, and "sparse", the others.
+
+    Past what records launches, which takes one way for all calls of a kind.
+    """
+    p, t, case = problem.pattern, problem, case_of(problem, direction)
+    a, b = {"forward": (t.x, t.values), "grad_input": (t.dy, t.values)}.get(direction, (t.dy, t.x))
+    bias = (None,) if direction == "forward" else ()
+    found = {}
+    for way in _ways.WAYS[1:]:
+        how = way.how(case)
+        if how is not None and way.takes(a, b, p.B):
+            run = getattr(way, direction)
+            found["sparse"] = lambda: run(a, b, *bias, p, how)
+            break
+    if case.N <= WHOLE_TOKENS and _ways.WHOLE.takes(a, b, p.B):
+        by_whole = getattr(_ways.WHOLE, direction)
+        found["whole"] = lambda: by_whole(a, b, *bias, p, True)
+    return found
+
+
 def product_times(problem: Problem, direction: str, by_sparse: bool, rep_ms: int):
-    """Times of one product: "dense" alone, "sparse", and "fallback", the weight scattered first.
+    """Times of one product: "dense" alone, "fallback", the weight scattered first, and sparse ways.
 
     float32's dense products are slow: they are timed once per shape of a run, and where the sparse
     kernel beats the dense product alone, the fallback is left out.
     """
     ways = {"dense": problem.dense_product(direction)}
-    ways |= {
-        name: products(problem, dict.fromkeys(DIRECTIONS, backend))[direction]
-        for name, backend in (("sparse", "triton"), ("fallback", "dense"))
-    }
+    ways["fallback"] = products(problem, dict.fromkeys(DIRECTIONS, "dense"))[direction]
+    ways |= sparse_products(problem, direction)
     if problem.x.dtype != torch.float32:
         return in_turns(ways, rep_ms)
     shape = (direction, *problem.x.shape, problem.dy.shape[1])
@@ -168,15 +197,18 @@ def measure(problem: Problem, rep_ms: int, bsr: bool, parts: str):
     flops = 2 * x.shape[0] * p.R * p.num_live * p.B**2
     sparse_us = 0.0
     for direction in DIRECTIONS if parts != "layers" else ():
-        sparse = products(problem, dict.fromkeys(DIRECTIONS, "triton"))[direction]
-        error = relative_error(sparse(), problem.reference(direction))
+        by_backend = products(problem, dict.fromkeys(DIRECTIONS, "triton"))[direction]
+        runs = [by_backend, *sparse_products(problem, direction).values()]
+        error = max(relative_error(run(), problem.reference(direction)) for run in runs)
         tf32 = torch.backends.cuda.matmul.allow_tf32
         limit = TOLERANCE["tf32" if tf32 else problem.facts["dtype"]]
         assert error < limit, f"gate: {problem.facts} {direction}: error {error}"
         by_sparse = chosen[direction] == "triton"
         times = product_times(problem, direction, by_sparse, rep_ms)
-        times["auto"] = times["sparse" if by_sparse else "fallback"]
-        sparse_us += times["sparse"][0]
+        way = "whole" if _ways.way_of(case_of(problem, direction)) is _ways.WHOLE else "sparse"
+        way = way if way in times else "sparse"
+        times["auto"] = times[way if by_sparse else "fallback"]
+        sparse_us += times[way][0]
         ask_bsr = bsr and direction == "forward" and 0.2 <= p.num_live / p.C <= 0.5
         bsr_us = bsr_forward(problem, rep_ms) if ask_bsr and x.shape[0] >= 8192 else None
         more = {"bsr_us": bsr_us, "error": error}
@@ -196,6 +228,7 @@ def row(problem, direction, chosen, times) -> dict[str, object]:
     facts["density"] = problem.pattern.num_live / problem.pattern.C
     auto, dense = times["auto"], times["dense"]
     facts |= {"direction": direction, "chosen": chosen, "sparse_us": times["sparse"][0]}
+    facts |= {"whole_us": times.get("whole", [None])[0]}
     facts |= {"auto_us": auto[0], "auto_p20_us": auto[1], "auto_p80_us": auto[2]}
     facts |= {"dense_us": dense[0], "dense_p20_us": dense[1], "dense_p80_us": dense[2]}
     return facts | {"fallback_us": times["fallback"][0], "speedup": dense[0] / auto[0]}

@@ -182,7 +182,7 @@ def redispatch(rows: list[dict[str, str]]) -> None:
     import torch
 
     from blockell_kernels._backends import Case
-    from blockell_kernels._triton._rule import verdict
+    from blockell_kernels._triton._rule import takes_whole, verdict
 
     for row in rows:
         if row["direction"] == "layer":
@@ -191,7 +191,8 @@ def redispatch(rows: list[dict[str, str]]) -> None:
         dtype, meta = getattr(torch, row["dtype"]), torch.device("meta")
         case = Case(row["direction"], meta, dtype, n, o // B, i // B, K, B, G)
         row["chosen"] = "triton" if verdict(case).wins else "dense"
-        row["auto_us"] = row["sparse_us" if row["chosen"] == "triton" else "fallback_us"]
+        sparse = "whole_us" if row.get("whole_us") and takes_whole(case) else "sparse_us"
+        row["auto_us"] = row[sparse if row["chosen"] == "triton" else "fallback_us"]
         row["speedup"] = str(float(row["dense_us"]) / float(row["auto_us"]))
 
 

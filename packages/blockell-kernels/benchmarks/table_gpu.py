@@ -14,6 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import statistics
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -59,6 +60,7 @@ def by_whole_weight(rows: list[dict[str, str]]) -> dict[str, dict[tuple[int, ...
 def main(grids: list[str], target: str) -> None:
     points = defaultdict(lambda: defaultdict(dict))
     whole: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
+    several: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
     devices, sources = set(), []
     for grid in grids:
         header, rows = read(Path(grid))
@@ -79,6 +81,11 @@ def main(grids: list[str], target: str) -> None:
             sparse, dense = float(row["sparse_us"]), float(row["dense_us"])
             density = round(float(row["density"]), 3)
             points[key][shape][density] = [share(sparse, copied), share(sparse, dense)]
+            if row.get("whole_us"):
+                by_tile = f"{row['direction']} {kind} {B}"
+                several[by_tile, shape].append(math.log2(float(row["whole_us"]) / dense))
+    for (by_tile, shape), octaves in several.items():  # as long at any density, in any structure
+        whole[by_tile][shape] = round(statistics.median(octaves), 2)
     assert len(devices) == 1, f"grids of several devices: {devices}"
     lines = []
     for key, shapes in sorted(points.items()):
