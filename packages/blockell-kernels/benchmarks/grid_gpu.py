@@ -19,6 +19,7 @@ import datetime
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -161,12 +162,10 @@ def sparse_products(problem: Problem, direction: str) -> dict[str, object]:
     for way in _ways.WAYS[1:]:
         how = way.how(case)
         if how is not None and way.takes(a, b, p.B):
-            run = getattr(way, direction)
-            found["sparse"] = lambda: run(a, b, *bias, p, how)
+            found["sparse"] = partial(getattr(way, direction), a, b, *bias, p, how)
             break
     if case.N <= WHOLE_TOKENS and _ways.WHOLE.takes(a, b, p.B):
-        by_whole = getattr(_ways.WHOLE, direction)
-        found["whole"] = lambda: by_whole(a, b, *bias, p, True)
+        found["whole"] = partial(getattr(_ways.WHOLE, direction), a, b, *bias, p, True)
     return found
 
 
