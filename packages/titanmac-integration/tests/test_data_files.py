@@ -154,7 +154,7 @@ def test_a_pipe_cannot_be_read_again(tmp_path: Path) -> None:
         (
             "a.jsonl",
             b'{"text": ""}\n' * 9,
-            "a.jsonl holds only empty texts; data must not,
+            "a.jsonl holds only empty texts; data must not be empty",
         ),
         ("a.jsonl", b'{"text": "a"}\n', r"a.jsonl \(1 records\) must have at least 2 records"),
         ("a.jsonl", b'{"text": "a"}\n{"text":', "a.jsonl, line 2 must be a JSON object"),
