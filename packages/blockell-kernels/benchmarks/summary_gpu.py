@@ -12,9 +12,13 @@ from __future__ import annotations
 import argparse
 import csv
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 DIRECTIONS = ("forward", "grad_input", "grad_values")
+TOKENS = (31, 64, 128, 384, 1024, 4096, 65536)
+"""The last of each range of tokens that layers are counted by."""
 
 
 def read(path: Path) -> tuple[str, list[dict[str, str]]]:
@@ -139,42 +143,71 @@ def asked(row: dict[str, str]) -> float:
     return min((0.05, 0.1, 0.25, 0.5, 0.75, 1.0), key=lambda d: abs(d - density))
 
 
-def worst(rows: list[dict[str, str]], directions: tuple[str, ...] = DIRECTIONS) -> str:
-    """The dispatcher's slowest cells against dense, by number of tokens."""
+def shares(rows: list[dict[str, str]], name: str, group: Callable[[dict[str, str]], Any]) -> str:
+    """Layers by group, in the order of the groups: how many are within 5% and 10% of dense."""
     lines = [
-        "| tokens | cells | within 5% of dense or faster | slowest cell |",
-        "|---|---|---|---|",
+        f"| {name} | layers | within 5% of dense or faster | within 10% | slowest |",
+        "|---" * 5 + "|",
     ]
     groups = defaultdict(list)
     for row in rows:
-        if row["direction"] in directions:
-            groups[int(row["N"])].append(row)
-    for N, group in sorted(groups.items()):
-        good = sum(float(row["speedup"]) >= 0.95 for row in group)
-        row = min(group, key=lambda row: float(row["speedup"]))
+        groups[group(row)].append(row)
+    for key in [*sorted(groups), None]:
+        found = rows if key is None else groups[key]
+        speedups = [float(row["speedup"]) for row in found]
+        within = [sum(s >= limit for s in speedups) / len(speedups) for limit in (0.95, 0.9)]
+        slowest = min(found, key=lambda row: float(row["speedup"]))
+        words = "all" if key is None else key if isinstance(key, str) else key[-1]
         lines.append(
-            f"| {N} | {len(group)} | {good / len(group):.0%} | {float(row['speedup']):.2f}: "
-            f"{row['direction']}, {row['in']} -> {row['out']}, {row['B']}x{row['row_group']}, "
-            f"{float(row['density']):.0%}, {row['chosen']} {float(row['auto_us']):.1f} us, dense "
-            f"{float(row['dense_us']):.1f} us |"
+            f"| {words} | {len(found)} | {within[0]:.0%} | {within[1]:.0%} | "
+            f"{float(slowest['speedup']):.2f}: {slowest['N']}, {slowest['in']} -> "
+            f"{slowest['out']}, {slowest['B']}x{slowest['row_group']}, {asked(slowest):.0%} |"
         )
     return "\n".join(lines)
 
 
-def by_density(rows: list[dict[str, str]], tokens: range) -> str:
-    """Layers of so many tokens, by density: how many are within 5% and 10% of dense."""
-    lines = ["| density | layers | within 5% | within 10% | slowest |", "|---" * 5 + "|"]
-    groups = defaultdict(list)
-    for row in rows:
-        if row["direction"] == "layer" and int(row["N"]) in tokens:
-            groups[asked(row)].append(float(row["speedup"]))
-    for density, found in sorted(groups.items()):
-        shares = [sum(s >= limit for s in found) / len(found) for limit in (0.95, 0.9)]
-        lines.append(
-            f"| {density:.0%} | {len(found)} | {shares[0]:.0%} | {shares[1]:.0%} | "
-            f"{min(found):.2f} |"
-        )
-    return "\n".join(lines)
+def by_tokens(row: dict[str, str]) -> tuple[int, str]:
+    """The range of its tokens."""
+    last = next(limit for limit in TOKENS if limit >= int(row["N"]))
+    at = TOKENS.index(last)
+    return last, f"{TOKENS[at - 1] + 1 if at else 1} to {last}"
+
+
+def by_shape(row: dict[str, str]) -> tuple[int, int, int, str]:
+    n, i, o = (int(row[name]) for name in ("N", "in", "out"))
+    return n, i, o, f"{n}, {i} -> {o}"
+
+
+def measured_shapes() -> set[tuple[int, int, int]]:
+    """Those of the dispatcher's table, in 16-bit floats."""
+    from blockell_kernels._triton._rule import table as measured
+
+    rows = measured()["rows"]
+    return {tuple(row[:3]) for key in rows if " half " in key for row in rows[key]}
+
+
+def dispatcher(rows: list[dict[str, str]]) -> str:
+    """The tables about layers against dense."""
+    layers = [row for row in rows if row["direction"] == "layer"]
+    held = measured_shapes()
+    wide = [row for row in layers if row["B"] != "8"]
+    others = [row for row in layers if by_shape(row)[:3] not in held]
+    medium = [row for row in layers if 32 <= int(row["N"]) <= 2048]
+    tables = [
+        shares(layers, "tokens", by_tokens),
+        "Without tile 8:\n\n" + shares(wide, "tokens", by_tokens),
+        shares(layers, "density", lambda row: (asked(row), f"{asked(row):.0%}")),
+        shares(
+            layers,
+            "tile x row_group",
+            lambda row: (-int(row["B"]), -int(row["row_group"]), f"{row['B']}x{row['row_group']}"),
+        ),
+        "32 to 2048 tokens:\n\n"
+        + shares(medium, "density", lambda row: (asked(row), f"{asked(row):.0%}")),
+    ]
+    if others:
+        tables.append("Not in the table:\n\n" + shares(others, "shape", by_shape))
+    return "\n\n".join(tables)
 
 
 def redispatch(rows: list[dict[str, str]]) -> None:
@@ -222,8 +255,7 @@ def main() -> None:
     named = [s for s in shapes if tuple(map(int, s)) in NAMED | LARGEST]
     text, total, reached = goals_table(shown, named)
     print(f"{families(shown)}\n\n{text}\n\n{reached} of {total} cells reach their goal.\n")
-    print(f"By product:\n\n{worst(rows)}\n\nBy layer:\n\n{worst(rows, ('layer',))}\n")
-    print(f"Layers of 32 to 2048 tokens:\n\n{by_density(rows, range(32, 2049))}")
+    print(dispatcher(rows))
 
 
 if __name__ == "__main__":
