@@ -243,6 +243,22 @@ def test_a_copy_made_for_one_product_serves_the_other_where_that_is_faster(monke
     assert not shares(sparse_enough, Choice("triton", ""), Choice("dense", ""))
 
 
+def test_one_copy_for_both_products_may_beat_two_sparse_ones(monkeypatch, measured):
+    """Both win by a little beside a product with its own copy, of 0.6 of a product's time."""
+    copy = math.log2(1.6)
+    triton = Choice("triton", "")
+    asked = case("forward", 512, 640, 2560, 16)
+    for sparse, loses in ((1.5, True), (1.4, True), (1.35, False), (0.9, False)):
+        alone = math.log2(sparse)
+        measured([512, 640, 2560, [[0.5, alone - copy, alone]]])
+        assert rule.verdict(asked).wins
+        assert shares(asked, triton, triton) is loses, sparse
+        # not where the sparse kernels were asked for, nor where this GPU was not measured
+        assert not shares(asked, triton, triton, "triton")
+        monkeypatch.setattr(rule, "capability", lambda device: (8, 0))
+        assert not rule.loses_to_one_copy(asked._replace(device=torch.device("cuda")))
+
+
 @pytest.mark.parametrize("capability", [(7, 0), (8, 0), (9, 0)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_every_case_has_a_tiling_that_fits(monkeypatch, capability, dtype):

@@ -160,6 +160,13 @@ class Backend:
         """Whether this backend beats the dense product of a weight that is dense already."""
         return True
 
+    def loses_to_one_copy(self, case: Case) -> bool:
+        """Whether forward and input gradient, both by this backend, lose to dense ones.
+
+        To two products by one dense weight, made for both.
+        """
+        return False
+
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         """y [N, R*B], contiguous, from values [R, slots, B, B] and bias [R*B].
 
@@ -259,15 +266,15 @@ def _select(case: Case, requested: str, arithmetic: object) -> Choice:
     return Choice(sparse if wins else "dense", why)
 
 
-def shares(case: Case, forward: Choice, grad_input: Choice) -> bool:
+def shares(case: Case, forward: Choice, grad_input: Choice, requested: str = "auto") -> bool:
     """Whether one dense copy of the weight had better serve both products of a training step.
 
     A product that is chosen sparse by itself may lose to a dense one whose weight the other
-    product has copied already.
+    product has copied already; or both together to dense ones by one copy.
     """
     names = forward.backend, grad_input.backend
     if "dense" not in names:
-        return False
+        return requested == "auto" and get_backend(names[0]).loses_to_one_copy(case)
     return not any(
         get_backend(name).beats_copied(case._replace(direction=direction))
         for name, direction in zip(names, DIRECTIONS, strict=False)

@@ -202,7 +202,7 @@ def explain(
     dtype = compute_dtype(x)
     cases = [Case(direction, x.device, dtype, *sizes) for direction in DIRECTIONS]
     choices = [_with_details(select(case, requested), case) for case in cases]
-    if keeps_copy(cases[0], choices[0], choices[1]):
+    if keeps_copy(cases[0], choices[0], choices[1], requested):
         choices[:2] = [_shared(choice) for choice in choices[:2]]
     return Explanation(*choices)
 
@@ -217,6 +217,6 @@ def _shared(choice: Choice) -> Choice:
     if choice.backend == "dense":
         return choice
     return choice._replace(
-        why=f"{choice.why}; but a training step takes the dense product here, since the other one "
-        "has made a dense copy of the weight"
+        why=f"{choice.why}; but a training step takes the dense product here, by one dense copy of "
+        "the weight for both"
     )

@@ -276,12 +276,12 @@ def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested
     return plan
 
 
-def keeps_copy(case: Case, forward: Choice, grad_input: Choice) -> bool:
+def keeps_copy(case: Case, forward: Choice, grad_input: Choice, requested: str) -> bool:
     """Whether a training step keeps one dense copy of the weight for both products."""
     return (
         case.device.type in ("cuda", "cpu")
         and not KEPT_DENSITY < case.density < PROMISED_DENSITY
-        and shares(case, forward, grad_input)
+        and shares(case, forward, grad_input, requested)
     )
 
 
@@ -306,7 +306,7 @@ def _make(
     R, C, B, row_group, num_live = sizes
     case = Case("forward", device, dtype, N, R, C, num_live, B, row_group)
     choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
-    keeps = keeps_copy(case, choices[0], choices[1])
+    keeps = keeps_copy(case, choices[0], choices[1], requested)
     # A large dense copy must be gone before the weight's gradient is computed, for memory.
     small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES
     lean = small or not (keeps or "dense" in (choices[1].backend, choices[2].backend))

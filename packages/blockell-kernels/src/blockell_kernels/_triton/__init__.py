@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from blockell_kernels import _tuning
-from blockell_kernels._backends import Backend, Case, Pattern, Verdict
+from blockell_kernels._backends import DIRECTIONS, Backend, Case, Pattern, Verdict
 from blockell_kernels._gpu import TILE_SIZES
 from blockell_kernels._triton import _blocks, _ways
 from blockell_kernels._triton._device import INTERPRETED, dot_precision
 from blockell_kernels._triton._replay import replayed
-from blockell_kernels._triton._rule import arithmetic, beats_copied, verdict
+from blockell_kernels._triton._rule import arithmetic, beats_copied, loses_to_one_copy, verdict
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -55,6 +55,11 @@ class TritonBackend(Backend):
 
     def beats_copied(self, case: Case) -> bool:
         return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case)
+
+    def loses_to_one_copy(self, case: Case) -> bool:
+        kind = arithmetic(case)
+        both = (case._replace(direction=direction) for direction in DIRECTIONS[:2])
+        return not any(_tuning.verdict(c, kind) for c in both) and loses_to_one_copy(case)
 
     def forward(self, x: Tensor, values: Tensor, bias: Tensor | None, pattern: Pattern) -> Tensor:
         return _product(x, values, bias, pattern)

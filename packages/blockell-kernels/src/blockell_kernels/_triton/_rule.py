@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from blockell_kernels._backends import Case, Verdict
+from blockell_kernels._backends import DIRECTIONS, Case, Verdict
 from blockell_kernels._gluon import _halves
 from blockell_kernels._gluon import _whole as _by_whole
 from blockell_kernels._triton._device import capability, dot_precision
@@ -45,6 +45,8 @@ six numbers decided best about the measured shapes, each left out of the table i
 the products they chose a way that is slower by more than 5%, the nearest shape alone for 8%. Where
 one density of a shape is left out, it is 2.8%."""
 STEP = 0.05
+ONE_COPY = 0.95
+"""Of what two sparse products take, what two dense ones with one copy may, to be chosen."""
 
 
 class Shape(NamedTuple):
@@ -192,13 +194,15 @@ def takes_whole(case: Case) -> bool:
     return whole is not None and (other is None or whole.octaves < other.octaves)
 
 
-def _expected_by_its_way(case: Case, kind: str, copied: bool = True) -> Found | None:
+def _expected_by_its_way(
+    case: Case, kind: str, copied: bool = True, bound: float = BOUND
+) -> Found | None:
     """What is expected of the way that is taken.
 
     What was measured at the case's own shape, by whichever way was taken there, is not overruled by
     what the whole weight took at others.
     """
-    found = expected(case, kind, copied)
+    found = expected(case, kind, copied, bound=bound)
     if not takes_whole(case):
         return found
     whole = expected_whole(case, kind, copied)
@@ -222,6 +226,27 @@ def beats_copied(case: Case) -> bool:
     kind = arithmetic(case)
     found = _expected_by_its_way(case, kind, copied=False)
     return found is None or found.octaves <= 0
+
+
+def loses_to_one_copy(case: Case) -> bool:
+    """Whether both sparse products of a step lose to dense ones by one copy of the weight.
+
+    In times of a dense product alone; the two take about as long. Not where nothing was measured.
+    """
+    if case.device.type == "cuda" and capability(case.device) != (9, 0):
+        return False
+    kind = arithmetic(case)
+    sparse = copy = 0.0
+    for direction in DIRECTIONS[:2]:
+        one = case._replace(direction=direction)
+        alone, copied = (
+            _expected_by_its_way(one, kind, with_copy, math.inf) for with_copy in (False, True)
+        )
+        if alone is None or copied is None:
+            return False
+        sparse += 2**alone.octaves
+        copy = copy or 2 ** (alone.octaves - copied.octaves) - 1
+    return 2 + copy < ONE_COPY * sparse
 
 
 def break_even(case: Case, kind: str) -> float:
