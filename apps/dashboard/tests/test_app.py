@@ -152,6 +152,18 @@ def test_another_page_in_between_does_not_stop_the_following(
     assert titles(app)[0] == "Block age at step 300"
 
 
+def test_the_run_that_was_looked_at_is_among_those_compared(
+    open_app, tmp_path: Path, good_run: Path
+) -> None:
+    for name in "abcdef":
+        shutil.copytree(good_run, tmp_path / name)
+    oldest = min("abcdef", key=lambda name: (tmp_path / name / "run.json").stat().st_mtime_ns)
+    app = open_app(tmp_path, run=oldest, page="compare")
+    chosen = app.session_state["runs"]
+    assert len(chosen) == 4
+    assert chosen[0] == oldest
+
+
 def _continue(path: Path, step: int) -> None:
     run = open_run(path)
     layers = {name: run.snapshot(run.steps[-1]).layer(name) for name in run.layers}

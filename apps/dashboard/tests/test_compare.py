@@ -37,6 +37,18 @@ def test_metrics_that_more_runs_have_come_first(runs: dict[str, LoadedRun]) -> N
     assert set(names[1:]) == {"accuracy", "learning_rate", "tokens_per_s"}
 
 
+def test_a_run_has_one_colour_in_all_charts() -> None:
+    steps, names = np.arange(3), ["a", "b", "c"]
+    series = {name: (name, steps, steps / 2) for name in names}
+    charts = [
+        figures.compare_runs([series[name] for name in drawn], title="", y_title="", order=names)
+        for drawn in (names, ["c", "b"])
+    ]
+    first, second = ({t.name: t.line.color for t in fig.data} for fig in charts)
+    assert len(set(first.values())) == 3
+    assert second == {name: first[name] for name in "cb"}
+
+
 def test_settings_that_differ() -> None:
     table = compare.config_differences(
         {

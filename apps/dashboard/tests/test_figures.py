@@ -66,6 +66,16 @@ def test_the_colour_scale_stays_where_it_is_put(small_layer: LayerSnapshot) -> N
     assert (fig.data[-1].zmin, fig.data[-1].zmax) == (0, 500)
 
 
+def test_scores_that_are_not_finite_are_counted(small_layer: LayerSnapshot) -> None:
+    for value, said in ((1.0, ""), (np.nan, "; 2 scores not finite, in pink")):
+        score = np.nan_to_num(small_layer.block_score)
+        score[0, 0] = score[1, 1] = value
+        layer = dataclasses.replace(small_layer, block_score=score)
+        title = figures.topology_heatmap(layer, INFO, colour="score").layout.title.text
+        assert title.partition(" dense)")[2].partition("</span>")[0] == said
+        assert "not finite" not in figures.topology_heatmap(layer, INFO).layout.title.text
+
+
 def test_large_grids_are_aggregated() -> None:
     R, C, K = 1030, 640, 8
     rng = np.random.default_rng(0)
@@ -106,6 +116,9 @@ def test_age_histogram_counts_blocks() -> None:
     fig = figures.age_histogram(np.array([0, 0, 5, 9]), upper=9, step=12)
     assert sum(fig.data[0].y) == 4
     assert "4 blocks; median 2" in fig.layout.title.text
+    assert fig.layout.yaxis.dtick == 1, "no halves of blocks"
+    assert all(note.yanchor == "bottom" for note in fig.layout.annotations), "above the bars"
+    assert "1 block;" in figures.age_histogram(np.array([3])).layout.title.text
     assert figures.age_histogram(np.empty(0, dtype=np.int32)).layout.title.text.count("no blocks")
 
 
@@ -138,8 +151,12 @@ def test_loss_marks_spikes_and_decisions() -> None:
     fig = figures.loss(steps, losses, decision_steps=np.array([10, 20]))
     named = {trace.name: trace for trace in fig.data}
     spikes = next(trace for name, trace in named.items() if name.startswith("above"))
-    assert spikes.x.tolist() == [50, 60]
-    assert np.isfinite(spikes.y).all()
+    assert spikes.x.tolist() == [50]
+    broken = named["not finite"]
+    assert (broken.x.tolist(), broken.y.tolist()) == ([60], [5.0])
+    assert broken.marker.symbol != spikes.marker.symbol
+    assert "100 values; 1 above 2" in fig.layout.title.text
+    assert "; 1 not finite" in fig.layout.title.text
     assert named["topology decision"].x.tolist() == [10, 20]
 
 

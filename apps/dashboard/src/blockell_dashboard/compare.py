@@ -39,7 +39,7 @@ def run_table(runs: Mapping[str, LoadedRun], metric: str | None) -> Table:
         blocks = int(history.blocks[-1].sum()) if len(history.steps) else 0
         row: dict[str, Any] = {
             "run": name,
-            "newest_step": int(history.steps[-1]) if len(history.steps) else None,
+            "newest_step": loaded.newest_step,
             "snapshots": len(history.steps),
             "layers": len(layers),
             "blocks": blocks,

@@ -128,6 +128,12 @@ class LoadedRun:
         return self._run
 
     @property
+    def newest_step(self) -> int | None:
+        """Step of the last snapshot; before the first, of the last metric."""
+        steps = self._run.steps
+        return steps[-1] if steps else self.metrics().newest_step
+
+    @property
     def spans(self) -> tuple[TaskSpan, ...]:
         """The trainings on several tasks, if the run's configuration states them."""
         return task_spans(self._run.config)

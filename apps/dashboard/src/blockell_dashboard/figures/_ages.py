@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from numpy.typing import NDArray
 
 from .. import stats
-from ._theme import Theme, apply_layout, palette, vertical_line
+from ._theme import Theme, apply_layout, counted, palette, vertical_line, whole_ticks
 
 __all__ = ["age_histogram"]
 
@@ -55,22 +55,22 @@ def age_histogram(
     subtitle = "no blocks"
     if summary.blocks:
         subtitle = (
-            f"{summary.blocks:,} blocks; median {summary.median:,.0f}, p90 {summary.p90:,.0f} steps"
+            f"{counted(summary.blocks, 'block')}; median {summary.median:,.0f}, "
+            f"p90 {summary.p90:,.0f} steps"
         )
         for value, name, dash in ((summary.median, "median", "dash"), (summary.p90, "p90", "dot")):
             vertical_line(fig, value, color=colours.second, width=1.6, dash=dash)
             near_end = value > 0.6 * float(right[-1])
-            fig.add_annotation(
+            fig.add_annotation(  # above the chart, where no bar is
                 text=name,
                 x=value,
                 y=1,
                 yref="paper",
                 xanchor="right" if near_end else "left",
-                yanchor="top",
+                yanchor="bottom",
                 showarrow=False,
                 font={"color": colours.second, "size": 12},
-                bgcolor=colours.background,
-                yshift=0 if name == "median" else -20,
+                yshift=0 if name == "median" else 14,
             )
     return apply_layout(
         fig,
@@ -80,7 +80,12 @@ def age_histogram(
         x_title="age (steps)",
         y_title="blocks",
         height=height,
+        top=86,
         bargap=0,
         xaxis={"range": [0, float(right[-1])], "tickformat": "~s" if end >= 1e5 else ",d"},
-        yaxis={"rangemode": "tozero", "tickformat": ",d"},
+        yaxis={
+            "rangemode": "tozero",
+            "tickformat": ",d",
+            **whole_ticks(int(counts.max(initial=0))),
+        },
     )

@@ -26,6 +26,7 @@ def compare_runs(
     share: bool = False,
     band: tuple[float, float] | None = None,
     spans: Mapping[str, Sequence[TaskSpan]] | None = None,
+    order: Sequence[str] | None = None,
     theme: Theme = "light",
     height: int = 390,
 ) -> go.Figure:
@@ -40,6 +41,8 @@ def compare_runs(
         share: values are shares, shown in percent.
         band: healthy values, drawn as an area.
         spans: by name, the trainings of runs on several tasks: their means begin anew with each.
+        order: names whose place says a run's colour, so that it has the same one in every chart;
+            by default those of `series`.
         theme: "light" or "dark".
         height: of the figure without its legend, in pixels.
     """
@@ -47,7 +50,9 @@ def compare_runs(
     if band is not None:
         draw_band(fig, band, theme)
     smoothed = False
-    for number, (name, steps, values) in enumerate(series):
+    places = {name: number for number, name in enumerate(order or [name for name, *_ in series])}
+    for name, steps, values in series:
+        number = places[name]
         colour, symbol, dash = series_style(number, theme)
         clean = np.where(np.isfinite(values), values, np.nan).astype(np.float64)
         options: dict[str, Any] = {"legendgroup": str(number), "name": escape(name)}

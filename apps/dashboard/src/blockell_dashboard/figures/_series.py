@@ -12,7 +12,16 @@ from numpy.typing import NDArray
 
 from .. import stats
 from ..tasks import TaskSpan, task_starts
-from ._theme import Theme, apply_layout, draw_band, mark_step, mark_tasks, palette, step_axis
+from ._theme import (
+    Theme,
+    apply_layout,
+    counted,
+    draw_band,
+    mark_step,
+    mark_tasks,
+    palette,
+    step_axis,
+)
 
 __all__ = ["column_entropy", "density", "loss", "swap_rate"]
 
@@ -282,18 +291,23 @@ def loss(
     if smoothed:
         mean = stats.rolling_mean(losses, window, starts)[keep]
         _line(fig, f"mean of {window}", steps[keep], mean, colours.first, width=2.4)
-    marked = np.flatnonzero(spikes)[:2000]
-    fig.add_trace(
-        go.Scatter(
-            x=steps[marked],
-            y=np.where(np.isfinite(losses), losses, high)[marked],
-            name="above 2× the running mean",  # noqa: RUF001
-            mode="markers",
-            marker={"symbol": "triangle-up", "size": 10, "color": colours.alarm},
-            hoverinfo="skip",
-            showlegend=bool(len(marked)),
+    broken = spikes & ~np.isfinite(losses)
+    for mask, what, symbol in (
+        (spikes & ~broken, "above 2× the running mean", "triangle-up"),  # noqa: RUF001
+        (broken, "not finite", "x"),
+    ):
+        marked = np.flatnonzero(mask)[:2000]
+        fig.add_trace(
+            go.Scatter(
+                x=steps[marked],
+                y=np.where(broken, high, losses)[marked],
+                name=what,
+                mode="markers",
+                marker={"symbol": symbol, "size": 10, "color": colours.alarm},
+                hoverinfo="skip",
+                showlegend=bool(len(marked)),
+            )
         )
-    )
     ticks = decision_steps[:: max(1, len(decision_steps) // 2000)]
     fig.add_trace(
         go.Scatter(
@@ -308,9 +322,11 @@ def loss(
     )
     mark_step(fig, selected_step, theme)
     mark_tasks(fig, spans, theme)
-    subtitle = f"{len(losses):,} values"
+    subtitle = counted(len(losses), "value")
     if alarms:
-        subtitle += f"; {int(spikes.sum()):,} above 2× the mean before them"  # noqa: RUF001
+        subtitle += f"; {int((spikes & ~broken).sum()):,} above 2× the mean before them"  # noqa: RUF001
+        if broken.any():
+            subtitle += f"; {int(broken.sum()):,} not finite"
     return apply_layout(
         fig,
         theme,

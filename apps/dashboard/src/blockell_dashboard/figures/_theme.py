@@ -189,6 +189,16 @@ def apply_layout(
     return fig
 
 
+def whole_ticks(most: int) -> dict[str, int]:
+    """Keep an axis of few whole things from naming parts of them."""
+    return {"tick0": 0, "dtick": 1} if most <= 8 else {}
+
+
+def counted(number: int, what: str) -> str:
+    """`1 block`, `2 blocks`."""
+    return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
 def vertical_line(fig: go.Figure, x: float, **line: Any) -> None:
     """Draw a line over the whole height at x, quicker than `add_vline` does."""
     fig.add_shape(type="line", x0=x, x1=x, y0=0, y1=1, xref="x", yref="paper", line=line)

@@ -19,7 +19,7 @@ from .. import stats
 from ..tasks import TaskSpan, birth_tasks
 from ._cells import CellGrid
 from ._kinds import draw_changes, draw_tasks
-from ._theme import Palette, Theme, apply_layout, palette
+from ._theme import Palette, Theme, apply_layout, counted, palette, whole_ticks
 
 __all__ = ["COLOURS", "Colour", "topology_heatmap"]
 
@@ -106,6 +106,10 @@ def topology_heatmap(
     else:
         values, grid = (age, age_grid) if colour == "age" else (score, score_grid)
         ends = value_range or _own_range(colour, grid)
+        odd = int((~np.isfinite(grid)).sum() - (kinds_grid == stats.ABSENT).sum())
+        odd -= int((kinds_grid == stats.DIED).sum())
+        if odd:
+            subtitle += f"; {counted(odd, colour)} not finite, in pink"
         _draw_values(fig, cells, colour, values, kinds.values, age, score, ends, colours)
     return apply_layout(
         fig,
@@ -119,19 +123,14 @@ def topology_heatmap(
         xaxis={
             "showgrid": False,
             "range": cells.axis_range(info.C, cells.column_step),
-            **_whole_ticks(info.C),
+            **whole_ticks(info.C),
         },
         yaxis={
             "showgrid": False,
             "range": cells.axis_range(info.R, cells.row_step)[::-1],
-            **_whole_ticks(info.R),
+            **whole_ticks(info.R),
         },
     )
-
-
-def _whole_ticks(side: int) -> dict[str, int]:
-    """Keep an axis of few blocks from naming halves of them."""
-    return {"tick0": 0, "dtick": 1} if side <= 8 else {}
 
 
 def _kinds_grid(

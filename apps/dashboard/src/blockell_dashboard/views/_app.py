@@ -67,7 +67,7 @@ def show_app(directories: Sequence[str]) -> None:
         publish()
         return
     if page == "compare":
-        _show_compare(choices, directories, problems)
+        _show_compare(choice, choices, directories, problems)
         publish()
         return
     try:
@@ -94,12 +94,15 @@ def _pages(choice: RunChoice, choices: Sequence[RunChoice]) -> list[str]:
 
 
 def _show_compare(
-    choices: Sequence[RunChoice], directories: Sequence[str], problems: list[Problem]
+    choice: RunChoice,
+    choices: Sequence[RunChoice],
+    directories: Sequence[str],
+    problems: list[Problem],
 ) -> None:
     with st.sidebar:
         interval_s = show_live_switch()
         show_about()
-    news, left_out = show_compare([choice for choice in choices if is_run(choice.path)])
+    news, left_out = show_compare([one for one in choices if is_run(one.path)], choice.label)
     show_problems([*problems, *left_out])
     if interval_s is not None:
         redraw_when(lambda: news() or len(find_runs(directories)[0]) != len(choices), interval_s)

@@ -21,15 +21,18 @@ MAX_RUNS = 12
 _AT_FIRST = 4
 
 
-def show_compare(choices: Sequence[RunChoice]) -> tuple[Callable[[], bool], list[Problem]]:
-    """Show some of these runs in common charts.
+def show_compare(
+    choices: Sequence[RunChoice], chosen: str
+) -> tuple[Callable[[], bool], list[Problem]]:
+    """Show some of these runs in common charts, at first `chosen` and the newest ones.
 
     Returns:
         a function that reads what is new and says whether anything was, and the runs left out.
     """
     st.header("Compare runs", anchor=False)
     by_label = {choice.label: choice for choice in choices}
-    good = (choice.label for choice in choices if opens(choice.path))
+    first = sorted(by_label.values(), key=lambda choice: choice.label != chosen)
+    good = (choice.label for choice in first if opens(choice.path))
     choose_several("runs", list(by_label), list(islice(good, _AT_FIRST)))
     picked = st.multiselect(
         "Runs",
@@ -90,6 +93,7 @@ def _metric_card(runs: dict[str, LoadedRun], metric: str) -> None:
             title=metric,
             y_title=metric,
             spans={name: loaded.spans for name, loaded in runs.items()},
+            order=list(runs),
             theme=page_theme(),
         ),
         lambda: compare.series_table(series, metric),
@@ -117,6 +121,7 @@ def _swap_card(runs: dict[str, LoadedRun]) -> None:
             share=True,
             band=stats.HEALTHY_SWAP_RATE,
             spans={name: loaded.spans for name, loaded in runs.items()},
+            order=list(runs),
             theme=page_theme(),
         ),
         lambda: compare.series_table(series, "swap_rate"),

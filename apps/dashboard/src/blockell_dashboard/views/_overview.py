@@ -49,7 +49,7 @@ def _show_tiles(loaded: LoadedRun) -> None:
     run, history = loaded.run, loaded.history()
     steps, problems = history.steps, run.problems
     columns = st.columns(6)
-    last = int(steps[-1]) if len(steps) else loaded.metrics().newest_step
+    last = loaded.newest_step
     newest = "none" if last is None else f"{last:,}"
     _tile(columns[0], "Newest step", newest, _count(len(steps), "snapshot"))
     _tile(columns[1], "Layers", str(len(run.layers)), *_ranks(loaded))
