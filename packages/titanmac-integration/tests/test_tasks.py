@@ -13,7 +13,9 @@ from titanmac_integration import (
     ByteTokenizer,
     Mixture,
     ProseTask,
+    exact_match,
     make_task,
+    sample_greedily,
 )
 
 ARITHMETIC = ArithmeticTask()
@@ -85,6 +87,24 @@ def test_exact_match_is_of_the_whole_answer() -> None:
     assert ARITHMETIC.evaluate(Oracle(ARITHMETIC, spoil=True)) == 0.0
     small = ArithmeticTask(n_digits=1, max_eval=5)
     assert small.evaluate(Oracle(small)) == 1.0
+
+
+class Sometimes(Oracle):
+    """Right where the last byte it has read is not "3": an error changes what follows."""
+
+    def forward(self, tokens: torch.Tensor) -> dict[str, torch.Tensor]:
+        logits = super().forward(tokens)["logits"]
+        logits[tokens == ord("3")] = 0.0
+        return {"logits": logits}
+
+
+@pytest.mark.parametrize("task", [ARITHMETIC, THREE_DIGITS])
+def test_one_pass_tells_what_would_be_written_greedily(task: ArithmeticTask) -> None:
+    model, problems = Sometimes(task), task._held_out
+    written = sample_greedily(model, problems[:, : task.prompt_length], task.answer_length)
+    share = exact_match(written, problems[:, task.prompt_length :])
+    assert 0.2 < share < 0.9
+    assert task.evaluate(model) == share
 
 
 def test_evaluation_puts_the_mode_back_and_needs_no_gradient() -> None:
