@@ -121,6 +121,7 @@ def test_force_leaves_what_another_process_writes(
         (["--precision", "int4"], "precision (='int4') must be one of fp32, bf16, fp16"),
         (["--tokenizer", "x"], "tokenizer (='x') must be \"bytes\" or the path of a tokenizer"),
         (["--device", "abacus"], "--device (=abacus) cannot be used"),
+        (["--device", "meta"], "--device (=meta) cannot be used"),
         (["--vocab-size", "100"], "vocab_size (=100) must be at least 256"),
         (["--level-periods", "1,2"], "level_periods (=(1, 2)) must be three integers"),
         (["--held-out", "0.2"], "--held-out (=0.2) goes with --data; the built-in tasks have"),
@@ -158,6 +159,16 @@ def test_ctrl_c_is_no_traceback(
     monkeypatch.setattr("titanmac_integration._cli.evaluate.newest_model", interrupted)
     assert main(["eval", str(tmp_path)]) == 130
     assert capsys.readouterr().err == "titanmac eval: interrupted\n"
+
+
+TWICE = (["--block-sparse-density", "0:0.5,0:0.7,1:0.5"], ["--cms-levels", "a:1,a:2"])
+
+
+@pytest.mark.parametrize("flags", TWICE)
+def test_nothing_is_given_twice(capsys: pytest.CaptureFixture[str], flags: list[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["train", "--out", "x", *flags])
+    assert f"{flags[0]}: invalid" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["train"], ["train", "--out", "x", "--tasks", "x"]])

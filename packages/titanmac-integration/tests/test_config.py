@@ -40,6 +40,10 @@ from titanmac_integration._config._checks import MAX_SWAP_FRAC
         ({"block_sparse_components": ("head",)}, r"must be out of mlp, attention; 'head' is not"),
         ({"block_sparse_components": ()}, r"must name at least one part"),
         ({"block_sparse_row_group": 0}, r"block_sparse_row_group \(=0\) must be an integer"),
+        (
+            {"use_block_sparse": True, "d_model": 96, "n_heads": 4, "block_sparse_row_group": 4},
+            r"block_sparse_row_group \(=4\) must divide d_model / block_sparse_tile_size \(=6\)",
+        ),
         ({"block_sparse_row_group": "all"}, r'must be "auto" or a positive integer'),
         ({"block_sparse_swap_threshold": 0.5}, r"swap_threshold \(=0.5\) must be at least 1"),
         ({"block_sparse_keep_score": "size"}, r"keep_score \(='size'\) must be one of magnitude"),

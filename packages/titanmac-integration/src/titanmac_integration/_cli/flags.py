@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import os
 import textwrap
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,10 +76,10 @@ def resolve_device(name: str) -> torch.device:
         name = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
+        torch.zeros(1, device=device).item()  # "meta" has no numbers
     except (RuntimeError, AssertionError) as error:
-        first = str(error).splitlines()[0]
-        raise ValueError(f'--device (={name}) cannot be used: {first} Try "auto".') from error
+        first = str(error).splitlines()[0].rstrip(".")
+        raise ValueError(f'--device (={name}) cannot be used: {first}. Try "auto".') from error
     return device
 
 
@@ -134,13 +134,23 @@ def _components(text: str) -> tuple[str, ...]:
 def _density(text: str) -> float | dict[int, float]:
     if ":" not in text:
         return float(text)
-    pairs = (part.split(":") for part in text.split(","))
-    return {int(layer): float(density) for layer, density in pairs}
+    return _mapping((part.split(":") for part in text.split(",")), int, float)
 
 
 def _levels(text: str) -> dict[str, int]:
-    pairs = (part.rsplit(":", 1) for part in text.split(","))
-    return {pattern: int(level) for pattern, level in pairs}
+    return _mapping((part.rsplit(":", 1) for part in text.split(",")), str, int)
+
+
+def _mapping(
+    pairs: Iterable[list[str]], key_of: Callable[[str], Any], value_of: Callable[[str], Any]
+) -> dict[Any, Any]:
+    """The pairs, none of which may come twice: the last one would win without a word."""
+    found: dict[Any, Any] = {}
+    for key, value in pairs:
+        if key_of(key) in found:
+            raise ValueError(f"{key} comes twice")
+        found[key_of(key)] = value_of(value)
+    return found
 
 
 def _row_group(text: str) -> int | str:

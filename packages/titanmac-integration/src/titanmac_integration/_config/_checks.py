@@ -183,6 +183,14 @@ def check_block_sparse_layers(config: TitanMACConfig) -> None:
                 f"{name} (={value}) must be a multiple of block_sparse_tile_size (={tile}); "
                 f"nearest: {_nearest(value, tile)}."
             )
+    group = config.block_sparse_row_group
+    for name in names:
+        rows = getattr(config, name) // tile
+        if group != "auto" and rows % group:
+            raise ValueError(
+                f"block_sparse_row_group (={group}) must divide {name} / block_sparse_tile_size "
+                f'(={rows}), the block rows of a layer; "auto" chooses a divisor.'
+            )
 
 
 def check_layer_indices(name: str, layers: tuple[int, ...] | None, n_layers: int) -> None:
