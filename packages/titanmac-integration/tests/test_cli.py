@@ -148,6 +148,9 @@ def test_out_may_not_be_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str
 def test_eval_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["eval", str(tmp_path)]) == 1
     assert "must hold a checkpoint" in capsys.readouterr().err
+    (tmp_path / "file").write_text("mine")
+    assert main(["eval", str(tmp_path / "file")]) == 1
+    assert "file') must be a directory; give that of a run" in capsys.readouterr().err
 
 
 def test_ctrl_c_is_no_traceback(

@@ -135,7 +135,7 @@ def test_a_run_of_another_command_is_not_touched(
         (["--steps", "0"], "steps (=(0, 0)) must be positive"),
         (["--tasks", "arithmetic"], "tasks (=('arithmetic',)) must be at least two"),
         (["--tasks", "arithmetic", "chess"], "task (='chess') must be one of"),
-        (["--seeds", "1", "-1"], "seeds (=[1, -1]) must be 0 or more."),
+        (["--seeds", "1", "-1"], "seeds (=[1, -1]) must be in [0, 2**64)."),
         (["--seq-len", "9"], "seq_len (=9) must be at least 10, the tokens of one problem of task"),
         (
             ["--methods", "ours=0"],

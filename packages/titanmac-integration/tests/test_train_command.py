@@ -266,6 +266,8 @@ def test_training_on_files_and_writing(tmp_path: Path, capsys: pytest.CaptureFix
     assert capsys.readouterr().out == "abcdefghijk\n"
     assert main(["generate", str(out), "--prompt", "\udcff"]) == 1
     assert "--prompt must be text in UTF-8: 'utf-8' codec can't" in capsys.readouterr().err
+    assert main([*write, "--seed", str(1 << 64)]) == 1
+    assert "--seed (=18446744073709551616) must be in [0, 2**64)" in capsys.readouterr().err
     assert main(["generate", str(out), "--prompt", ""]) == 1
     assert "--prompt (='') must hold" in capsys.readouterr().err
     moved = text.rename(tmp_path / "moved.txt")

@@ -131,8 +131,8 @@ def run(arguments: argparse.Namespace) -> int:
     setting = _setting(arguments)
     asked = parse_methods(arguments.methods or [*DEFAULT_METHODS[arguments.preset]])
     seeds = arguments.seeds or [getattr(arguments, "seed", 0)]
-    if min(seeds) < 0:
-        raise ValueError(f"seeds (={seeds}) must be 0 or more.")
+    if not all(0 <= seed < 1 << 64 for seed in seeds):
+        raise ValueError(f"seeds (={seeds}) must be in [0, 2**64).")
     for cell in asked:  # before anything is trained
         rate = cell.make().learning_rate
         for number in range(len(setting.tasks)):

@@ -47,6 +47,8 @@ def add_parser(commands: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Print the text."""
     device = resolve_device(arguments.device)
+    if not 0 <= arguments.seed < 1 << 64:
+        raise ValueError(f"--seed (={arguments.seed}) must be in [0, 2**64).")
     model = load_checkpoint(newest_model(arguments.run_dir), device=device)
     tokenizer = make_tokenizer(stored_tokenizer(arguments.run_dir))
     try:  # what the system's encoding does not know arrives as halves of characters

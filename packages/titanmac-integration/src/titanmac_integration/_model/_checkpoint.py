@@ -45,7 +45,8 @@ def load_checkpoint(
     """
     directory = Path(directory)
     if not directory.is_dir():
-        raise FileNotFoundError(f"directory (={str(directory)!r}) must exist; give that of a run.")
+        what = "be a directory" if directory.exists() else "exist"
+        raise FileNotFoundError(f"directory (={str(directory)!r}) must {what}; give that of a run.")
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (directory / name).is_file():
             raise FileNotFoundError(
