@@ -79,7 +79,7 @@ class NewbornStepCorrection:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; what was looked up is looked up again."""
-        found = {"_kept": {}, "_known": {}, "_groups": {}, "_joined": {}, "_strangers": set()}
+        found: dict[str, Any] = {"_kept": {}, "_known": {}, "_groups": {}, "_joined": {}, "_strangers": set()}
         return {**self.__dict__, **found}
 
     def apply(
