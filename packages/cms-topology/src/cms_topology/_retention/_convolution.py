@@ -72,7 +72,8 @@ class TransposedConvolution(NamedTuple):
         lengths = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], stride, strict=True)]
         apart = x.new_zeros(*x.shape[:2], *lengths)
         places: list[Any] = [slice(None, None, s) for s in stride]
-        apart[(..., *places)] = x
+        everywhere = (..., *places)
+        apart[everywhere] = x
         sides: list[int] = []
         each = (
             _spans(kernel, dilation),
