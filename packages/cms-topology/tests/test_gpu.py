@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -50,6 +52,33 @@ def train(
         swaps += sum(result.num_swaps for result in manager.step().swaps.values())
         optimizer.zero_grad()
     return swaps
+
+
+class Halves(nn.Sequential):
+    """A model whose first layer is on the CPU, the second on the GPU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self[2](self[1](self[0](x)).cuda()).cpu()
+
+
+@pytest.mark.parametrize("score", ["gradient", "outer", "loss"])
+def test_a_model_on_several_devices(score: str) -> None:
+    keep = "loss" if score == "loss" else "gradient"
+    scoring = dataclasses.replace(LOOSE, candidate_score=score, keep_score=keep)
+    plain, split = build(scoring=scoring), Halves(*build(scoring=scoring))
+    split[2].cuda()
+    ways = []
+    for model in (plain, split):
+        optimizer = torch.optim.NAdam(model.parameters(), lr=1e-2)
+        logged: list[dict[str, float]] = []
+        logger = SimpleNamespace(log=lambda metrics, step, to=logged: to.append(dict(metrics)))
+        manager = TopologyManager(model, optimizer, periods=(1, 2, 4), logger=logger)
+        assert train(model, optimizer, manager, 8) > 0
+        assert manager.swap_rate
+        assert len(logged) == 2
+        ways.append([x.col_indices.cpu() for x in sparse_layers(model).values()])
+    for one, other in zip(*ways, strict=True):
+        assert (one == other).float().mean() > 0.95
 
 
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])

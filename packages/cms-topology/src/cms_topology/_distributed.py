@@ -48,7 +48,8 @@ def sync_topology_scores(
         return
     parts = [p for layer in layers for p in (layer.scorer.score_ema, layer.scorer._means)]
     parts += [layer.scorer.loss.means for layer in layers if layer.scorer.loss is not None]
-    flat = torch.cat([p.flatten() for p in parts])
+    device = parts[0].device  # a model may be on several
+    flat = torch.cat([p.flatten().to(device) for p in parts])
     dist.all_reduce(flat, group=group)
     flat /= ranks
     means = flat.split([p.numel() for p in parts])
@@ -64,7 +65,8 @@ def scores_differ(before: Sequence[Tensor], after: Sequence[Tensor]) -> list[int
     apart = [
         (own - mean).norm() > 0.01 * mean.norm() for own, mean in zip(before, after, strict=True)
     ]
-    return torch.stack(apart).nonzero().flatten().tolist() if apart else []
+    together = [flag.to(apart[0].device) for flag in apart]
+    return torch.stack(together).nonzero().flatten().tolist() if apart else []
 
 
 def on_any_rank(

@@ -64,7 +64,8 @@ def count_swaps(results: Iterable[TopologyDecisionResult]) -> None:
     unknown = [result for result in results if "num_swaps" not in result._host]
     if not unknown:
         return
-    counts = torch.stack([result.swapped.sum() for result in unknown]).tolist()
+    device = unknown[0].swapped.device  # a model may be on several
+    counts = torch.stack([result.swapped.sum().to(device) for result in unknown]).tolist()
     for result, count in zip(unknown, counts, strict=True):
         result._host["num_swaps"] = int(count)
 
