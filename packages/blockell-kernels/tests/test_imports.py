@@ -47,3 +47,13 @@ def test_public_names_exist_and_are_documented():
 
     for name in blockell_kernels.__all__:
         assert getattr(blockell_kernels, name).__doc__, name
+
+
+def test_what_the_table_of_ways_names_can_be_imported_first():
+    """Modules of both packages import each other."""
+    code = f"{SETUP}import importlib\n"
+    for name in ("_gluon._whole", "_gluon._halves"):
+        code += f"importlib.import_module('blockell_kernels.{name}')\n"
+        code += "for name in [m for m in sys.modules if '_kernels._triton' in m or "
+        code += "'_kernels._gluon' in m]:\n    del sys.modules[name]\n"
+    assert run(code) == ""

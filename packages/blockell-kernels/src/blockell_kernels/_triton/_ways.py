@@ -49,11 +49,12 @@ def _tiling(case: Case) -> Tiling:
     return tiling_for(case._replace(N=512) if large and 128 < case.N < 512 else case)
 
 
+# Gluon's modules by name only: whoever imports one of them first comes by here before it is there.
 WHOLE = Way(
     "the whole weight, put together block by block",
     "as much time at any density",
     lambda case: takes_whole(case) or None,
-    _whole.takes,
+    lambda a, b, B: _whole.takes(a, b, B),
     lambda x, values, bias, pattern, _: _whole.product(x, values, bias, pattern, forward=True),
     lambda dy, values, pattern, _: _whole.product(dy, values, None, pattern, forward=False),
     lambda dy, x, pattern, _: _whole_values.grad_values(dy, x, pattern),
@@ -70,8 +71,8 @@ WALK = Way(
 HALVES = Way(
     "float16 halves",
     "the time of three float16 products",
-    _by_halves.chosen,
-    _by_halves.reads,
+    lambda case: _by_halves.chosen(case),
+    lambda a, b, B: _by_halves.reads(a, b, B),
     _forward.forward,
     _grad_input.grad_input,
     _grad_values.grad_values,
