@@ -352,6 +352,42 @@ def test_bad_arguments(make: Callable[[nn.Module], dict[str, Any]], message: str
         DeepNestedOptimizer(**make(make_net()))
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "message"),
+    [
+        ("cms", (1, 2, 4), r"cms \(=\(1, 2, 4\)\) must be a ContinuumMemorySystem, for example"),
+        ("deep_momentum", "yes", r"deep_momentum \(='yes'\) must be a DeepMomentum or bool"),
+        ("controller", 3, r"controller \(=3\) must be a LearningRateController or bool"),
+        ("spikes", True, r"spikes \(=True\) must be a LossSpikeDetector, for example"),
+        ("topology", 3, r"topology \(=3\) must be a Mapping or bool, for example"),
+        ("logger", 5, r"logger \(=5\) must have log\(metrics, step\), or be the path"),
+    ],
+)
+def test_arguments_of_another_kind(argument: str, value: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=message):
+        DeepNestedOptimizer(make_net(), **{argument: value})
+
+
+def test_a_group_without_names_may_come_later() -> None:
+    """A model's parameters have names, and torch takes all with names or none."""
+    model, more = make_net(), nn.Linear(2, 2)
+    optimizer = DeepNestedOptimizer(model, cms=ContinuumMemorySystem((1, 2, 4)))
+    optimizer.add_param_group({"params": more.parameters(), "level": 1})
+    group = optimizer.param_groups[-1]
+    assert group["params"] == [*more.parameters()]
+    assert (group["level"], group["period"]) == (1, 2)
+    assert group["param_names"] == [f"group{len(optimizer.param_groups) - 1}.{i}" for i in (0, 1)]
+    before, moved = more.bias.detach().clone(), []
+    for _ in range(4):
+        more.bias.grad = torch.ones(2)
+        optimizer.step()
+        moved.append(not torch.equal(more.bias, before))
+        before = more.bias.detach().clone()
+    assert moved == [False, True, False, True]
+    optimizer.add_param_group({"params": nn.Parameter(torch.ones(2)), "lr": 0.5})
+    optimizer.load_state_dict(optimizer.state_dict())
+
+
 def test_a_lone_tensor_is_refused() -> None:
     with pytest.raises(TypeError, match="put the tensor into a list"):
         DeepNestedOptimizer(torch.zeros(3, requires_grad=True))

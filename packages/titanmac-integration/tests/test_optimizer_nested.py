@@ -218,6 +218,8 @@ def test_meta_update_needs_the_model_and_a_scalar_loss() -> None:
     optimizer = DeepNestedOptimizer(model, controller=True)
     with pytest.raises(ValueError, match=r"loss_fn \(shape \(6, 2\)\) must return a scalar"):
         optimizer.meta_update(pair(0), [pair(1)], loss_fn=lambda m, b: m(b[0]))
+    with pytest.raises(TypeError, match=r"batch \(a Tensor\) must be a mapping or a sequence of"):
+        optimizer.meta_update(pair(0), [pair(1)[0]])
 
 
 # -- deep momentum ----------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +31,36 @@ def parameter_groups(
             "iterable of parameters; put the tensor into a list."
         )
     return groups_of_parameters(params_or_model, cms)
+
+
+def check_parts(**parts: tuple[Any, tuple[type, ...], str]) -> None:
+    """Raise ``TypeError`` unless every part is None or of one of its classes.
+
+    Args:
+        **parts: value, classes and an example, by the name of the argument.
+    """
+    for name, (value, kinds, example) in parts.items():
+        if value is not None and not isinstance(value, kinds):
+            known = " or ".join(kind.__name__ for kind in kinds)
+            raise TypeError(f"{name} (={value!r}) must be a {known}, for example {example}.")
+
+
+def check_logger(logger: object) -> None:
+    """Raise ``TypeError`` unless it can log, or is a path."""
+    known = logger is None or isinstance(logger, (str, os.PathLike))
+    if not known and not callable(getattr(logger, "log", None)):
+        raise TypeError(
+            f"logger (={logger!r}) must have log(metrics, step), or be the path of a file."
+        )
+
+
+def with_names(params: Tensor | Iterable[Any], group: int) -> list[Any]:
+    """The (name, parameter) pairs of a group; parameters without names get "group2.0", ..."""
+    given = [params] if isinstance(params, Tensor) else list(params)
+    return [
+        entry if isinstance(entry, tuple) else (f"group{group}.{place}", entry)
+        for place, entry in enumerate(given)
+    ]
 
 
 def nested_settings(

@@ -14,7 +14,14 @@ from torch import Tensor, nn
 from cms_topology import Logger, TopologyManager
 from titanmac_integration._loggers import JsonLinesLogger
 
-from ._arguments import make_manager, nested_settings, parameter_groups
+from ._arguments import (
+    check_logger,
+    check_parts,
+    make_manager,
+    nested_settings,
+    parameter_groups,
+    with_names,
+)
 from ._cms import ContinuumMemorySystem
 from ._controller import ControllerState, LearningRateController
 from ._levels import only_due_levels, restore_sums, scaled_rates
@@ -100,6 +107,14 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         spikes: LossSpikeDetector | None = None,
         meta_lr: float = 1e-2,
     ) -> None:
+        check_parts(
+            cms=(cms, (ContinuumMemorySystem,), "ContinuumMemorySystem((1, 10, 100))"),
+            deep_momentum=(deep_momentum, (DeepMomentum, bool), "True"),
+            controller=(controller, (LearningRateController, bool), "True"),
+            spikes=(spikes, (LossSpikeDetector,), "LossSpikeDetector(factor=3.0)"),
+            topology=(topology, (Mapping, bool), '{"seed": 1}'),
+        )
+        check_logger(logger)
         self.cms = ContinuumMemorySystem() if cms is None else copy.copy(cms)
         """Clock and levels: a copy of what was given, so that two optimizers count apart."""
         self.model = params_or_model if isinstance(params_or_model, nn.Module) else None
@@ -159,13 +174,19 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         self._step_supports_amp_scaling = bool(plain and fused and not slow)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; the group may say its `level` (default 0) and `lr_scale`."""
+        """As torch's; the group may say its `level` (default 0) and `lr_scale`.
+
+        Beside parameters with names, those of a model, ones without are called by their position.
+        """
         if self.deep_momentum is not None or self.controller is not None:
             raise ValueError(
                 "param_group must be given to the constructor: deep_momentum and controller have "
                 "one network part per group."
             )
         self._complete(param_group)
+        if self._built and "param_names" in self.param_groups[0]:
+            # torch takes either all parameters with names or none
+            param_group["params"] = with_names(param_group["params"], len(self.param_groups))
         super().add_param_group(param_group)
         if self._built:
             self._choose_amp()

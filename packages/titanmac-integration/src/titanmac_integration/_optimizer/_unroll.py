@@ -29,6 +29,11 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 def default_loss(model: nn.Module, batch: Any) -> Tensor:
     """Loss of a batch: `model(**batch)` or `model(*batch)`, its "loss" if it returns a mapping."""
+    if not isinstance(batch, (Mapping, Sequence)):
+        raise TypeError(
+            f"batch (a {type(batch).__name__}) must be a mapping or a sequence of the model's "
+            "arguments, for example (input_ids, labels); or pass loss_fn."
+        )
     output = model(**batch) if isinstance(batch, Mapping) else model(*batch)
     return output["loss"] if isinstance(output, Mapping) else output
 
