@@ -127,6 +127,30 @@ def test_state_of_newborn_blocks_is_that_of_a_fresh_optimizer(kind: str) -> None
         assert torch.equal(after, expected), f"{name} of survivors"
 
 
+class InBytes(torch.optim.Optimizer):
+    """Keeps codes of 8 bits, as bitsandbytes does; its zero stands for the lowest number."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Tensor]) -> None:  # type: ignore[override]
+        with torch.enable_grad():
+            closure()
+        for p in self.param_groups[0]["params"]:
+            self.state[p].setdefault("state1", torch.full(p.shape, 127, dtype=torch.uint8))
+            p.sub_(p.grad, alpha=0.1)
+
+
+def test_state_in_bytes_is_left_alone_with_one_warning() -> None:
+    model = net()
+    optimizer = InBytes(model.parameters(), {})
+    manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+    said = re.escape("the optimizer (=InBytes) keeps 'state1' of its state in torch.uint8, which")
+    with pytest.warns(UserWarning, match=said):
+        train(model, optimizer.step, manager, 4)
+    train(model, optimizer.step, manager, 4)
+    assert manager.swap_rate
+    assert all(state["state1"].eq(127).all() for state in optimizer.state.values())
+
+
 def test_lbfgs_forgets_what_led_to_other_blocks() -> None:
     """Its history is of one vector: differences across a swap are no curvature."""
     model = net()

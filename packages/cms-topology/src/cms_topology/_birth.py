@@ -6,12 +6,16 @@ Legend: R block rows, K slots per row, B tile side.
 from __future__ import annotations
 
 import math
+import warnings
+import weakref
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from cms_topology._blocks import clear_blocks
+
+_warned: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 
 
 def write_newborn_values(
@@ -65,8 +69,9 @@ def reset_optimizer_state(
 
     That is zero for any optimizer whose state tensors have the parameter's shape (moments of Adam
     and its fused and multi-tensor forms, momentum of SGD), but for Rprop's step sizes, Adagrad's
-    sums and the second set of weights of schedule-free optimizers. Survivors are not touched. LBFGS
-    forgets its whole history, which is of one vector, if anything was swapped.
+    sums and the second set of weights of schedule-free optimizers. Survivors are not touched, nor
+    is state in integers, with a warning. LBFGS forgets its whole history, which is of one vector,
+    if anything was swapped.
 
     Args:
         optimizers: those that may hold state of `values`.
@@ -91,6 +96,9 @@ def reset_optimizer_states(
             for name, entry in optimizer.state.get(values, {}).items():
                 if not isinstance(entry, Tensor) or entry.shape != values.shape:
                     continue
+                if not entry.is_floating_point():
+                    _warn_of_codes(optimizer, name, entry.dtype)
+                    continue
                 start = _fresh_state(optimizer, values, name)
                 if start is None:
                     states.append(entry)
@@ -103,6 +111,19 @@ def reset_optimizer_states(
         if isinstance(start, Tensor):
             start = start[:, : mask.shape[1]].to(entry)
         live.copy_(torch.where(mask[:, :, None, None], start, live))
+
+
+def _warn_of_codes(optimizer: torch.optim.Optimizer, name: str, dtype: torch.dtype) -> None:
+    """Say, once, that state in 8 bits is not reset: its zero may stand for any number."""
+    if optimizer not in _warned:
+        _warned.add(optimizer)
+        warnings.warn(
+            f"the optimizer (={type(optimizer).__name__}) keeps {name!r} of its state in {dtype}, "
+            "which is left as it is where blocks are replaced: newborn blocks begin with the "
+            "momentum of those that left; let an optimizer with floating-point state train the "
+            "values of CMSBlockLinear layers.",
+            stacklevel=2,
+        )
 
 
 def _fresh_state(

@@ -17,6 +17,8 @@ from cms_topology._adam_rules import ADAM, NADAM, Rule, corrected, exact_kind, r
 from cms_topology._blocks import kernels_for
 from cms_topology._newborn_launch import YoungLaunch
 
+_MOMENTS = ({"exp_avg", "exp_avg_sq"}, {"state1", "state2"})
+"""Names of both moments in other optimizers like Adam; the second ones: bitsandbytes."""
 _PIECE = 1 << 17
 """Elements that a CPU corrects at a time: what its caches hold."""
 
@@ -79,7 +81,13 @@ class NewbornStepCorrection:
 
     def __getstate__(self) -> dict[str, Any]:
         """For pickle and deepcopy; what was looked up is looked up again."""
-        found: dict[str, Any] = {"_kept": {}, "_known": {}, "_groups": {}, "_joined": {}, "_strangers": set()}
+        found: dict[str, Any] = {
+            "_kept": {},
+            "_known": {},
+            "_groups": {},
+            "_joined": {},
+            "_strangers": set(),
+        }
         return {**self.__dict__, **found}
 
     def apply(
@@ -171,7 +179,7 @@ class NewbornStepCorrection:
         if id(optimizer) in self._strangers or not optimizer.state:
             return
         self._strangers.add(id(optimizer))
-        if any("exp_avg" in held and "exp_avg_sq" in held for held in optimizer.state.values()):
+        if any(held.keys() >= names for held in optimizer.state.values() for names in _MOMENTS):
             self._warn_once(
                 f"the optimizer (={type(optimizer).__name__}) keeps Adam's moments, but is none of "
                 "torch.optim's Adam, AdamW, NAdam, RAdam and Adamax: the first steps of newborn "
