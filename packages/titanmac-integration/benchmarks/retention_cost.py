@@ -53,11 +53,15 @@ def half_logits(model: torch.nn.Module, inputs: torch.Tensor) -> torch.Tensor:
 CONTROLS: dict[str, dict[str, Any]] = {
     "probes + eps (default)": {"start": 1e-3},
     "probes in bfloat16": {"start": 1e-3, "logits_fn": half_logits},
+    "budget binds": {"start": 2e-4, "target": 1e-9, "narrow": 0.95, "rate": 1e-2},
     "small budget": {"start": 1e-5, "target": 1e-9},
     "no probes": {"drift": 1e-3},
     "gradients too": {"start": 1e-3, "gradients": True},
 }
-"""Arguments of the guard; with ``start`` a budget that is steered by probes begins there."""
+"""Arguments of the guard. With ``start`` a budget that is steered by probes begins there; ``rate``
+is the learning rate of the steps before. One that binds is narrowed at each look; a small one takes
+products in full precision."""
+STEERING = ("start", "narrow", "target")
 
 
 def gpu_ms(run: Callable[[], object]) -> float:
@@ -114,9 +118,11 @@ def measure(kind: str, learned: int, args: argparse.Namespace) -> None:
     step_ms = clock(lambda: train(*data[0]))
     for name in args.controls:
         settings = dict(CONTROLS[name])
-        if "start" in settings:
-            start, target = settings.pop("start"), settings.pop("target", 1e3)
-            settings["drift"] = DriftController(target, start=start, device=device)
+        set_rate(optimizer, settings.pop("rate", 1e-4))
+        steering = {key: settings.pop(key) for key in STEERING if key in settings}
+        if steering:
+            steering.setdefault("target", 1e3)
+            settings["drift"] = DriftController(**steering, device=device)
         began = time.perf_counter()
         # its hooks would not be called by a step that is replayed
         guard = RetentionGuard(model, None, memory, eps=0.1, every=10, **settings)

@@ -166,8 +166,10 @@ def _take(
     if BUDGET:
         factor = tl.load(factor_ptr + unit * (r + 1) + column, inner, other=1.0)
         outside = tl.load(factor_ptr + unit * (r + 1) + r) if OUTSIDE else 1.0
-        C = tl.load(coefficients_ptr + at, there, other=0.0)
-        taken = taken * factor.to(tl.float32) + C * (outside - factor).to(tl.float32)
+        taken = taken * factor.to(tl.float32)
+        more = (outside - factor).to(tl.float32)
+        if tl.max(tl.max(tl.abs(more), 1), 0) > 0.0:  # within the budget it is not read
+            taken += tl.load(coefficients_ptr + at, there, other=0.0) * more
     tl.store(coefficients_ptr + at, taken, there)
 
 
@@ -245,7 +247,7 @@ def begin(
         ROWS=ROWS,
         COLUMNS=COLUMNS,
     )
-    return both, None if outside is None else squares.double().sum(1)
+    return both, None if outside is None else squares.sum(1, dtype=torch.float64)
 
 
 def squares(coefficients: Tensor, shift: Tensor, outside: bool) -> tuple[Tensor, Tensor | None]:
@@ -276,7 +278,9 @@ def squares(coefficients: Tensor, shift: Tensor, outside: bool) -> tuple[Tensor,
         TILES=TILES,
         COLUMNS=COLUMNS,
     )
-    return kept.double().sum(1), inside.double().sum((1, 2)) if outside else None
+    return kept.sum(1, dtype=torch.float64), (
+        inside.sum((1, 2), dtype=torch.float64) if outside else None
+    )
 
 
 def take(coefficients: Tensor, shift: Tensor, factor: Tensor | None, outside: bool) -> Tensor:

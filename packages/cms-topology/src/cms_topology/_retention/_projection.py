@@ -65,6 +65,7 @@ class ProjectionBatch:
         self._complete = min(self._ranks) >= self.vectors.shape[2]
         """No direction is outside of U."""
         self._still = [weight.still() for weight in self.weights]
+        self._shares: tuple[float, Tensor, Tensor | None] | None = None
         self._damping: Damping | None = None
         self._exact = all(w.parameter.dtype == self.anchor.dtype for w in self.weights)
         """Weights are written as they were computed, not rounded."""
@@ -174,14 +175,11 @@ class ProjectionBatch:
         weights, by = reachable(self.weights, self._still), kernels()
         if weights is None or by is None or self.reference is self.anchor:
             return False
-        removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
-        beside, more = removed[:, :, -1:], not self._complete
-        shift = (beside - removed[:, :, :-1] if more else -removed[:, :, :-1]).flatten(0, 1)
-        shift = shift.to(self.anchor.dtype)
+        more = not self._complete
+        shift, outside = self._shares_at(eps)
         anchor, result, vectors = (
             t.flatten(0, 1) for t in (self.anchor, self.reference, self.vectors)
         )
-        outside = beside.flatten().to(anchor.dtype) if more else None
         both, all_squares = by.begin(weights, anchor, result, outside)
         C = torch.bmm(both, vectors)
         kept, inside = by.squares(C, shift, more)
@@ -195,10 +193,21 @@ class ProjectionBatch:
             factor = per_direction.flatten(0, 1)
             if more:
                 by.shrink_outside(both, factor, result)
-        self.last_drift.copy_((self.debt + left) / self.scale)
+        torch.div(self.debt + left, self.scale, out=self.last_drift)
         result.baddbmm_(by.take(C, shift, factor, more), vectors.mT, alpha=-1)
         by.end(weights, result)
         return True
+
+    def _shares_at(self, eps: float) -> tuple[Tensor, Tensor | None]:
+        """Shares of the update: what is taken outside of the leading directions less what is taken
+        along each, [L G, r], and the former, [L G]; None if there is no outside."""
+        if self._shares is None or self._shares[0] != eps:  # it seldom changes
+            removed = self.spectrum / (self.spectrum + eps).clamp(min=1e-300)
+            along, beside = removed[:, :, :-1].flatten(0, 1), removed[:, :, -1:].flatten(0, 1)
+            outside = None if self._complete else beside.flatten().to(self.anchor.dtype)
+            shift = -along if self._complete else beside - along
+            self._shares = eps, shift.to(self.anchor.dtype), outside
+        return self._shares[1:]
 
     def _within(self, energy: Tensor, budget: Tensor | float) -> tuple[Tensor, Tensor]:
         """What a budget leaves along each direction, [L, G, r + 1], and the drift [L] then."""
