@@ -6,7 +6,8 @@ Of every shape, density by density, log2 of the sparse kernel's time over that o
 with the weight scattered first, and over that of the dense product alone, which counts where
 another product has scattered the weight already. Where several grids measured the same product, the
 last counts. Files of `whole_gpu.py` give one ratio per shape, tile and direction: the time of the
-product by the whole weight, cut as the package cuts it, to that of the dense product alone.
+product by the whole weight, cut as the package cuts it, to that of the dense product alone, at half
+density; grids that hold `whole_us` one per density, and their `sparse_us` is that of other kernels.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def share(sparse_us: float, dense_us: float) -> float:
 
 
 def by_whole_weight(rows: list[dict[str, str]]) -> dict[str, dict[tuple[int, ...], float]]:
-    """Octaves by direction, arithmetic and tile, and by shape (N, in, out)."""
+    """Octaves at half density, by direction, arithmetic and tile, and by shape (N, in, out)."""
     times: dict[tuple[str, ...], dict[str, float]] = defaultdict(dict)
     for row in rows:
         case = tuple(row[name] for name in ("direction", "B", "N", "in", "out"))
@@ -59,8 +60,9 @@ def by_whole_weight(rows: list[dict[str, str]]) -> dict[str, dict[tuple[int, ...
 
 def main(grids: list[str], target: str) -> None:
     points = defaultdict(lambda: defaultdict(dict))
-    whole: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
-    several: dict[tuple[str, tuple[int, ...]], list[float]] = defaultdict(list)
+    several: dict[str, dict[tuple[int, ...], dict[float, list[float]]]]
+    several = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
+    at_half: dict[str, dict[tuple[int, ...], float]] = defaultdict(dict)
     devices, sources = set(), []
     for grid in grids:
         header, rows = read(Path(grid))
@@ -68,7 +70,7 @@ def main(grids: list[str], target: str) -> None:
         sources.append(header)
         if "way" in rows[0]:
             for key, by_shape in by_whole_weight(rows).items():
-                whole[key] |= by_shape
+                at_half[key] |= by_shape
             continue
         for row in rows:
             if row["direction"] == "layer":
@@ -82,10 +84,16 @@ def main(grids: list[str], target: str) -> None:
             density = round(float(row["density"]), 3)
             points[key][shape][density] = [share(sparse, copied), share(sparse, dense)]
             if row.get("whole_us"):
-                by_tile = f"{row['direction']} {kind} {B}"
-                several[by_tile, shape].append(math.log2(float(row["whole_us"]) / dense))
-    for (by_tile, shape), octaves in several.items():  # as long at any density, in any structure
-        whole[by_tile][shape] = round(statistics.median(octaves), 2)
+                found = several[f"{row['direction']} {kind} {B}"][shape]
+                found[density].append(math.log2(float(row["whole_us"]) / dense))
+    whole = {
+        key: {shape: [[0.5, octaves]] for shape, octaves in by_shape.items()}
+        | {
+            shape: [[d, round(statistics.median(o), 2)] for d, o in sorted(by_density.items())]
+            for shape, by_density in several[key].items()  # of all structures
+        }
+        for key, by_shape in at_half.items()
+    }
     assert len(devices) == 1, f"grids of several devices: {devices}"
     lines = []
     for key, shapes in sorted(points.items()):
@@ -98,7 +106,7 @@ def main(grids: list[str], target: str) -> None:
     body = ",\n".join(lines)
     by_whole = ",\n".join(
         f"{json.dumps(key)}: "
-        + json.dumps([[*s, [[0.5, o]]] for s, o in sorted(found.items())], separators=(",", ":"))
+        + json.dumps([[*s, points] for s, points in sorted(found.items())], separators=(",", ":"))
         for key, found in sorted(whole.items())
     )
     text = f'{{{head},\n"whole": {{\n{by_whole}\n}},\n"rows": {{\n{body}\n}}}}\n'

@@ -159,18 +159,18 @@ def test_by_how_much_the_whole_weight_loses_counts(measured, monkeypatch):
     assert not rule.verdict(between).wins
 
 
-def test_what_was_measured_at_a_shape_is_not_overruled_by_others(measured, monkeypatch):
-    """Whichever sparse way was taken there lost; by others the whole weight were to win."""
+def test_the_whole_weight_is_judged_at_the_case_s_density(measured, monkeypatch):
+    """Absent blocks cost it time, too: at 25% it loses to the copy, at 100% it wins."""
     monkeypatch.setattr(rule._by_whole, "available", lambda device: True)
-    own, whole = [1024, 640, 2560, [[0.5, 0.4, 0.9]]], [[0.5, 0.1]]
-    measured(own, whole=[[512, 640, 2560, whole], [2048, 640, 2560, whole]])
-    found = case("forward", 1024, 640, 2560, 16)
-    assert rule.takes_whole(found)
-    assert rule.expected_whole(found, "half").octaves < 0
-    assert not rule.verdict(found).wins
-    assert not rule.beats_copied(found)
-    measured(own, whole=[[1024, 640, 2560, whole], [2048, 640, 2560, whole]])
-    assert rule.verdict(found).wins  # measured there, too
+    shape, others = [1024, 640, 2560], [[0.25, 0.4, 1.0], [1.0, 0.9, 1.5]]
+    measured([*shape, others], whole=[[*shape, [[0.25, 0.8], [0.5, 0.45], [1.0, 0.1]]]])
+    said = {}
+    for density in (0.25, 0.5, 1.0):
+        found = case("forward", *shape, 16, density=density)
+        assert rule.takes_whole(found)
+        said[density] = rule.expected_whole(found, "half").octaves
+        assert rule.verdict(found).wins is (said[density] <= 0)
+    assert said == pytest.approx({0.25: 0.8 - 0.6, 0.5: 0.45 - 0.6, 1.0: 0.1 - 0.6})
 
 
 def test_near_shapes_weigh_more_than_far_ones(measured):

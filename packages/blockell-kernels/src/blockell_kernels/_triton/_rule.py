@@ -7,8 +7,8 @@ some densities of each how long the sparse kernel took, relative to scattering t
 multiplying densely, and to multiplying alone. A case takes a mean of the nearest shapes' ratios at
 its own density. `benchmarks/grid_gpu.py` measures, `benchmarks/table_gpu.py` writes the file.
 
-Products by the whole weight (`_gluon._whole`) take as long at any density and in any structure: for
-them the file holds one ratio per shape, to multiplying alone.
+Products by the whole weight (`_gluon._whole`) take as long in any structure: for them the file
+holds ratios by shape and density alone, to multiplying alone.
 """
 
 from __future__ import annotations
@@ -175,10 +175,10 @@ def expected_whole(case: Case, kind: str, copied: bool = True) -> Found | None:
     found = nearest(case, kind)
     if rows is None or found is None or not _by_whole.available(case.device):
         return None
-    near = _nearest(case, rows)
-    octaves = _mean(near, lambda shape: shape.points[0][1], math.inf)
+    at = case.density
+    near = _nearest(case, rows, at)
+    octaves = _mean(near, lambda shape: interpolated(shape, at, 1), math.inf)
     if copied:  # what the copy adds to the dense product, by the same measurements as elsewhere
-        at = case.density
         octaves -= _mean(
             found[0], lambda s: interpolated(s, at, 2) - interpolated(s, at, 1), math.inf
         )
@@ -197,18 +197,10 @@ def takes_whole(case: Case) -> bool:
 def _expected_by_its_way(
     case: Case, kind: str, copied: bool = True, bound: float = BOUND
 ) -> Found | None:
-    """What is expected of the way that is taken.
-
-    What was measured at the case's own shape, by whichever way was taken there, is not overruled by
-    what the whole weight took at others.
-    """
-    found = expected(case, kind, copied, bound=bound)
-    if not takes_whole(case):
-        return found
-    whole = expected_whole(case, kind, copied)
-    assert whole is not None
-    by_its_own = found is not None and len(found.shapes) == 1 < len(whole.shapes)
-    return found if by_its_own else whole
+    """What is expected of the way that is taken."""
+    if takes_whole(case):
+        return expected_whole(case, kind, copied)
+    return expected(case, kind, copied, bound=bound)
 
 
 def verdict(case: Case) -> Verdict:

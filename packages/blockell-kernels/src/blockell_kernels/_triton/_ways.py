@@ -52,7 +52,7 @@ def _tiling(case: Case) -> Tiling:
 # Gluon's modules by name only: whoever imports one of them first comes by here before it is there.
 WHOLE = Way(
     "the whole weight, put together block by block",
-    "as much time at any density",
+    "nearly as much time at any density",
     lambda case: takes_whole(case) or None,
     lambda a, b, B: _whole.takes(a, b, B),
     lambda x, values, bias, pattern, _: _whole.product(x, values, bias, pattern, forward=True),
