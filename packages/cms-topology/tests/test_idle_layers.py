@@ -176,11 +176,13 @@ def test_pruned_values_are_refused() -> None:
     train(net, optimizer, manager, range(3, 4))
 
 
-def test_managers_that_take_turns_are_noticed() -> None:
+@pytest.mark.parametrize("shared", ["all", "fc2"])
+def test_managers_that_take_turns_are_noticed(shared: str) -> None:
     """Every step counts twice then; a manager that follows another one is fine."""
     net, optimizer, first = setup()
     train(net, optimizer, first, range(2))
-    second = TopologyManager(net, optimizer, periods=(1, 2, 4))
+    part = net if shared == "all" else net.fc2
+    second = TopologyManager(part, optimizer, periods=(1, 2, 4))
     train(net, optimizer, second, range(2, 4))
     net(torch.ones(1, 32)).sum().backward()
     with pytest.warns(UserWarning, match="two TopologyManagers step the same layers in turns"):

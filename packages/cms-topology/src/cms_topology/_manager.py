@@ -233,7 +233,7 @@ class TopologyManager:
         due = self.clock.due(self._step)
         sampled = any(layer.collect_candidates for layer in self.layers.values())
         layers = list(self.layers.values())
-        self._notice_other_clock(layers[0])
+        self._notice_other_clock(layers)
         self._participation.note(sampled)
         if 0 in due:
             if self._accumulate(layers) is None:
@@ -250,9 +250,10 @@ class TopologyManager:
         self.overhead_seconds += spent
         return StepReport(self._step, due, sampled, spent, swaps)
 
-    def _notice_other_clock(self, layer: CMSBlockLinear) -> None:
-        """Warn, once, if another manager counts the same layers' steps in turns with this one."""
-        if layer._clock is not self._token:
+    def _notice_other_clock(self, layers: list[CMSBlockLinear]) -> None:
+        """Warn, once, if another manager counts some of these layers' steps in turns with this."""
+        taken = [layer for layer in layers if layer._clock is not self._token]
+        if taken:
             if self._stepped and not self._warned_turns:
                 self._warned_turns = True
                 warnings.warn(
@@ -260,7 +261,8 @@ class TopologyManager:
                     "and every decision made twice; keep one of them.",
                     stacklevel=3,
                 )
-            layer._clock = self._token
+            for layer in taken:
+                layer._clock = self._token
         self._stepped = True
 
     def _accumulate(self, layers: list[CMSBlockLinear]) -> Tensor | None:
