@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from blockell_format.snapshots import SnapshotWriter, open_run
 from cms_topology import (
@@ -206,6 +207,37 @@ def converting(rank: int, out: Path, _: str) -> None:
     (out / f"{rank}.json").write_text(json.dumps(messages))
 
 
+class Parts(nn.Module):
+    """`build()`, maybe recomputed in the backward pass, before a layer that may be left out."""
+
+    def __init__(self, recomputed: bool) -> None:
+        super().__init__()
+        self.recomputed = recomputed
+        self.body, self.more = build(), build()[2:]
+        self.more[0] = CMSBlockLinear(32, 32, tile_size=8, row_group=1)
+        self.skip = False
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = checkpoint(self.body, x, use_reentrant=False) if self.recomputed else self.body(x)
+        return y if self.skip else self.more(y)
+
+
+def with_flags(rank: int, out: Path, kind: str) -> None:
+    torch.manual_seed(0)
+    model = Parts(recomputed=kind == "static_graph")
+    ddp = DistributedDataParallel(model, **{kind: True})
+    manager = manage(ddp)
+    for step in range(8):
+        model.skip = kind == "find_unused_parameters" and (step + rank) % 2 == 0
+        if kind == "gradient_as_bucket_view":
+            with ddp.no_sync():
+                ddp(torch.randn(8, 32)).square().mean().backward()
+        train(ddp, manager, rank, 1)
+    sums = {name: layer.topology_checksum() for name, layer in manager.layers.items()}
+    swaps = [max(layer.swap_rates()) for layer in manager.layers.values()]
+    (out / f"{rank}.json").write_text(json.dumps([sums, swaps]))
+
+
 def growing(rank: int, out: Path, kind: str) -> None:
     torch.manual_seed(0)
     scoring = ScoringConfig(max_swap_frac=0.0)
@@ -320,6 +352,16 @@ def test_models_are_converted_before_they_are_wrapped(tmp_path: Path) -> None:
         for message, name in zip(messages, ("sparsify", "densify"), strict=True):
             assert "must not be wrapped by DistributedDataParallel yet" in message
             assert message.endswith(f"Call {name}() before.")
+
+
+@pytest.mark.parametrize(
+    "kind", ["static_graph", "find_unused_parameters", "gradient_as_bucket_view"]
+)
+def test_flags_of_ddp(tmp_path: Path, kind: str) -> None:
+    """Also where every rank leaves out the last layer at every second step."""
+    first, second = launch(with_flags, tmp_path, kind=kind)
+    assert first == second
+    assert min(first[1]) > 0
 
 
 @pytest.mark.parametrize("kind", ["scored", "unscored"])
