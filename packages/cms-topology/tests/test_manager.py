@@ -157,6 +157,19 @@ def test_2n_steps_equal_n_save_load_n_bit_for_bit(scoring: ScoringConfig) -> Non
     assert sum(layer.scorer.num_decisions for layer in manager.layers.values()) == 6
 
 
+def test_a_copy_of_a_managed_layer_can_be_driven_by_hand() -> None:
+    """Before, it took itself for managed, and collected no statistics of absent blocks."""
+    model, optimizer, manager = setup()
+    train(model, optimizer, manager, range(5))
+    layer = copy.deepcopy(model).fc1
+    assert not layer.collect_candidates
+    for _ in range(3):
+        layer.zero_grad()
+        layer(torch.randn(16, 64) * torch.logspace(-1, 0.5, 64)).cos().sum().backward()
+        layer.accumulate_scores()
+    assert layer.topology_step(global_step=3).num_swaps > 0
+
+
 @pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.NAdam])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
 def test_a_copied_training_goes_on_bit_for_bit(

@@ -465,6 +465,10 @@ class CMSBlockLinear(nn.Module):
         self.scorer.follow_buffers()
         self._refresh_derived()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickle and deepcopy: a copy belongs to no manager yet."""
+        return {**self.__dict__, "_clock": None}
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CMSBlockLinear:
         super()._apply(fn, recurse)
         for parameter in self._parameters.values():

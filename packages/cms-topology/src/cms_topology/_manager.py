@@ -254,7 +254,8 @@ class TopologyManager:
         """Warn, once, if another manager counts some of these layers' steps in turns with this."""
         taken = [layer for layer in layers if layer._clock is not self._token]
         if taken:
-            if self._stepped and not self._warned_turns:
+            in_turns = self._stepped and any(layer._clock is not None for layer in taken)
+            if in_turns and not self._warned_turns:
                 self._warned_turns = True
                 warnings.warn(
                     "two TopologyManagers step the same layers in turns, so every step is counted "
