@@ -108,6 +108,10 @@ def test_nothing_to_replace() -> None:
     with pytest.raises(ValueError, match=r"row_group \(=3\)"):
         sparsify(model, row_group=3)
     assert not sparse_layers(model), "a refused call changes nothing"
+    tied = nn.ModuleDict({"embedding": nn.Embedding(64, 32), "head": nn.Linear(32, 64, bias=False)})
+    tied["head"].weight = tied["embedding"].weight
+    with pytest.raises(ValueError, match=r"\['head'\] share a parameter with another module"):
+        sparsify(tied)
 
 
 def test_a_layer_used_in_several_places_is_replaced_in_all_of_them() -> None:

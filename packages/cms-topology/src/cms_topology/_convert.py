@@ -88,13 +88,14 @@ def sparsify(
         if type(module) is nn.Linear:
             names.setdefault(module, []).append(name)
     left: dict[str, list[str]] = {}
-    fitting = []
+    fitting, tied = [], []
     for linear, places in names.items():
         if not any(_matches(name, include) for name in places) or any(
             _matches(name, exclude) for name in places
         ):
             continue
         if any(uses[id(p)] > 1 for p in linear.parameters()):
+            tied.append(places[0])
             continue
         reason = _reason_to_leave(linear, tile_size)
         if reason is None:
@@ -102,6 +103,8 @@ def sparsify(
         else:
             left.setdefault(reason, []).append(places[0])
     said = "".join(f" Left dense were {sorted(names)}: {why}." for why, names in left.items())
+    if tied and not fitting:
+        said += f" {sorted(tied)} share a parameter with another module and stay dense, too."
     if not fitting:
         raise ValueError(
             f"sparsify found nothing to replace with include (={include!r}), exclude "
