@@ -9,12 +9,15 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 
 from cms_topology import (
     CMSBlockLinear,
     NewbornStepCorrection,
     TopologyManager,
+    _adam_rules,
     reset_optimizer_state,
 )
 
@@ -206,6 +209,45 @@ def test_the_uncorrected_step_is_too_long_by_the_known_factor() -> None:
         lengths.append(max(moves))
     assert lengths[0] == pytest.approx(6.6, abs=0.1)
     assert lengths[1] == pytest.approx(1.0, abs=0.01)
+
+
+KINDS = (torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+
+
+@given(
+    kind=st.sampled_from(KINDS),
+    betas=st.tuples(st.floats(0, 0.99), st.floats(0.5, 0.9999)),
+    t=st.integers(1, 10**6),
+    ages=st.lists(st.integers(1, 10**6), min_size=1, max_size=4),
+    maximize=st.booleans(),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=80, deadline=None)
+def test_the_short_way_is_the_long_way(
+    kind: Callable[..., torch.optim.Optimizer],
+    betas: tuple[float, float],
+    t: int,
+    ages: list[int],
+    maximize: bool,
+    seed: int,
+) -> None:
+    """`corrected`, in few passes, is what a fresh step is longer than the one that was taken."""
+    optimizer = kind([nn.Parameter(torch.zeros(1))], lr=0.1, betas=betas, maximize=maximize)
+    rule, group = _adam_rules.rule_of(optimizer), optimizer.param_groups[0]
+    assert rule is not None
+    generator = torch.Generator().manual_seed(seed)
+    w, m, v, g = torch.randn(4, len(ages), 2, 2, generator=generator, dtype=torch.float64)
+    v = v.square() + 0.01
+    tensors = [m, v, g] if rule is _adam_rules.NADAM else [m, v]
+    own = torch.tensor(ages).clamp(max=t)
+    taken, meant = (
+        _adam_rules.step(tensors, rule.parts(count, group, None), rule, group)
+        for count in (torch.tensor(float(t)).double(), own.double()[:, None, None])
+    )
+    assert meant.isfinite().all()
+    expected = w + 0.1 * (taken - meant)
+    got = _adam_rules.corrected([w.clone(), *tensors], float(t), own, rule, group, None)
+    torch.testing.assert_close(got, expected)
 
 
 def test_a_skipped_step_is_not_corrected() -> None:
