@@ -1,6 +1,7 @@
 """The topology under Hugging Face's and Lightning's trainers, with the real libraries."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from torch import nn
 
 from cms_topology import CMSBlockLinear, ScoringConfig, TopologyManager
-from titanmac_integration import TitanMACConfig, create_titanmac_model
+from titanmac_integration import DeepNestedOptimizer, TitanMACConfig, create_titanmac_model
 
 STEPS, TAKEN, PERIODS = 12, 6, (1, 2, 4)
 pytestmark = pytest.mark.filterwarnings("ignore")  # the libraries' own
@@ -163,6 +164,34 @@ def test_hugging_face_trains_titanmac(tmp_path: Path) -> None:
     assert callback.manager.swap_rate is not None
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda m: DeepNestedOptimizer(m), r"\(=DeepNestedOptimizer\) drives the topology already"),
+        (lambda m: torch.optim.LBFGS(m.parameters()), r"\(=LBFGS\) must step without a closure"),
+    ],
+)
+def test_hugging_face_with_optimizers_that_do_not_fit(
+    tmp_path: Path, make: Callable[[nn.Module], torch.optim.Optimizer], message: str
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    from titanmac_integration.callbacks import HuggingFaceTopologyCallback
+
+    model = Wrapped()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(tmp_path), max_steps=1, report_to=[], use_cpu=True
+    )
+    trainer = transformers.Trainer(
+        model=model,
+        args=arguments,
+        train_dataset=[{"x": row} for row in data(8)],
+        optimizers=(make(model), None),
+        callbacks=[HuggingFaceTopologyCallback()],
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
 # -- Lightning -------------------------------------------------------------------------------------
 
 
@@ -182,8 +211,12 @@ def test_lightning(tmp_path: Path, accumulation: int) -> None:
         def configure_optimizers(self) -> torch.optim.Optimizer:
             return torch.optim.AdamW(self.parameters(), lr=1e-2, weight_decay=0.0)
 
-    def fit(steps: int, checkpoint: Path | None = None) -> tuple:
-        module, callback = Module(), LightningTopologyCallback(periods=PERIODS, seed=3)
+    class Driven(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return DeepNestedOptimizer(self)
+
+    def fit(steps: int, checkpoint: Path | None = None, kind: type = Module) -> tuple:
+        module, callback = kind(), LightningTopologyCallback(periods=PERIODS, seed=3)
         trainer = lightning.Trainer(
             max_steps=steps,
             accelerator="cpu",
@@ -209,6 +242,8 @@ def test_lightning(tmp_path: Path, accumulation: int) -> None:
     half.save_checkpoint(tmp_path / "half.ckpt")
     _, _, callback = fit(STEPS, tmp_path / "half.ckpt")
     assert callback.manager.global_step == STEPS
+    with pytest.raises(ValueError, match=r"topology already, .* leave the callback out"):
+        fit(1, kind=Driven)
 
 
 # -- neither ---------------------------------------------------------------------------------------

@@ -11,8 +11,9 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from cms_topology import TopologyManager
+from titanmac_integration._training._optimizer import check_no_closure
 
-from ._state import read_manager_state, write_manager_state
+from ._state import check_undriven, read_manager_state, write_manager_state
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +54,9 @@ class HuggingFaceTopologyCallback(TrainerCallback):
     ) -> None:
         """Find the layers; where training is resumed, put the clock back."""
         assert model is not None
+        check_undriven(_unwrapped(optimizer))
+        if optimizer is not None:
+            check_no_closure(_unwrapped(optimizer))
         self.manager = TopologyManager(model, _unwrapped(optimizer), **self._settings)
         if state.global_step > 0:
             self._resume(args, state.global_step)

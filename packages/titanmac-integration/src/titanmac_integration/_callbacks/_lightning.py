@@ -11,6 +11,8 @@ except ImportError:  # the same classes under their older name
 
 from cms_topology import TopologyManager
 
+from ._state import check_undriven
+
 
 class LightningTopologyCallback(Callback):
     """Scores and moves the blocks of a module's `CMSBlockLinear` layers under Lightning's Trainer.
@@ -42,6 +44,8 @@ class LightningTopologyCallback(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Find the layers; where training is resumed, put the clock back."""
+        for optimizer in trainer.optimizers:
+            check_undriven(optimizer)
         self.manager = TopologyManager(pl_module, trainer.optimizers, **self._settings)
         self._last_step = trainer.global_step
         if self._loaded is not None:

@@ -1,4 +1,4 @@
-"""The topology manager's state in the checkpoint directories of other trainers."""
+"""What callbacks share: who drives the topology, and its state in the trainers' checkpoints."""
 
 import json
 from pathlib import Path
@@ -11,6 +11,15 @@ from titanmac_integration._training._tree import decode_tree, encode_tree
 
 STATE_FILE = "topology_manager.json"
 TENSORS_FILE = "topology_manager.safetensors"
+
+
+def check_undriven(optimizer: object) -> None:
+    """Raise ``ValueError`` if an optimizer drives the topology itself: blocks would move twice."""
+    if getattr(optimizer, "topology", None) is not None:
+        raise ValueError(
+            f"optimizer (={type(optimizer).__name__}) drives the topology already, and its state "
+            "is in its own; leave the callback out, or make the optimizer with topology=False."
+        )
 
 
 def write_manager_state(directory: Path, state: dict[str, Any]) -> None:

@@ -48,19 +48,23 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         raise TypeError(
             f"optimizer (={optimizer!r}) must be an optimizer, made of the model's parameters."
         )
-    name = type(optimizer).__name__
-    closure = inspect.signature(optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is inspect.Parameter.empty:
-        raise ValueError(
-            f"optimizer (={name}) must step without a closure; it asks for the loss several times "
-            "per step, which Trainer does not compute. Take another, or write the loop yourself: "
-            "optimizer.step(closure), then TopologyManager.step()."
-        )
+    check_no_closure(optimizer)
     held = {id(p) for group in optimizer.param_groups for p in group["params"]}
     if not any(id(parameter) in held for parameter in model.parameters()):
         raise ValueError(
-            f"optimizer (={name}) must hold parameters of model (={type(model).__name__}), and "
-            "holds none of them; make it from this model."
+            f"optimizer (={type(optimizer).__name__}) must hold parameters of model "
+            f"(={type(model).__name__}), and holds none of them; make it from this model."
+        )
+
+
+def check_no_closure(optimizer: torch.optim.Optimizer) -> None:
+    """Raise ``ValueError`` if it cannot step without a closure, as ours and other trainers do."""
+    closure = inspect.signature(optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is inspect.Parameter.empty:
+        raise ValueError(
+            f"optimizer (={type(optimizer).__name__}) must step without a closure; it asks for the "
+            "loss several times per step, which Trainer does not compute. Take another, or write "
+            "the loop yourself: optimizer.step(closure), then TopologyManager.step()."
         )
 
 
