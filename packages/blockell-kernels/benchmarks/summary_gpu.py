@@ -202,9 +202,10 @@ def dispatcher(rows: list[dict[str, str]]) -> str:
             "tile x row_group",
             lambda row: (-int(row["B"]), -int(row["row_group"]), f"{row['B']}x{row['row_group']}"),
         ),
-        "32 to 2048 tokens:\n\n"
-        + shares(medium, "density", lambda row: (asked(row), f"{asked(row):.0%}")),
     ]
+    if medium:
+        found = shares(medium, "density", lambda row: (asked(row), f"{asked(row):.0%}"))
+        tables.append(f"32 to 2048 tokens:\n\n{found}")
     if others:
         tables.append("Not in the table:\n\n" + shares(others, "shape", by_shape))
     return "\n\n".join(tables)
