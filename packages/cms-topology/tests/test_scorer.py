@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
 
 from blockell_format import column_entropy, create_random_topology
 from cms_topology import (
+    CMSBlockLinear,
     ScoringConfig,
     TopologyScorer,
     compute_column_entropy,
@@ -190,6 +192,31 @@ def test_cast_keeps_float32() -> None:
     assert s._sums.dtype == torch.float32
     s.to("meta")
     assert s._means.device.type == s.score_ema.device.type == "meta"
+
+
+@pytest.mark.parametrize("row_group", [1, 4])
+def test_a_scorer_by_itself_selects_as_its_layer_decides(
+    trained_layer: Callable[..., CMSBlockLinear], row_group: int
+) -> None:
+    layer = trained_layer(row_group=row_group)
+    layer.score_step()
+    live = layer.col_indices[:, : layer.num_live].clone()
+    locked = torch.zeros_like(live, dtype=torch.bool)
+    selection, candidates = layer.scorer.select_top_k(
+        layer.values,
+        live,
+        row_group=row_group,
+        generator=torch.Generator().manual_seed(3),
+        locked=locked,
+    )
+    assert candidates.shape == (layer.R, layer.C)
+    kept, _ = layer.scorer.select_top_k(layer.values, live, row_group=row_group, locked=~locked)
+    assert not kept.swapped.any()
+    assert torch.equal(layer.col_indices[:, : layer.num_live], live), "it only selects"
+    result = layer.topology_step(torch.Generator().manual_seed(3))
+    assert result.num_swaps > 0
+    assert torch.equal(selection.swapped, result.swapped)
+    assert torch.equal(selection.columns, result.new_columns)
 
 
 @pytest.mark.parametrize(
