@@ -121,7 +121,9 @@ class GraphedBackward:
                 write into pinned ones before it has read them.
 
         Raises:
-            RuntimeError: `function` did what a graph cannot hold.
+            RuntimeError: `function` did what a graph cannot hold. Torch 2.11 leaves its CUDA
+                generator unusable then: random numbers on the device, dropout too, fail in this
+                process from there on with "Offset increment outside graph capture".
         """
         device = next(self._model.parameters()).device
         if not capturable(device):
@@ -181,7 +183,8 @@ class GraphedBackward:
             raise RuntimeError(
                 f"function could not be captured in a CUDA graph: {str(error).splitlines()[0]} It "
                 "must not wait for the device (.item(), .cpu(), if tensor:) and not make shapes "
-                "from data; or call it as it is, without GraphedBackward."
+                "from data; or call it as it is, without GraphedBackward. Start the process anew: "
+                "after a failed capture torch may refuse to draw random numbers on the device."
             ) from error
         gradients = [(leaf, leaf.grad) for leaf in leaves if leaf.grad is not None]
         return _Recorded(replay, inputs, result, gradients)
