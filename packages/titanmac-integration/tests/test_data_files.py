@@ -13,6 +13,7 @@ from titanmac_integration import (
     QuestionTask,
     TextTask,
     TitanMACConfig,
+    Tokenizer,
     Trainer,
     TrainingConfig,
     create_titanmac_model,
@@ -223,6 +224,29 @@ def test_a_tokenizer_file(tmp_path: Path, tokenizer_file: Path) -> None:
     )
     batch = questions.batch(4, 32, torch.Generator())
     assert (batch.labels == 0).sum() == 4
+
+
+def words(path: Path, tokens: dict[str, int], unknown: str | None) -> Tokenizer:
+    tokenizers = pytest.importorskip("tokenizers")
+    options = {} if unknown is None else {"unk_token": unknown}
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(tokens, **options))
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    made.save(str(path))
+    return make_tokenizer(path)
+
+
+def test_tokens_may_be_left_out_of_a_vocabulary(tmp_path: Path) -> None:
+    tokenizer = words(tmp_path / "words.json", {"one": 0, "two": 2, "?": 9}, "?")
+    assert tokenizer.vocab_size == 10
+    assert tokenizer.encode("one two three") == [0, 2, 9]
+
+
+def test_text_that_a_tokenizer_does_not_know_is_refused(tmp_path: Path) -> None:
+    tokenizer = words(tmp_path / "words.json", {"one": 0, "two": 1}, None)
+    assert tokenizer.encode("two one") == [1, 0]
+    message = r"tokenizer \(='.*words.json'\) must have tokens for all of the text: WordLevel error"
+    with pytest.raises(ValueError, match=message):
+        tokenizer.encode("one three")
 
 
 def test_bits_per_byte_do_not_depend_on_the_tokenizer(tokenizer_file: Path) -> None:

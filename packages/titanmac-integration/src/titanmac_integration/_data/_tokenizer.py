@@ -79,16 +79,26 @@ class HuggingFaceTokenizer:
                 f"tokenizer (={os.fspath(path)!r}) must be a tokenizer.json of Hugging Face's "
                 f"tokenizers: {error}."
             ) from error
-        self.vocab_size = int(self._tokenizer.get_vocab_size())
+        self._path = os.fspath(path)
+        # not their number: some files leave tokens out
+        self.vocab_size = max(self._tokenizer.get_vocab().values(), default=-1) + 1
         known = map(self._tokenizer.token_to_id, self.END_OF_TEXT)
         self.end_of_text: int | None = next((token for token in known if token is not None), None)
 
     def encode(self, text: str) -> list[int]:
-        """Tokens of ``text``, without special ones. Long texts are cut at line ends on the way."""
-        tokens: list[int] = []
-        for encoding in self._tokenizer.encode_batch(_chunks(text), add_special_tokens=False):
-            tokens.extend(encoding.ids)
-        return tokens
+        """Tokens of ``text``, without special ones. Long texts are cut at line ends on the way.
+
+        Raises:
+            ValueError: the text holds something that it has no token for.
+        """
+        try:
+            encodings = self._tokenizer.encode_batch(_chunks(text), add_special_tokens=False)
+        except Exception as error:  # the library raises plain Exception
+            raise ValueError(
+                f"tokenizer (={self._path!r}) must have tokens for all of the text: {error}. Give "
+                "it a token for what it does not know, or use bytes."
+            ) from error
+        return [token for encoding in encodings for token in encoding.ids]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """Text of ``tokens``."""
