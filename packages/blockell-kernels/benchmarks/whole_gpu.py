@@ -3,7 +3,7 @@
     python whole_gpu.py --out results/h200-whole.csv --commit 1234567
 
 Every product is compared with the dense one first. Times are medians of CUDA graph replays with a
-cold L2, at 50% density with free rows: neither changes much. The cuts are those that `_whole.cut`
+cold L2, at 50% density with free rows. The cuts are those that `_whole.cut`
 expects to take least, so that it can be judged; `table_gpu.py` reads the file.
 """
 
