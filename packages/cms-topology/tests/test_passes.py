@@ -74,11 +74,11 @@ tokens = torch.randint(0, 7, (4, 40), device=device)
 inf = float("inf")
 cases = [
     # directions left out, eigenvalue of those, eps, budget
-    (0, 0, 0.1, 1e-3), (0, 0, inf, None), (2, 0, inf, 1e-2), (3, 1, 0.1, 1e-3), (3, 1, 0.1, 1e3),
+    (0, 0, 0.1, 1e-3), (0, 0, inf, None), (3, 1, 0.1, 1e-3), (3, 1, 0.1, 1e3), (2, 0, inf, 1e-2),
     (3, 1, 0.0, None),
 ]
 seen = set()
-for left_out, flat, eps, budget in cases:
+for left_out, flat, eps, budget in cases[: 4 if device == "cpu" else None]:
     plain = Network().to(device)
     memory = consolidate(plain, [tokens], usage="none", sensitivity_batches=0)
     other = copy.deepcopy(plain)
