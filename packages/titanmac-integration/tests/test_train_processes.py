@@ -1,5 +1,6 @@
 """Two processes that train one model, started by torchrun."""
 
+import gc
 import os
 import shutil
 import socket
@@ -143,10 +144,14 @@ def in_two_processes(job: Job, out: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    # garbage of other tests may hold threads: a child lacks them, and its collector would wait
+    gc.collect()
+    gc.freeze()
     context = torch.multiprocessing.get_context("fork")
     workers = [context.Process(target=one_thread, args=(job, r, port, out)) for r in range(2)]
     for process in workers:
         process.start()
+    gc.unfreeze()
     for process in workers:
         process.join(timeout=120)
         assert process.exitcode == 0
