@@ -95,6 +95,20 @@ def test_the_same_topology_as_on_the_cpu(options: dict[str, bool]) -> None:
         assert (on_cpu == on_gpu).float().mean() > 0.95
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_on_the_second_device_while_the_first_is_current() -> None:
+    found = []
+    for device in ("cuda:0", "cuda:1"):
+        model = build().to(device)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        manager = TopologyManager(model, optimizer, periods=(1, 2, 4))
+        assert train(model, optimizer, manager, 8) > 0
+        assert torch.cuda.current_device() == 0
+        found.append([tensor.cpu() for tensor in model.state_dict().values()])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("scoring", [LOOSE, EXPLORING])
 @pytest.mark.parametrize("options", [{"foreach": True}, {"fused": True}])
 def test_the_clock_does_not_wait_for_the_device(

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from cms_topology._addresses import address_table
 from cms_topology._block_kernels import ELEMENTS, KINDS
+from cms_topology._devices import on
 
 
 @triton.jit
@@ -123,14 +124,15 @@ class YoungBlocks:
         if isinstance(rate, Tensor) and rate.is_cpu:
             rate = float(rate)
         in_memory = isinstance(rate, Tensor)
-        _correct_young[self._grid](
-            address_table(self._rows, self._device),
-            steps,
-            lasts,
-            rate if in_memory else None,
-            0.0 if in_memory else rate,
-            *betas,
-            eps,
-            grown_up,
-            **self._settings,
-        )
+        with on(self._device):
+            _correct_young[self._grid](
+                address_table(self._rows, self._device),
+                steps,
+                lasts,
+                rate if in_memory else None,
+                0.0 if in_memory else rate,
+                *betas,
+                eps,
+                grown_up,
+                **self._settings,
+            )

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from cms_topology._addresses import address_table
+from cms_topology._devices import on
 
 ELEMENTS = 4096
 """Of a tensor, that a program holds at a time: some small blocks or a piece of a large one."""
@@ -120,15 +121,16 @@ def launch_norms(
     piece = min(B * B, ELEMENTS)
     slots = ELEMENTS // piece
     most = max(row[1] for row in rows)
-    _block_norms[(triton.cdiv(most, slots), len(rows))](
-        address_table(rows, flat.device),
-        flat,
-        finite,
-        E=B * B,
-        SLOTS=slots,
-        PIECE=piece,
-        KIND=KINDS[dtype],
-    )
+    with on(flat.device):
+        _block_norms[(triton.cdiv(most, slots), len(rows))](
+            address_table(rows, flat.device),
+            flat,
+            finite,
+            E=B * B,
+            SLOTS=slots,
+            PIECE=piece,
+            KIND=KINDS[dtype],
+        )
 
 
 def advance(
@@ -155,9 +157,10 @@ def launch_advance(rows: tuple[tuple[int, ...], ...], finite: Tensor, decay: flo
     """`advance` of the tensors that stand at these addresses."""
     most = max(row[4] for row in rows)
     rise = 1.0 - decay
-    _advance[(triton.cdiv(most, BLOCK), len(rows))](
-        address_table(rows, finite.device), finite, rise, SMALL=rise < 0.5, BLOCK=BLOCK
-    )
+    with on(finite.device):
+        _advance[(triton.cdiv(most, BLOCK), len(rows))](
+            address_table(rows, finite.device), finite, rise, SMALL=rise < 0.5, BLOCK=BLOCK
+        )
 
 
 def clear(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
@@ -167,10 +170,12 @@ def clear(tensors: Sequence[Tensor], masks: Sequence[Tensor]) -> None:
         (tensor.data_ptr(), mask.data_ptr(), mask.numel(), mask.shape[1], tensor.shape[1])
         for tensor, mask in zip(tensors, masks, strict=True)
     )
-    _clear_blocks[(max(mask.numel() for mask in masks), len(tensors))](
-        address_table(rows, tensors[0].device),
-        E=B * B,
-        PIECE=min(B * B, ELEMENTS),
-        KIND=KINDS[tensors[0].dtype],
-    )
+    device = tensors[0].device
+    with on(device):
+        _clear_blocks[(max(mask.numel() for mask in masks), len(tensors))](
+            address_table(rows, device),
+            E=B * B,
+            PIECE=min(B * B, ELEMENTS),
+            KIND=KINDS[tensors[0].dtype],
+        )
     increment_version(tensors)  # so that autograd notices, as after an operator of torch

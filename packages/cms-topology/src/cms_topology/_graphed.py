@@ -11,7 +11,6 @@ import gc
 import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from cms_topology._convert import sparse_layers
+from cms_topology._devices import on
 
 WARM_UP = 3
 """Calls that run as they are before one is captured: kernels are compiled, workspaces allocated.
@@ -239,11 +239,6 @@ def capturable(device: torch.device) -> bool:
 def _side(device: torch.device) -> torch.cuda.Stream:
     """One for all, for memory that was used on a stream stays with it."""
     return torch.cuda.Stream(device)
-
-
-def on(device: torch.device) -> AbstractContextManager[Any]:
-    """Make a CUDA device the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def beside(work: Callable[[], Tensor]) -> Tensor:

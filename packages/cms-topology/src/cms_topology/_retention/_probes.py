@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from cms_topology import _distributed as dist_sync
-from cms_topology._graphed import on
+from cms_topology._devices import on
 from cms_topology._retention._capture import captured, undisturbed
 from cms_topology._retention._precision import products
 

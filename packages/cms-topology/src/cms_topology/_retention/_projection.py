@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cms_topology._graphed import on
+from cms_topology._devices import on
 from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._damping import Damping, per_row
 from cms_topology._retention._passes import kernels, reachable
