@@ -106,3 +106,15 @@ def _fresh_choice(monkeypatch):
 
     monkeypatch.delenv("BLOCKELL_BACKEND", raising=False)
     monkeypatch.setattr(_backends, "_warned", set())
+
+
+@pytest.fixture
+def tf32():
+    """Torch's settings of products on GPUs, put back afterwards; choices made by them forgotten."""
+    from blockell_kernels import _backends
+
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_tf32
+    yield matmul
+    matmul.allow_tf32 = before
+    _backends.forget()

@@ -266,15 +266,6 @@ def test_a_kind_names_what_is_not_an_operand(log, kind):
     assert len(calls) == 4
 
 
-@pytest.fixture
-def tf32():
-    """Torch's setting, put back afterwards."""
-    matmul = torch.backends.cuda.matmul
-    before = matmul.allow_tf32
-    yield matmul
-    matmul.allow_tf32 = before
-
-
 @pytest.mark.parametrize(("dtype", "decided"), [(torch.float32, 4), (torch.bfloat16, 2)])
 def test_torch_allowing_tf32_is_asked_at_every_call(log, tf32, dtype, decided):
     """It alone, of torch's settings, changes what launchers do, and of float32 alone."""

@@ -50,28 +50,18 @@ def test_heights_between_the_measured_ones_take_the_row_below():
     assert select(case(B=4, K=1)).backend == "dense"  # lower than any that was measured
 
 
-@pytest.fixture
-def matmul():
-    """Settings of products on GPUs, put back."""
-    found = torch.backends.cuda.matmul
-    before = found.allow_tf32
-    yield found
-    found.allow_tf32 = before
-    _backends.forget()
-
-
-def test_a_choice_does_not_outlive_the_tf32_setting(matmul, monkeypatch):
+def test_a_choice_does_not_outlive_the_tf32_setting(tf32, monkeypatch):
     """Where torch allows TF32, dense products are many times as fast."""
 
     class Sparse(_backends.Backend):
         def verdict(self, case):
-            return _backends.Verdict(not matmul.allow_tf32, "measured")
+            return _backends.Verdict(not tf32.allow_tf32, "measured")
 
     monkeypatch.setattr(_backends, "get_backend", lambda name: Sparse())
     monkeypatch.setattr(_backends, "unavailable", lambda name: None)
     on_gpu = case(device=torch.device("cuda"))
     for allowed, expected in ((False, "triton"), (True, "dense"), (False, "triton")):
-        matmul.allow_tf32 = allowed
+        tf32.allow_tf32 = allowed
         assert select(on_gpu).backend == expected
 
 
