@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -137,6 +138,23 @@ def test_a_file_that_rots_after_it_was_listed_does_not_stop_the_rest(run_copy: P
     with pytest.raises(ValueError, match="dropped"):
         loaded.snapshot(NAME, 100)
     assert any(problem.path == path for problem in loaded.run.problems)
+
+
+def test_one_flipped_bit_of_a_score_is_not_drawn(run_copy: Path) -> None:
+    path = run_copy / "topology" / "step-00000100.safetensors"
+    content = bytearray(path.read_bytes())
+    length = int.from_bytes(content[:8], "little")
+    table = json.loads(content[8 : 8 + length])
+    content[8 + length + table[f"{NAME}/block_score"]["data_offsets"][0] + 3] ^= 1 << 6
+    path.write_bytes(content)
+    loaded = io.LoadedRun(run_copy)
+    assert 100 not in loaded.series(NAME).steps
+    assert len(loaded.series(NAME).steps) == 11
+    [problem] = loaded.run.problems
+    assert problem.path == path
+    assert f"layer '{NAME}' dropped: block_score has CRC-32" in problem.reason
+    other = next(name for name in loaded.run.layers if name != NAME)
+    assert 100 in loaded.series(other).steps
 
 
 def test_long_runs_are_sampled(good_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,7 @@ def test_header_is_made_of_strings(run_maker: Any) -> None:
         metadata = file.metadata()
         assert set(metadata) == {
             *("format", "version", "run_id", "step", "attempt", "world_size", "created"),
-            *("data_bytes", "layers", "checksums", "swap_counts"),
+            *("data_bytes", "layers", "checksums", "swap_counts", "crc32"),
         }
         assert all(isinstance(value, str) for value in metadata.values())
         assert len(file.keys()) == 10

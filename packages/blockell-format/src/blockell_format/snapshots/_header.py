@@ -51,8 +51,13 @@ class Header:
         }
 
 
-def build_metadata(manifest: Manifest, header: Header, data_bytes: int) -> dict[str, str]:
-    """The metadata of a snapshot: strings only, as safetensors wants."""
+def build_metadata(
+    manifest: Manifest, header: Header, data_bytes: int, crc32: list[str]
+) -> dict[str, str]:
+    """The metadata of a snapshot: strings only, as safetensors wants.
+
+    `crc32` is, per layer of the table, the CRC-32 of every field in eight hexadecimal digits.
+    """
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -65,6 +70,7 @@ def build_metadata(manifest: Manifest, header: Header, data_bytes: int) -> dict[
         "layers": layer_table(manifest.layers),
         "checksums": dumps(header.checksums),
         "swap_counts": dumps(header.swap_counts),
+        "crc32": dumps(crc32),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zlib
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
@@ -11,9 +13,11 @@ import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 
 from ._header import Header
+from ._json import loads
 from ._layers import DTYPES, FIELDS, LayerInfo, LayerSnapshot, check_field, partial_snapshot
 from ._problems import Problem, SnapshotError, describe, printable
 
+_SUMS = re.compile(f"[0-9a-f]{{{8 * len(FIELDS)}}}")
 _NUMPY_TYPES = {"I32": "int32", "I64": "int64", "F32": "float32", "BOOL": "bool"}
 
 
@@ -84,7 +88,7 @@ class Snapshot:
         check_names(self._layers, name, fields)
         info = self._layers[name]
         try:
-            arrays = _read_fields(self.path, info, fields)
+            arrays = _read_fields(self.path, info, list(self._layers).index(name), fields)
         except (ValueError, OSError, SafetensorError) as error:
             reason = f"layer {name!r} dropped: {describe(error)}"
             self._report(Problem(self.path, reason))
@@ -111,10 +115,12 @@ def check_names(layers: dict[str, LayerInfo], name: str, fields: Collection[str]
 
 
 def _read_fields(
-    path: Path, info: LayerInfo, fields: Collection[str]
+    path: Path, info: LayerInfo, index: int, fields: Collection[str]
 ) -> dict[str, npt.NDArray[Any]]:
+    """Some arrays of the layer that is `index` in the layer table."""
     arrays = {}
     with safe_open(str(path), framework="np") as file:
+        sums = _sums_of(file.metadata() or {}, index)
         for field in fields:
             key = tensor_name(info.name, field)
             part = file.get_slice(key)
@@ -125,8 +131,31 @@ def _read_fields(
             if shape != [info.R, info.K]:
                 raise ValueError(f"{field} has shape {shape} instead of {[info.R, info.K]}")
             array = file.get_tensor(key)
+            if sums:
+                _check_sum(field, array, sums[field])
             if dtype == "bool":  # bytes other than 0 and 1 would break numpy's arithmetic
                 array = array.view(np.uint8) != 0
             check_field(info, field, array)
             arrays[field] = array
     return arrays
+
+
+def _sums_of(metadata: dict[str, str], index: int) -> dict[str, str]:
+    """CRC-32 by field of one layer, in hexadecimal; empty where the writer gave none."""
+    if "crc32" not in metadata:
+        return {}
+    content = loads(metadata["crc32"])
+    sums = content[index] if isinstance(content, list) and index < len(content) else None
+    if not isinstance(sums, str) or not _SUMS.fullmatch(sums):
+        raise ValueError('the metadata hold no valid "crc32" of it')
+    return {field: sums[8 * i : 8 * i + 8] for i, field in enumerate(FIELDS)}
+
+
+def _check_sum(field: str, array: npt.NDArray[Any], expected: str) -> None:
+    in_file = np.asarray(array, array.dtype.newbyteorder("<"))
+    found = f"{zlib.crc32(in_file.data):08x}"
+    if found != expected:
+        raise ValueError(
+            f"{field} has CRC-32 {found}, was written with {expected}: the file was damaged "
+            "since; restore it from a copy"
+        )

@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import os
 import time
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -175,7 +176,12 @@ class SnapshotWriter:
                 "record one snapshot per step."
             )
         data_bytes = sum(array.nbytes for array in tensors.values())
-        write_atomically(path, save(tensors, build_metadata(self._manifest, header, data_bytes)))
+        sums = [
+            "".join(f"{zlib.crc32(tensors[tensor_name(info.name, f)].data):08x}" for f in FIELDS)
+            for info in self.layers
+        ]
+        metadata = build_metadata(self._manifest, header, data_bytes, sums)
+        write_atomically(path, save(tensors, metadata))
         return path
 
     def log(self, metrics: Mapping[str, Any], step: int) -> None:
