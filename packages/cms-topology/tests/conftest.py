@@ -1,11 +1,15 @@
 from __future__ import annotations
 
+import gc
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor
 
 from cms_topology import CMSBlockLinear, ScoringConfig
@@ -64,5 +68,43 @@ def run_alone() -> Callable[[str, Mapping[str, str]], None]:
             check=False,
         )
         assert done.stdout.strip() == "agrees", done.stderr[-2000:]
+
+    return run
+
+
+def _rank(
+    rank: int, size: int, port: int, job: Callable[..., None], arguments: tuple[object, ...]
+) -> None:
+    torch.set_num_threads(1)
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=size)
+    try:
+        job(rank, *arguments)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture(scope="session")
+def on_ranks() -> Callable[..., None]:
+    """Runs `job(rank, *arguments)` in `size` forked processes of one group; all must succeed."""
+
+    def run(size: int, job: Callable[..., None], *arguments: object) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        context = mp.get_context("fork")
+        processes = [
+            context.Process(target=_rank, args=(rank, size, port, job, arguments))
+            for rank in range(size)
+        ]
+        # garbage of other tests may hold threads: a child lacks them, its collector would wait
+        gc.collect()
+        gc.freeze()
+        for process in processes:
+            process.start()
+        gc.unfreeze()
+        for process in processes:
+            process.join(120)
+        assert [process.exitcode for process in processes] == [0] * size
 
     return run

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import socket
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.distributed.algorithms.join import Join
 from torch.distributed.device_mesh import init_device_mesh
@@ -251,40 +250,24 @@ def growing(rank: int, out: Path, kind: str) -> None:
     (out / f"{rank}.json").write_text(json.dumps(layer.col_indices.tolist()))
 
 
-def _worker(
-    rank: int, size: int, port: int, job: Callable[[int, Path, str], None], out: Path, kind: str
-) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
-    try:
-        job(rank, out, kind)
-    finally:
-        dist.destroy_process_group()
+Launch = Callable[..., list[Any]]
 
 
-def launch(job: Callable[[int, Path, str], None], out: Path, size: int = 2, kind: str = "") -> list:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("fork")
-    processes = [
-        context.Process(target=_worker, args=(rank, size, port, job, out, kind))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0] * size
-    return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+@pytest.fixture
+def launch(on_ranks: Callable[..., None]) -> Launch:
+    """Runs `job(rank, out, kind)` on every rank; what each wrote into its JSON file."""
+
+    def run(job: Callable[[int, Path, str], None], out: Path, size: int = 2, kind: str = "") -> Any:
+        on_ranks(size, job, out, kind)
+        return [json.loads((out / f"{rank}.json").read_text()) for rank in range(size)]
+
+    return run
 
 
 @pytest.mark.parametrize("candidate_score", ["gradient", "outer"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_topology_is_identical_on_all_ranks(
-    tmp_path: Path, candidate_score: str, size: int
+    launch: Launch, tmp_path: Path, candidate_score: str, size: int
 ) -> None:
     results = launch(identical, tmp_path, size, candidate_score)
     assert all(result == results[0] for result in results)
@@ -295,7 +278,9 @@ def test_topology_is_identical_on_all_ranks(
         assert len(set(digests)) == 1
 
 
-def test_statistics_are_averaged_over_ranks_and_not_broadcast(tmp_path: Path) -> None:
+def test_statistics_are_averaged_over_ranks_and_not_broadcast(
+    launch: Launch, tmp_path: Path
+) -> None:
     first, second = launch(averaging, tmp_path)
     local = [torch.tensor(r["local"]) for r in (first, second)]
     torch.testing.assert_close(local[1], 2 * local[0])
@@ -304,7 +289,7 @@ def test_statistics_are_averaged_over_ranks_and_not_broadcast(tmp_path: Path) ->
         torch.testing.assert_close(torch.tensor(result["synced"]), mean)
 
 
-def test_divergence_is_an_error_and_on_record(tmp_path: Path) -> None:
+def test_divergence_is_an_error_and_on_record(launch: Launch, tmp_path: Path) -> None:
     for message, heard in launch(diverging, tmp_path):
         assert any("the gradients of ['0', '2'] differ between ranks" in said for said in heard)
         assert "layer '2' differs between ranks after the decision at step 4" in message
@@ -314,14 +299,14 @@ def test_divergence_is_an_error_and_on_record(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("manager", ["before", "later"])
-def test_sharded_parameters_are_refused(tmp_path: Path, manager: str) -> None:
+def test_sharded_parameters_are_refused(launch: Launch, tmp_path: Path, manager: str) -> None:
     for message in launch(sharded, tmp_path, kind=manager):
         assert "must be the layer's whole [R, K, B, B] = [8, 2, 8, 8] tensor" in message
         assert "use DistributedDataParallel" in message
 
 
 @pytest.mark.parametrize("kind", ["averaged", "forgotten"])
-def test_layers_left_out_of_the_sharding(tmp_path: Path, kind: str) -> None:
+def test_layers_left_out_of_the_sharding(launch: Launch, tmp_path: Path, kind: str) -> None:
     """FSDP does not average the gradients of what it ignores: who forgets it is told."""
     (sums, swaps, heard), (other, *_) = launch(unsharded, tmp_path, kind=kind)
     assert min(rates[-1] for rates in swaps) > 0
@@ -329,23 +314,25 @@ def test_layers_left_out_of_the_sharding(tmp_path: Path, kind: str) -> None:
     assert len(heard) == (kind == "forgotten")
 
 
-def test_uneven_inputs_are_refused_in_place_of_waiting(tmp_path: Path) -> None:
+def test_uneven_inputs_are_refused_in_place_of_waiting(launch: Launch, tmp_path: Path) -> None:
     for message in launch(uneven, tmp_path):
         assert "must not be inside Join when a decision is due" in message
 
 
 @pytest.mark.parametrize("kind", ["ddp", "argument"])
-def test_only_the_ranks_of_the_group_decide_together(tmp_path: Path, kind: str) -> None:
+def test_only_the_ranks_of_the_group_decide_together(
+    launch: Launch, tmp_path: Path, kind: str
+) -> None:
     assert [len(rates) for rates in launch(apart, tmp_path, kind=kind)] == [1, 1]
 
 
-def test_optimizer_state_that_ranks_share_out_is_reset(tmp_path: Path) -> None:
+def test_optimizer_state_that_ranks_share_out_is_reset(launch: Launch, tmp_path: Path) -> None:
     (sums, old), (other, its) = launch(sharing_optimizer_state, tmp_path)
     assert sums == other
     assert {**old, **its} == {"0": 0.0, "2": 0.0}
 
 
-def test_models_are_converted_before_they_are_wrapped(tmp_path: Path) -> None:
+def test_models_are_converted_before_they_are_wrapped(launch: Launch, tmp_path: Path) -> None:
     """Before, the ranks' new layers drifted apart."""
     for messages in launch(converting, tmp_path):
         assert len(messages) == 2
@@ -357,7 +344,7 @@ def test_models_are_converted_before_they_are_wrapped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "kind", ["static_graph", "find_unused_parameters", "gradient_as_bucket_view"]
 )
-def test_flags_of_ddp(tmp_path: Path, kind: str) -> None:
+def test_flags_of_ddp(launch: Launch, tmp_path: Path, kind: str) -> None:
     """Also where every rank leaves out the last layer at every second step."""
     first, second = launch(with_flags, tmp_path, kind=kind)
     assert first == second
@@ -365,6 +352,6 @@ def test_flags_of_ddp(tmp_path: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["scored", "unscored"])
-def test_ranks_grow_alike(tmp_path: Path, kind: str) -> None:
+def test_ranks_grow_alike(launch: Launch, tmp_path: Path, kind: str) -> None:
     first, second = launch(growing, tmp_path, kind=kind)
     assert first == second

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import math
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -305,31 +303,10 @@ def distributed(rank: int, out: Path) -> None:
     )
 
 
-def _worker(rank: int, size: int, port: int, job: Callable[[int, Path], None], out: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=size
-    )
-    try:
-        job(rank, out)
-    finally:
-        dist.destroy_process_group()
-
-
-def test_ranks_stay_identical_and_one_process_can_go_on(tmp_path: Path) -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    context = mp.get_context("fork")
-    processes = [
-        context.Process(target=_worker, args=(rank, 2, port, distributed, tmp_path))
-        for rank in range(2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(120)
-    assert [process.exitcode for process in processes] == [0, 0]
+def test_ranks_stay_identical_and_one_process_can_go_on(
+    on_ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    on_ranks(2, distributed, tmp_path)
     first, second = (torch.load(tmp_path / f"{r}.pt", weights_only=True) for r in range(2))
     for part in ("model", "memory"):
         for name, tensor in first[part].items():
