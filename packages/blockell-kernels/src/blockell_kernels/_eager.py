@@ -38,12 +38,21 @@ def watched() -> bool:
 
 def plain(x: Tensor, *others: Tensor | None) -> bool:
     """Whether the short way may be taken. Not for compilers, which do not get to ask."""
-    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu):
+    if type(x) not in _PLAIN or not (x.is_cuda or x.is_cpu) or x.layout is not torch.strided:
         return False
     for t in others:
         if t is not None and type(t) not in _PLAIN:
             return False
     return not watched()
+
+
+def index_facts(order: Tensor | None, col_start: Tensor | None) -> tuple[Any, ...] | None:
+    """All that is checked of an index."""
+    if order is None or col_start is None:
+        return None
+    return (
+        order.shape, order.dtype, order.device, col_start.shape, col_start.dtype, col_start.device,
+    )  # fmt: skip
 
 
 def eager_linear(
@@ -80,11 +89,13 @@ def eager_linear(
         x.dtype, values.dtype, col_indices.dtype, x.device, values.device, col_indices.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         None if probe is None else (probe.shape, probe.dtype, probe.device),
+        index_facts(order, col_start),
     )  # fmt: skip
     checked = _checked.get(key)
     if checked is None:
         live = col_indices.shape[-1] if num_live is None else num_live
-        check_operands(x, values, col_indices, bias, row_group, live, probe, sample)
+        index = order, col_start
+        check_operands(x, values, col_indices, bias, row_group, live, probe, sample, index)
         R, _, B, _ = values.shape
         if len(_checked) >= MAX_CHECKED:
             _checked.clear()

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from blockell_kernels._gpu import gpu_blocks
 from blockell_kernels._stats import SUM_ELEMENTS, SUM_ELEMENTS_CPU, wide
+from blockell_kernels._validation import check_gradient_and_input
 
 
 def token_sums_sq(t: Tensor, B: int) -> Tensor:
@@ -54,17 +55,7 @@ def block_fisher(dy: Tensor, x: Tensor, B: int) -> Tensor:
     Raises:
         ValueError: leading dimensions, dtypes or devices differ, or B divides no width.
     """
-    if dy.shape[:-1] != x.shape[:-1] or dy.dtype != x.dtype or dy.device != x.device:
-        raise ValueError(
-            f"dy (shape {tuple(dy.shape)}, {dy.dtype}, {dy.device}) and x (shape {tuple(x.shape)}, "
-            f"{x.dtype}, {x.device}) must agree in all dimensions but the last, in dtype and in "
-            "device; pass the gradient of the layer's output and its input."
-        )
-    for name, t in (("dy", dy), ("x", x)):
-        if B < 1 or t.shape[-1] % B:
-            raise ValueError(
-                f"the last dimension of {name} (={t.shape[-1]}) must be a multiple of B (={B})."
-            )
+    check_gradient_and_input("dy", dy, x, B)
     with torch.no_grad():
         N = dy.shape[:-1].numel()
         dy_sq = token_sums_sq(dy.reshape(N, dy.shape[-1]), B)

@@ -25,7 +25,12 @@ from blockell_kernels._ops import linear_op
 from blockell_kernels._plan import compute_dtype, keeps_copy
 from blockell_kernels._stats import Sample, block_grad_norms_sq
 from blockell_kernels._transforms import composed_linear, transforms_active
-from blockell_kernels._validation import check_operands
+from blockell_kernels._validation import (
+    check_gradient_and_input,
+    check_operands,
+    packed,
+    parts_of,
+)
 
 
 class TransposedIndexLike(Protocol):
@@ -62,7 +67,8 @@ def block_ell_linear(
 
     Args:
         x: [..., C*B], any strides, any number of tokens including none.
-        values: [R, slots, B, B], of x's dtype (any floating dtype) and device.
+        values: [R, slots, B, B], of x's dtype (float16, bfloat16, float32 or float64) and device.
+            Of values, columns and bias with gaps between elements a copy is made at every call.
         col_indices: int32 [R, slots]. In each row the first `num_live` entries are distinct columns
             in [0, C); what follows is spare capacity, -1, not computed with. Not checked at every
             call: `check_topology` does that, when the topology changes. On the CPU a column out of
@@ -91,11 +97,15 @@ def block_ell_linear(
     Raises:
         ValueError: an operand's shape, dtype or device breaks a rule above.
     """
-    order, col_start = (None, None) if index is None else (index.order, index.col_start)
+    values, col_indices = packed("values", values), packed("col_indices", col_indices)
+    bias = None if bias is None else packed("bias", bias)
+    order, col_start = parts_of("index", index)
     if activation != "none":
         check_activation(activation)
         slots = col_indices.shape[-1] if num_live is None else num_live
-        check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
+        check_operands(
+            x, values, col_indices, bias, row_group, slots, probe, sample, (order, col_start)
+        )
         if sample == "none" or (probe is not None and not probe.requires_grad):
             sample, probe = "none", None
         requested = "" if backend is None else requested_backend(backend)
@@ -114,7 +124,9 @@ def block_ell_linear(
             backend,
         )  # fmt: skip
     slots = col_indices.shape[-1] if num_live is None else num_live
-    check_operands(x, values, col_indices, bias, row_group, slots, probe, sample)
+    check_operands(
+        x, values, col_indices, bias, row_group, slots, probe, sample, (order, col_start)
+    )
     if backend is not None:
         requested_backend(backend)
     if transforms_active():
@@ -140,20 +152,14 @@ def block_grad_norms(grad_out: Tensor, x: Tensor, B: int) -> Tensor:
 
     Returns:
         float32 [R, C] (float64 for float64 operands).
+
+    Raises:
+        ValueError: leading dimensions, dtypes or devices differ, or B divides no width.
     """
-    if grad_out.shape[:-1] != x.shape[:-1]:
-        raise ValueError(
-            f"grad_out (shape {tuple(grad_out.shape)}) and x (shape {tuple(x.shape)}) must agree "
-            "in all dimensions but the last; pass the gradient of the layer's output and its input."
-        )
-    for name, t in (("grad_out", grad_out), ("x", x)):
-        if B < 1 or t.shape[-1] % B:
-            raise ValueError(
-                f"the last dimension of {name} (={t.shape[-1]}) must be a multiple of B (={B})."
-            )
+    check_gradient_and_input("grad_out", grad_out, x, B)
     with torch.no_grad():
-        dy2d = grad_out.reshape(-1, grad_out.shape[-1]) if grad_out.numel() else grad_out[:0]
-        x2d = x.reshape(-1, x.shape[-1]) if x.numel() else x[:0]
+        N = x.shape[:-1].numel()
+        dy2d, x2d = grad_out.reshape(N, grad_out.shape[-1]), x.reshape(N, x.shape[-1])
         return block_grad_norms_sq(dy2d, x2d, B).sqrt_()
 
 

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from blockell_kernels._activation import Activation, check_activation
 from blockell_kernels._backends import requested_backend
-from blockell_kernels._eager import plain
+from blockell_kernels._eager import index_facts, plain
 from blockell_kernels._functional import TransposedIndexLike
 from blockell_kernels._mlp_autograd import eager_mlp
 from blockell_kernels._mlp_core import RECOMPUTE, Recompute
 from blockell_kernels._mlp_ops import ACTIVATION, FIRST, SECOND, Sizes, X, mlp_op, sizes_of
 from blockell_kernels._stats import Sample
 from blockell_kernels._transforms import composed_linear, transforms_active
-from blockell_kernels._validation import check_operands
+from blockell_kernels._validation import check_operands, packed, parts_of
 
 MAX_CHECKED = 4096
 _checked: dict[tuple[Any, ...], Sizes] = {}
@@ -79,6 +79,11 @@ def block_ell_mlp(
     Raises:
         ValueError: an operand's shape, dtype or device, or a name, breaks a rule above.
     """
+    values1, values2 = packed("values1", values1), packed("values2", values2)
+    col_indices1 = packed("col_indices1", col_indices1)
+    col_indices2 = packed("col_indices2", col_indices2)
+    bias1 = None if bias1 is None else packed("bias1", bias1)
+    bias2 = None if bias2 is None else packed("bias2", bias2)
     live1 = col_indices1.shape[-1] if num_live1 is None else num_live1
     live2 = col_indices2.shape[-1] if num_live2 is None else num_live2
     if sample1 == "none" or (probe1 is not None and not probe1.requires_grad):
@@ -87,8 +92,8 @@ def block_ell_mlp(
         sample2, probe2 = "none", None
     if recompute is None:
         recompute = "none"
-    order1, start1 = (None, None) if index1 is None else (index1.order, index1.col_start)
-    order2, start2 = (None, None) if index2 is None else (index2.order, index2.col_start)
+    order1, start1 = parts_of("index1", index1)
+    order2, start2 = parts_of("index2", index2)
     args = (
         x,
         *(values1, col_indices1, bias1, probe1, order1, start1, row_group1, live1, sample1),
@@ -117,7 +122,7 @@ def _sizes(args: tuple[Any, ...]) -> Sizes:
     # All that is checked.
     key = (
         x.shape, x.dtype, x.device, torch.is_autocast_enabled(x.device.type),
-        *_facts(*first[:4]), *first[6:], *_facts(*second[:4]), *second[6:], *args[ACTIVATION:],
+        *_facts(*first[:6]), *first[6:], *_facts(*second[:6]), *second[6:], *args[ACTIVATION:],
     )  # fmt: skip
     sizes = _checked.get(key)
     if sizes is None:
@@ -129,13 +134,19 @@ def _sizes(args: tuple[Any, ...]) -> Sizes:
 
 
 def _facts(
-    values: Tensor, cols: Tensor, bias: Tensor | None, probe: Tensor | None
+    values: Tensor,
+    cols: Tensor,
+    bias: Tensor | None,
+    probe: Tensor | None,
+    order: Tensor | None,
+    col_start: Tensor | None,
 ) -> tuple[Any, ...]:
     """All that is checked of a layer's operands."""
     return (
         values.shape, values.dtype, values.device, cols.shape, cols.dtype, cols.device,
         None if bias is None else (bias.shape, bias.dtype, bias.device),
         None if probe is None else (probe.shape, probe.dtype, probe.device),
+        index_facts(order, col_start),
     )  # fmt: skip
 
 
@@ -147,9 +158,11 @@ def _check(args: tuple[Any, ...]) -> None:
     if backend:
         requested_backend(backend)
     for name, given in (("first", args[FIRST]), ("second", args[SECOND])):
-        values, cols, bias, probe, _, _, row_group, num_live, sample = given
+        values, cols, bias, probe, order, start, row_group, num_live, sample = given
         try:
-            check_operands(x, values, cols, bias, row_group, num_live, probe, sample)
+            check_operands(
+                x, values, cols, bias, row_group, num_live, probe, sample, (order, start)
+            )
         except ValueError as error:
             raise ValueError(f"{name} layer: {error}") from None
         x = x.new_empty(0, values.shape[0] * values.shape[-1])  # what the next layer is fed

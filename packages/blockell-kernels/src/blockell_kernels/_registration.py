@@ -47,7 +47,8 @@ def register_backward(name: str, op: Any, user_name: str) -> None:
         def backward(ctx: Any, *grads: Tensor) -> None:
             raise RuntimeError(
                 f"{user_name} can be differentiated once; its backward has no gradient of its own. "
-                "For second derivatives multiply by the dense weight (blockell_format.to_dense)."
+                "For second derivatives use torch.func (grad of grad, hessian), which sees a dense "
+                "weight, or multiply by one yourself (blockell_format.to_dense)."
             )
 
     register_autograd(name, op, Backward)

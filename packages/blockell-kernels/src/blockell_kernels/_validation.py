@@ -5,10 +5,38 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from blockell_kernels._stats import SAMPLES, probe_size
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+
+def packed(name: str, t: Tensor) -> Tensor:
+    """The operand without gaps, as kernels read all but x: a copy where it has other strides."""
+    if t.layout is not torch.strided:
+        _raise_for_layout(name, t)
+    return t if t.is_contiguous() else t.contiguous()
+
+
+def parts_of(name: str, index: Any) -> tuple[Tensor | None, Tensor | None]:
+    """(order, col_start) of a transposed index, without gaps; None where there is none."""
+    if index is None:
+        return None, None
+    if not hasattr(index, "order") or not hasattr(index, "col_start"):
+        raise ValueError(
+            f"{name} is a {type(index).__name__}; it must have `order` and `col_start`: "
+            "pass transposed_index(col_indices, C)."
+        )
+    order, start = index.order, index.col_start
+    return packed(f"{name}.order", order), packed(f"{name}.col_start", start)
+
+
+def _raise_for_layout(name: str, t: Tensor) -> None:
+    raise ValueError(f"{name} has layout {t.layout}; it must be torch.strided: call .to_dense().")
 
 
 def check_operands(
@@ -20,12 +48,18 @@ def check_operands(
     num_live: int,
     probe: Tensor | None,
     sample: str,
+    index: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit. Reads no tensor's elements."""
-    if values.ndim != 4 or values.shape[2] != values.shape[3]:
+    if x.layout is not torch.strided:
+        _raise_for_layout("x", x)
+    if values.ndim != 4 or values.shape[2] != values.shape[3] or not values.shape[0]:
         raise ValueError(
-            f"values has shape {tuple(values.shape)}; it must be [R, K, B, B] with square tiles."
+            f"values has shape {tuple(values.shape)}; it must be [R, K, B, B] with square tiles, "
+            "R at least 1."
         )
+    if not values.shape[2]:
+        raise ValueError(f"values has shape {tuple(values.shape)}; tiles must be at least 1 wide.")
     R, slots, B, _ = values.shape
     if col_indices.shape != (R, slots):
         raise ValueError(
@@ -47,7 +81,7 @@ def check_operands(
         raise ValueError(
             f"bias has shape {tuple(bias.shape)}; it must be {(R * B,)}, one entry per output."
         )
-    if x.dtype != values.dtype or not x.dtype.is_floating_point:
+    if x.dtype != values.dtype or x.dtype not in DTYPES:
         _check_dtype("values", x, values)
     if bias is not None and bias.dtype != x.dtype:
         _check_dtype("bias", x, bias)
@@ -60,6 +94,23 @@ def check_operands(
             )
     if sample != "none":
         _check_probe(probe, sample, R, x.shape[-1] // B, device)
+    order, col_start = index
+    if order is not None and col_start is not None:
+        _check_index(order, col_start, R * slots, x.shape[-1] // B, device)
+
+
+def _check_index(
+    order: Tensor, col_start: Tensor, entries: int, C: int, device: torch.device
+) -> None:
+    remedy = f"pass transposed_index(col_indices, {C}), made anew when the topology changes."
+    for name, t, length in (("order", order, entries), ("col_start", col_start, C + 1)):
+        if t.shape != (length,) or t.dtype != torch.int32:
+            raise ValueError(
+                f"index.{name} has shape {tuple(t.shape)} and dtype {t.dtype}; it must be int32 "
+                f"[{length}]: {remedy}"
+            )
+        if t.device != device:
+            raise ValueError(f"index.{name} is on {t.device} and x on {device}: {remedy}")
 
 
 def _raise_for_x(x: Tensor, B: int, num_live: int) -> None:
@@ -80,8 +131,11 @@ def _raise_for_x(x: Tensor, B: int, num_live: int) -> None:
 
 
 def _check_dtype(name: str, x: Tensor, other: Tensor) -> None:
-    if not x.dtype.is_floating_point:
-        raise ValueError(f"x has dtype {x.dtype}; it must be a floating-point type.")
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"x has dtype {x.dtype}; it must be float16, bfloat16, float32 or float64: "
+            "pass x.float(), say."
+        )
     if torch.is_autocast_enabled(x.device.type):
         return  # the operator casts them
     raise ValueError(
@@ -104,6 +158,28 @@ def _check_probe(probe: Tensor | None, sample: str, R: int, C: int, device: torc
         )
     if probe.device != device:
         raise ValueError(f"probe is on {probe.device} and x on {device}; move it with .to().")
+
+
+def check_gradient_and_input(dy_name: str, dy: Tensor, x: Tensor, B: int) -> None:
+    """Raise ValueError unless statistics of blocks can be taken of the two, in tiles of side B."""
+    same = dy.shape[:-1] == x.shape[:-1] and dy.dtype == x.dtype and dy.device == x.device
+    if not same or not dy.ndim or not x.ndim:
+        raise ValueError(
+            f"{dy_name} (shape {tuple(dy.shape)}, {dy.dtype}, {dy.device}) and x (shape "
+            f"{tuple(x.shape)}, {x.dtype}, {x.device}) must be [..., features] and agree in all "
+            "dimensions but the last, in dtype and in device; pass the gradient of the layer's "
+            "output and its input."
+        )
+    if x.dtype not in DTYPES:
+        raise ValueError(
+            f"{dy_name} and x have dtype {x.dtype}; it must be float16, bfloat16, float32 or "
+            "float64."
+        )
+    for name, t in ((dy_name, dy), ("x", x)):
+        if B < 1 or t.shape[-1] % B:
+            raise ValueError(
+                f"the last dimension of {name} (={t.shape[-1]}) must be a multiple of B (={B})."
+            )
 
 
 def check_topology(

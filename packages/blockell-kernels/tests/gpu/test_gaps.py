@@ -1,0 +1,80 @@
+"""Operands with gaps between their elements: kernels read values, columns and biases without."""
+
+import pytest
+import torch
+
+from blockell_kernels import block_ell_linear, block_ell_mlp
+from blockell_kernels._backends import get_backend
+
+
+def with_gaps(t):
+    """The same numbers, every other one of what lies in memory."""
+    other = torch.stack([t, torch.full_like(t, 7)], -1)[..., 0]
+    assert torch.equal(other, t)
+    assert not other.is_contiguous()
+    return other
+
+
+class Index:
+    def __init__(self, order, col_start):
+        self.order, self.col_start = order, col_start
+
+
+def gradients(p, activation, **changes):
+    """y and all gradients of a layer, some of its operands replaced, by name."""
+    o = {"x": p.x, "values": p.values, "bias": p.bias, "cols": p.pattern.col_indices}
+    o |= {"order": p.pattern.order, "start": p.pattern.col_start} | changes
+    leaves = {name: o[name].detach().requires_grad_() for name in ("x", "values", "bias")}
+    y = block_ell_linear(
+        leaves["x"], leaves["values"], o["cols"], leaves["bias"], row_group=p.G, num_live=p.K,
+        index=Index(o["order"], o["start"]), activation=activation, backend="triton",
+    )  # fmt: skip
+    y.backward(p.dy)
+    return {"y": y.detach()} | {name: t.grad for name, t in leaves.items()}
+
+
+@pytest.mark.parametrize("activation", ["none", "gelu"])
+@pytest.mark.parametrize("B", [16, 128])
+def test_a_layer_of_operands_with_gaps(make_problem, B, activation):
+    p = make_problem(B=B, R=2, C=3, K=2, N=21, spare=1)
+    given = {
+        "values": p.values, "bias": p.bias, "cols": p.pattern.col_indices,
+        "order": p.pattern.order, "start": p.pattern.col_start,
+    }  # fmt: skip
+    want = gradients(p, activation)
+    for name, t in given.items():
+        got = gradients(p, activation, **{name: with_gaps(t)})
+        for result in want:
+            assert torch.equal(got[result], want[result]), (name, result)
+
+
+def mlp(p, *changed):
+    """y and all gradients of an MLP with one layer twice, some of its operands with gaps."""
+    o = {"values": p.values, "bias": p.bias, "cols": p.pattern.col_indices}
+    o |= {name: with_gaps(o[name]) for name in changed}
+    x, values, bias = (t.detach().requires_grad_() for t in (p.x, o["values"], o["bias"]))
+    layer = values, o["cols"], bias
+    y = block_ell_mlp(x, *layer, *layer, num_live1=p.K, num_live2=p.K, backend="triton")
+    y.mean(0).square().sum().backward()  # its gradient in y: rows one above the other, stride 0
+    return y.detach(), x.grad, values.grad, bias.grad
+
+
+def test_an_mlp_of_operands_with_gaps(make_problem):
+    p = make_problem(B=16, R=3, C=3, K=2, N=21)
+    want = mlp(p)
+    for got, wanted in zip(mlp(p, "values", "bias", "cols"), want, strict=True):
+        assert torch.equal(got, wanted)
+
+
+@pytest.mark.parametrize("B", [16, 128])
+def test_tokens_that_are_one_and_the_same(make_problem, error, B):
+    """Rows with stride 0, which a tensor descriptor cannot describe."""
+    p = make_problem(B=B, R=2, C=3, K=2, N=600 if torch.cuda.is_available() else 21)
+    p.x, p.dy = p.x[:1].expand(p.N, -1), p.dy[:1].expand(p.N, -1)
+    expected, backend = p.expected(), get_backend("triton")
+    y = backend.forward(p.x, p.values, p.bias, p.pattern)
+    assert error(y, expected["y"]) < 1e-6
+    dx = backend.grad_input(p.dy, p.values, p.pattern)
+    assert error(dx, expected["grad_input"]) < 1e-6
+    dv = backend.grad_values(p.dy, p.x, p.pattern)
+    assert error(dv, expected["grad_values"]) < 1e-6
