@@ -2,13 +2,16 @@
 against fixed ones.
 
 Every model sees the same bytes in the same order, with the same optimizer, schedule and number of
-steps; `--lrs` are tried for each alike. The GPT is torch's own nn.TransformerEncoder with learned
-positions and full causal attention, `rotary` the same with rotary positions; their MLPs are as wide
-as it takes to have as many parameters as `small`, or, as `gpt:none`, as it has without memory.
+steps; `--lrs` and `--dropouts` are tried for each alike. The GPT is torch's own
+nn.TransformerEncoder with learned positions and full causal attention, `rotary` the same with
+rotary positions; their MLPs are as wide as it takes to have as many parameters as `small`, or, as
+`gpt:none`, as it has without memory.
 
     python benchmarks/lm_sanity.py --texts prose shakespeare.txt --out out
 
 One JSON line per run goes to OUT/lm.jsonl. A text is split by position: the last tenth validates.
+With `--tuning` that tenth is not looked at: the one before it validates, the first eight train.
+The text `stdlib` is the source of the running Python's standard library, some 10 MB.
 """
 
 from __future__ import annotations
@@ -18,6 +21,8 @@ import dataclasses
 import itertools
 import json
 import math
+import random
+import sysconfig
 import time
 from pathlib import Path
 
@@ -30,7 +35,7 @@ from cms_topology import TopologyManager, sparse_layers
 from titanmac_integration import TitanMACConfig, create_titanmac_model
 from titanmac_integration._data._prose import load_prose
 
-SEQUENCE, DROPOUT, WEIGHT_DECAY = 512, 0.1, 0.1
+SEQUENCE, WEIGHT_DECAY = 512, 0.1
 MODELS = ["gpt", "none", "MAC", "MAG", "MAL"]
 
 
@@ -40,6 +45,7 @@ class Cell:
     text: str
     lr: float
     seed: int
+    dropout: float = 0.1
 
 
 class RotaryLayer(nn.TransformerEncoderLayer):
@@ -53,7 +59,7 @@ class RotaryLayer(nn.TransformerEncoderLayer):
         own = self.self_attn
         qkv = functional.linear(x, own.in_proj_weight, own.in_proj_bias)
         q, k, v = qkv.unflatten(-1, (3, own.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        dropped = DROPOUT if self.training else 0.0
+        dropped = own.dropout if self.training else 0.0
         seen = functional.scaled_dot_product_attention(
             turned(q), turned(k), v, dropout_p=dropped, is_causal=True
         )
@@ -74,18 +80,24 @@ class GPT(nn.Module):
     """A plain GPT of torch's own parts, tied head."""
 
     def __init__(
-        self, d_model: int, n_heads: int, n_layers: int, d_ff: int, rotary: bool = False
+        self,
+        d_model: int,
+        n_heads: int,
+        n_layers: int,
+        d_ff: int,
+        dropout: float,
+        rotary: bool = False,
     ) -> None:
         super().__init__()
         self.embedding = nn.Embedding(256, d_model)
         self.positions = None if rotary else nn.Embedding(SEQUENCE, d_model)
         layer = (RotaryLayer if rotary else nn.TransformerEncoderLayer)(
-            d_model, n_heads, d_ff, DROPOUT, "gelu", batch_first=True, norm_first=True
+            d_model, n_heads, d_ff, dropout, "gelu", batch_first=True, norm_first=True
         )
         self.layers = nn.TransformerEncoder(
             layer, n_layers, nn.LayerNorm(d_model), enable_nested_tensor=False
         )
-        self.dropout = nn.Dropout(DROPOUT)
+        self.dropout = nn.Dropout(dropout)
         for name, parameter in self.named_parameters():
             # each layer its own draw (the encoder copies the first one), GPT-2's spread
             if parameter.ndim == 2:
@@ -107,10 +119,10 @@ class GPT(nn.Module):
 
 def titan(variant: str, **changes: object) -> TitanMACConfig:
     memory = {"use_neural_memory": False} if variant == "none" else {"titans_variant": variant}
-    return TitanMACConfig.preset("small", **{"dropout": DROPOUT, **memory, **changes})
+    return TitanMACConfig.preset("small", **{**memory, **changes})
 
 
-def make_model(name: str, seed: int, device: str) -> tuple[nn.Module, bool]:
+def make_model(name: str, seed: int, device: str, dropout: float) -> tuple[nn.Module, bool]:
     """The model, and whether its blocks move.
 
     Names: gpt or rotary, alone or with :variant, a variant, or
@@ -120,17 +132,18 @@ def make_model(name: str, seed: int, device: str) -> tuple[nn.Module, bool]:
     if kind in ("gpt", "rotary"):
         like = create_titanmac_model(titan(size or "MAG"), device="meta")
         shape, rotary = like.config, kind == "rotary"
-        smallest = GPT(shape.d_model, shape.n_heads, shape.n_layers, 16, rotary)
+        smallest = GPT(shape.d_model, shape.n_heads, shape.n_layers, 16, dropout, rotary)
         fixed = sum(p.numel() for p in smallest.parameters())
         per_unit = shape.n_layers * (2 * shape.d_model + 1)
         width = 16 + 8 * round((like.num_parameters - fixed) / per_unit / 8)
         torch.manual_seed(seed)
-        return GPT(shape.d_model, shape.n_heads, shape.n_layers, width, rotary).to(device), False
+        model = GPT(shape.d_model, shape.n_heads, shape.n_layers, width, dropout, rotary)
+        return model.to(device), False
     variant, *sparse = name.split(":")
-    changes: dict[str, object] = {}
+    changes: dict[str, object] = {"dropout": dropout}
     if sparse:
         density, tile, group, _ = sparse
-        changes = {
+        changes |= {
             "use_block_sparse": True,
             "block_sparse_density": float(density),
             "block_sparse_tile_size": int(tile),
@@ -143,22 +156,37 @@ def make_model(name: str, seed: int, device: str) -> tuple[nn.Module, bool]:
 
 
 def load_text(name: str) -> torch.Tensor:
-    text = load_prose() if name == "prose" else Path(name).read_text(encoding="utf-8")
-    return torch.tensor(list(text.encode()), dtype=torch.long)
+    if name == "stdlib":
+        data = load_stdlib()
+    else:
+        text = load_prose() if name == "prose" else Path(name).read_text(encoding="utf-8")
+        data = text.encode()
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def load_stdlib() -> bytes:
+    """The modules of Python's standard library, without tests, in an order drawn once."""
+    root = Path(sysconfig.get_path("stdlib"))
+    others = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
+    others.add("pydoc_data")  # which holds the prose
+    files = [f for f in root.rglob("*.py") if not others & set(f.relative_to(root).parts)]
+    files.sort()
+    random.Random(0).shuffle(files)
+    return b"\n".join(file.read_bytes() for file in files)
 
 
 def windows(data: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     starts = torch.randint(len(data) - SEQUENCE, (size,), generator=generator)
-    return data[starts[:, None] + torch.arange(SEQUENCE)]
+    return data[(starts[:, None] + torch.arange(SEQUENCE)).to(data.device)].long()
 
 
 def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
     device = options.device
     data = load_text(cell.text)
-    cut = len(data) * 9 // 10
-    train_data, held_out = data[:cut].to(device), data[cut:].to(device)
+    tenths = [len(data) * tenth // 10 for tenth in ((8, 9) if options.tuning else (9, 10))]
+    train_data, held_out = data[: tenths[0]].to(device), data[tenths[0] : tenths[1]].to(device)
     steps = options.steps[options.texts.index(cell.text) % len(options.steps)]
-    model, dynamic = make_model(cell.model, cell.seed, device)
+    model, dynamic = make_model(cell.model, cell.seed, device, cell.dropout)
     if options.compile:
         # block by block: layers of one shape share the compiled code
         blocks = model.layers.layers if isinstance(model, GPT) else model.blocks
@@ -214,6 +242,9 @@ def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
         "validation": curve[-1][1],
         "best_validation": min(value for _, value in curve),
         "train": round(torch.stack(losses[-20:]).mean().item(), 4),
+        "train_evaluated": round(evaluate(model, train_data, options), 4),
+        "tuning": options.tuning,
+        "bytes": len(data),
         "curve": curve,
         "swap_rates": swaps,
         "seconds": round(time.perf_counter() - started - evaluating, 1),
@@ -231,7 +262,7 @@ def evaluate(model: nn.Module, held_out: torch.Tensor, options: argparse.Namespa
     """Mean loss of evenly spaced windows, nats per byte."""
     model.eval()
     starts = torch.linspace(0, len(held_out) - SEQUENCE, options.eval_windows).long()
-    rows = held_out[starts[:, None] + torch.arange(SEQUENCE)]
+    rows = held_out[(starts[:, None] + torch.arange(SEQUENCE)).to(held_out.device)].long()
     total = 0.0
     for part in rows.split(options.batch_size):
         with torch.autocast(rows.device.type, dtype=torch.bfloat16):
@@ -241,11 +272,13 @@ def evaluate(model: nn.Module, held_out: torch.Tensor, options: argparse.Namespa
 
 
 def run_in_turn(cells: list[Cell], options: argparse.Namespace) -> None:
-    """All rates for the first seed; with `--tune` only the best of them for the other seeds."""
-    best: dict[tuple[str, str], tuple[float, float]] = {}
+    """All settings for the first seed; with `--tune` only the best for the other seeds."""
+    best: dict[tuple[str, str], tuple[float, tuple[float, float]]] = {}
     for cell in cells:
         key = (cell.model, cell.text)
-        if options.tune and cell.seed != options.seeds[0] and best.get(key, (0, 0))[1] != cell.lr:
+        tried = (cell.lr, cell.dropout)
+        chosen = best.get(key, (0.0, None))[1]
+        if options.tune and cell.seed != options.seeds[0] and chosen != tried:
             continue
         try:
             result = run_cell(cell, options, options.out)
@@ -253,7 +286,8 @@ def run_in_turn(cells: list[Cell], options: argparse.Namespace) -> None:
             print("FAILED", cell, repr(error)[:500], flush=True)
             continue
         if cell.seed == options.seeds[0]:
-            best[key] = min(best.get(key, (math.inf, 0.0)), (result["best_validation"], cell.lr))
+            found = (result["best_validation"], tried)
+            best[key] = min(best.get(key, (math.inf, tried)), found)
 
 
 def work(queue: torch.multiprocessing.Queue, options: argparse.Namespace) -> None:
@@ -275,13 +309,15 @@ def main() -> None:
     parser.add_argument("--texts", nargs="+", default=["prose"])
     parser.add_argument("--steps", nargs="+", type=int, default=[400], help="per text")
     parser.add_argument("--lrs", nargs="+", type=float, default=[1e-3])
+    parser.add_argument("--dropouts", nargs="+", type=float, default=[0.1])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--every", type=int, default=100)
     parser.add_argument("--eval-windows", type=int, default=64)
     parser.add_argument("--compile", action="store_true", help="compile block by block")
     parser.add_argument("--graph", action="store_true", help="one CUDA graph per step")
-    parser.add_argument("--tune", action="store_true", help="best rate of the first seed only")
+    parser.add_argument("--tune", action="store_true", help="best of the first seed only")
+    parser.add_argument("--tuning", action="store_true", help="validate on the ninth tenth")
     parser.add_argument("--scoring", type=json.loads, default={}, help="fields of ScoringConfig")
     parser.add_argument("--decide-until", type=float, default=1.0, help="share of the steps")
     parser.add_argument("--jobs", type=int, default=1)
@@ -290,9 +326,9 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     cells = [
-        Cell(model, text, lr, seed)
-        for seed, lr, text, model in itertools.product(
-            options.seeds, options.lrs, options.texts, options.models
+        Cell(model, text, lr, seed, dropout)
+        for seed, dropout, lr, text, model in itertools.product(
+            options.seeds, options.dropouts, options.lrs, options.texts, options.models
         )
     ]
     if options.jobs == 1:

@@ -10,7 +10,7 @@ import pytest
 
 from blockell_format.snapshots import open_run
 from titanmac_integration import TitanMACConfig, TrainingConfig, load_checkpoint
-from titanmac_integration._cli.flags import field_docs
+from titanmac_integration._cli.flags import field_docs, model_config
 from titanmac_integration.cli import build_parser, main
 
 SMALL = [
@@ -49,6 +49,31 @@ def test_flags_reach_the_configuration(tmp_path: Path) -> None:
     assert config.dropout == 0.1
     assert main([*command, "--force", "--block-sparse-layers", "all"]) == 0
     assert load_checkpoint(out).config.block_sparse_layers is None
+
+
+@pytest.mark.parametrize(
+    ("preset", "flags", "switch"),
+    [
+        ("demo", ["--titans-variant", "MAG"], "--use-neural-memory"),
+        ("demo", ["--memory-width", "16"], "--use-neural-memory"),
+        ("small", ["--block-sparse-density", "0.25"], "--use-block-sparse"),
+    ],
+)
+def test_a_flag_of_a_part_that_is_off_is_refused(
+    preset: str,
+    flags: list[str],
+    switch: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    command = ["train", "--preset", preset, "--out", str(tmp_path / "run"), *flags]
+    assert main(command) == 1
+    error = capsys.readouterr().err
+    assert f"{flags[0]} (={flags[1]}) has no effect without {switch}; add that, or leave" in error
+    arguments = build_parser().parse_args([*command, switch])
+    assert getattr(model_config(arguments, preset), switch[2:].replace("-", "_"))
+    off = build_parser().parse_args([*command, switch.replace("--", "--no-")])
+    model_config(off, preset)  # whoever switches a part off knows that it is off
 
 
 def test_every_field_is_a_flag_with_help() -> None:

@@ -40,8 +40,33 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def model_config(arguments: argparse.Namespace, preset: str) -> TitanMACConfig:
-    """The preset with the flags that were given."""
-    return TitanMACConfig.preset(preset, **model_changes(arguments))
+    """The preset with the flags that were given.
+
+    Raises:
+        ValueError: a flag of something that is switched off, and would do nothing.
+    """
+    changes = model_changes(arguments)
+    config = TitanMACConfig.preset(preset, **changes)
+    for name in given_fields(arguments, TitanMACConfig):
+        switch = _switch(name)
+        if switch is None or switch in changes or getattr(config, switch):
+            continue  # what a user switches off may keep its settings
+        raise ValueError(
+            f"{_flag(name)} (={getattr(config, name)}) has no effect without {_flag(switch)}; add "
+            f"that, or leave {_flag(name)} out."
+        )
+    return config
+
+
+def _switch(name: str) -> str | None:
+    """The field that must be on for field ``name`` to have an effect."""
+    if name.startswith("memory_") or name in ("titans_variant", "segment_size"):
+        return "use_neural_memory"
+    return "use_block_sparse" if name.startswith("block_sparse_") else None
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 def model_changes(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -93,7 +118,7 @@ def add_fields(group: argparse._ArgumentGroup, cls: type) -> None:
     """A flag per field of a configuration class; only those given end up in the arguments."""
     docs = field_docs(cls)
     for field in dataclasses.fields(cls):
-        flag = "--" + field.name.replace("_", "-")
+        flag = _flag(field.name)
         options: dict[str, Any] = {"dest": field.name, "default": argparse.SUPPRESS}
         options["help"] = docs[field.name].replace("%", "%%")
         if isinstance(field.default, bool):
