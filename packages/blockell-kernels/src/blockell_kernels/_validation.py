@@ -17,7 +17,7 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def packed(name: str, t: Tensor) -> Tensor:
     """The operand without gaps, as kernels read all but x: a copy where it has other strides."""
-    if t.layout is not torch.strided:
+    if t.layout != torch.strided:
         _raise_for_layout(name, t)
     return t if t.is_contiguous() else t.contiguous()
 
@@ -51,7 +51,7 @@ def check_operands(
     index: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> None:
     """Raise ValueError unless shapes, dtypes and devices fit. Reads no tensor's elements."""
-    if x.layout is not torch.strided:
+    if x.layout != torch.strided:
         _raise_for_layout("x", x)
     if values.ndim != 4 or values.shape[2] != values.shape[3] or not values.shape[0]:
         raise ValueError(
