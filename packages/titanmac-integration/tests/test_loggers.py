@@ -46,6 +46,19 @@ def test_several_at_once(tmp_path: Path) -> None:
     assert all(json.loads(path.read_text())["metrics"] == {"x": 1.0} for path in paths)
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no disk that is always full")
+def test_one_that_cannot_write_does_not_keep_the_others_from_it(tmp_path: Path) -> None:
+    full, good = JsonLinesLogger("/dev/full"), JsonLinesLogger(tmp_path / "b.jsonl")
+    logger = MultiLogger([full, good])
+    with pytest.warns(
+        UserWarning, match=r"what JsonLinesLogger \(logger 1\) logs of step 1 .*No space"
+    ) as caught:
+        for step in (1, 2):
+            logger.log({"x": 1.0}, step)
+    assert len(caught) == 1
+    assert [json.loads(line)["step"] for line in good.path.read_text().splitlines()] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("make", "module", "extra"),
     [

@@ -7,6 +7,7 @@ from cms_topology._config import ScoringConfig
 from cms_topology._convert import densify, sparse_layers, sparsify
 from cms_topology._distributed import TopologyDivergenceError, sync_topology_scores
 from cms_topology._graphed import GraphedBackward
+from cms_topology._keeper import RecordKeeper
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._manager import Logger, StepReport, TopologyManager
 from cms_topology._mlp import block_sparse_mlp, mlp_is_fused
@@ -59,6 +60,7 @@ __all__ = [
     "Logger",
     "NewbornStepCorrection",
     "Probes",
+    "RecordKeeper",
     "Rehearsal",
     "RetentionGuard",
     "ScoringConfig",

@@ -22,6 +22,7 @@ from cms_topology._birth import reset_optimizer_states
 from cms_topology._clock import CMSClock
 from cms_topology._convert import sparse_layers
 from cms_topology._decision import decide_all, unchanged
+from cms_topology._keeper import RecordKeeper
 from cms_topology._linear import CMSBlockLinear
 from cms_topology._newborn_steps import NewbornStepCorrection
 from cms_topology._participation import Participation
@@ -87,8 +88,9 @@ class TopologyManager:
             for scores in nats.
         freeze_after: no more decisions after this step; None decides for ever.
         correct_newborn_steps: see `NewbornStepCorrection`.
-        writer: records a snapshot at every decision (rank 0 only).
-        logger: receives swap rate and column entropy at every decision (rank 0 only).
+        writer: records a snapshot at every decision (rank 0 only). If it cannot be written, as on a
+            full disk, that is warned of and training goes on: see `RecordKeeper`.
+        logger: receives swap rate and column entropy at every decision (rank 0 only); the same.
         retention: what is kept of earlier tasks; see `retain`.
         drop_cost: under retention, nats per token that dropping a block (all of its row group) may
             cost the earlier tasks; 0 locks every block they had.
@@ -158,7 +160,7 @@ class TopologyManager:
             if given is not None and not hasattr(given, method):
                 raise ValueError(f"{name} (={type(given).__name__}) must have a method {method}.")
         self.seed = operator.index(seed)
-        self.writer, self.logger = writer, logger
+        self.writer, self.logger, self._keeper = writer, logger, RecordKeeper()
         self._model: nn.Module | None = model
         self._group = process_group or dist_sync.group_of(model)
         self.freeze_after = freeze_after
@@ -313,14 +315,16 @@ class TopologyManager:
         checksums = dict(zip(swaps, everyone, strict=True))
         if dist_sync.rank(self._group) == 0:
             if self.logger is not None:
-                self.logger.log(decision_metrics(self.layers, swaps), self._step)
+                with self._keeper.writing("the topology's metrics", self._step):
+                    self.logger.log(decision_metrics(self.layers, swaps), self._step)
             if self.writer is not None:
-                self.writer.write(
-                    self._step,
-                    self.snapshot(swaps),
-                    checksums=checksums,
-                    swap_counts={name: result.num_swaps for name, result in swaps.items()},
-                )
+                with self._keeper.writing("the topology's snapshot", self._step):
+                    self.writer.write(
+                        self._step,
+                        self.snapshot(swaps),
+                        checksums=checksums,
+                        swap_counts={name: result.num_swaps for name, result in swaps.items()},
+                    )
         # after the record is on disk, so that the evidence survives
         dist_sync.raise_on_divergence(self._step, checksums)
 

@@ -119,9 +119,6 @@ def run_continual(
 
 def _measures(trainer: Trainer, tasks: Sequence[Task]) -> list[float]:
     measures = [task.evaluate(trainer.model) for task in tasks]
-    if trainer.writer is not None:
-        named = {
-            f"eval/{t.name}/{t.metric}": value for t, value in zip(tasks, measures, strict=True)
-        }
-        trainer.writer.log(named, trainer.step)
+    named = {f"eval/{t.name}/{t.metric}": value for t, value in zip(tasks, measures, strict=True)}
+    trainer.log(named)
     return measures

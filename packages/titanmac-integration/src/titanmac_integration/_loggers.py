@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cms_topology import Logger
+from cms_topology import Logger, RecordKeeper
 
 LOGGER_NAMES = ("jsonl", "tensorboard", "wandb")
 _EXTRAS = {
@@ -114,15 +114,22 @@ class WandbLogger:
 
 
 class MultiLogger:
-    """Passes everything on to several loggers."""
+    """Passes everything on to several loggers.
+
+    One that cannot write, as on a full disk, is warned of (see `cms_topology.RecordKeeper`); the
+    others are told all the same, and training goes on.
+    """
 
     def __init__(self, loggers: Sequence[Logger]) -> None:
         self.loggers = tuple(loggers)
+        self._keeper = RecordKeeper()
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Log to each, in order."""
-        for logger in self.loggers:
-            logger.log(metrics, step)
+        for number, logger in enumerate(self.loggers, start=1):
+            what = f"what {type(logger).__name__} (logger {number}) logs"
+            with self._keeper.writing(what, step):
+                logger.log(metrics, step)
 
     def close(self) -> None:
         """Close those that can be closed."""

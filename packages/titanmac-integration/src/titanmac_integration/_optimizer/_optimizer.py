@@ -11,7 +11,7 @@ from typing import Any, TypeVar, overload
 import torch
 from torch import Tensor, nn
 
-from cms_topology import Logger, TopologyManager
+from cms_topology import Logger, RecordKeeper, TopologyManager
 from titanmac_integration._loggers import JsonLinesLogger
 
 from ._arguments import (
@@ -152,6 +152,7 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         self.logger: Logger | None = (
             JsonLinesLogger(logger) if isinstance(logger, (str, os.PathLike)) else logger
         )
+        self._keeper = RecordKeeper()
         self.last_report: OptimizerReport | None = None
         """What the last step did."""
         self.last_meta: MetaReport | None = None
@@ -235,7 +236,8 @@ class DeepNestedOptimizer(torch.optim.AdamW):
         topology = self.topology.step() if self.topology is not None else None
         self.last_report = report = make_report(self, loss, topology)
         if self.logger is not None and 2 in report.due_levels:
-            self.logger.log(topology_metrics(self, report), report.step)
+            with self._keeper.writing("what the optimizer logs", report.step):
+                self.logger.log(topology_metrics(self, report), report.step)
         return report if closure is None else loss
 
     # torch would run the hooks around all of `step`, the change of the topology included
