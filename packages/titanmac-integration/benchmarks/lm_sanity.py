@@ -21,19 +21,17 @@ import dataclasses
 import itertools
 import json
 import math
-import random
-import sysconfig
 import time
 from pathlib import Path
 
 import torch
 from graphed import adamw, set_rate, training_step
+from texts import load_text
 from torch import nn
 from torch.nn import functional
 
 from cms_topology import TopologyManager, sparse_layers
 from titanmac_integration import TitanMACConfig, create_titanmac_model
-from titanmac_integration._data._prose import load_prose
 
 SEQUENCE, WEIGHT_DECAY = 512, 0.1
 MODELS = ["gpt", "none", "MAC", "MAG", "MAL"]
@@ -155,26 +153,6 @@ def make_model(name: str, seed: int, device: str, dropout: float) -> tuple[nn.Mo
     return model, bool(sparse) and sparse[3] == "dynamic"
 
 
-def load_text(name: str) -> torch.Tensor:
-    if name == "stdlib":
-        data = load_stdlib()
-    else:
-        text = load_prose() if name == "prose" else Path(name).read_text(encoding="utf-8")
-        data = text.encode()
-    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
-
-
-def load_stdlib() -> bytes:
-    """The modules of Python's standard library, without tests, in an order drawn once."""
-    root = Path(sysconfig.get_path("stdlib"))
-    others = {"test", "tests", "site-packages", "dist-packages", "idlelib", "lib2to3"}
-    others.add("pydoc_data")  # which holds the prose
-    files = [f for f in root.rglob("*.py") if not others & set(f.relative_to(root).parts)]
-    files.sort()
-    random.Random(0).shuffle(files)
-    return b"\n".join(file.read_bytes() for file in files)
-
-
 def windows(data: torch.Tensor, size: int, generator: torch.Generator) -> torch.Tensor:
     starts = torch.randint(len(data) - SEQUENCE, (size,), generator=generator)
     return data[(starts[:, None] + torch.arange(SEQUENCE)).to(data.device)].long()
@@ -182,7 +160,7 @@ def windows(data: torch.Tensor, size: int, generator: torch.Generator) -> torch.
 
 def run_cell(cell: Cell, options: argparse.Namespace, out: Path) -> dict:
     device = options.device
-    data = load_text(cell.text)
+    data = torch.frombuffer(bytearray(load_text(cell.text)), dtype=torch.uint8)
     tenths = [len(data) * tenth // 10 for tenth in ((8, 9) if options.tuning else (9, 10))]
     train_data, held_out = data[: tenths[0]].to(device), data[tenths[0] : tenths[1]].to(device)
     steps = options.steps[options.texts.index(cell.text) % len(options.steps)]

@@ -2,7 +2,8 @@
 
     python packages/titanmac-integration/benchmarks/stability.py --preset demo --out stability.json
 
-Trains one preset with DeepNestedOptimizer's defaults on prose. The run is cut into pieces: after
+Trains one preset with DeepNestedOptimizer's defaults on prose, or on another text (`--text`;
+`stdlib` is the source of Python's standard library). The run is cut into pieces: after
 each the state is saved and loaded into a new model and optimizer: the resume is part of the test.
 With `--state FILE` a run that `--max-seconds` ended goes on where it stopped. `--frozen` is the
 control: the topology stands still; losses are looked at at the same steps. `--graph` replays
@@ -25,11 +26,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from texts import load_text
 
 from cms_topology import GraphedBackward
 from titanmac_integration import (
     ContinuumMemorySystem,
     DeepNestedOptimizer,
+    ProseTask,
     TitanMACConfig,
     TrainingConfig,
     create_titanmac_model,
@@ -73,6 +76,7 @@ def main() -> None:
     parser.add_argument("--fields", type=json.loads, default={}, help="fields to replace, JSON")
     parser.add_argument("--scoring", type=json.loads, default={}, help="fields of ScoringConfig")
     parser.add_argument("--task", default="prose")
+    parser.add_argument("--text", help="instead of the task: a file, or stdlib")
     parser.add_argument("--steps", type=int, default=10_000)
     parser.add_argument("--pieces", type=int, default=5)
     parser.add_argument("--decide-every", type=int, default=50)
@@ -93,7 +97,11 @@ def main() -> None:
 
     torch.backends.cuda.matmul.allow_tf32 = args.tf32
     schedule = TrainingConfig(lr=args.lr, warmup_steps=args.warmup, batch_size=args.batch)
-    task = make_task(args.task)
+    if args.text is None:
+        task = make_task(args.task)
+    else:
+        args.task = Path(args.text).stem
+        task = ProseTask(load_text(args.text).decode(errors="replace"))
     data = torch.Generator().manual_seed(args.seed)
     model, optimizer = build(args, args.seed)
     state_file = args.state or Path(tempfile.mkdtemp()) / "state.pt"
