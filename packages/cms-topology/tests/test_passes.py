@@ -73,12 +73,15 @@ torch.manual_seed(0)
 tokens = torch.randint(0, 7, (4, 40), device=device)
 inf = float("inf")
 cases = [
-    # directions left out, eigenvalue of those, eps, budget
-    (0, 0, 0.1, 1e-3), (0, 0, inf, None), (3, 1, 0.1, 1e-3), (3, 1, 0.1, 1e3), (2, 0, inf, 1e-2),
-    (3, 1, 0.0, None),
+    # directions left out, eigenvalue of those, eps, budget, whether it counts as narrow
+    (0, 0, 0.1, 1e-3, True), (0, 0, inf, None, False), (3, 1, 0.1, 1e-3, True),
+    (3, 1, 0.1, 1e3, False), (0, 0, 0.1, 1e-3, False), (3, 1, 0.1, 1e-3, False),
+    (2, 0, inf, 1e-2, True), (3, 1, 0.0, None, False),
 ]
+# of a narrow budget only the displacement is measured exactly, the update as in TF32
+close = {False: {"rtol": 1e-3, "atol": 2e-6}, True: {"rtol": 2e-2, "atol": 1e-4}}
 seen = set()
-for left_out, flat, eps, budget in cases[: 4 if device == "cpu" else None]:
+for left_out, flat, eps, budget, narrow in cases[: 6 if device == "cpu" else None]:
     plain = Network().to(device)
     memory = consolidate(plain, [tokens], usage="none", sensitivity_batches=0)
     other = copy.deepcopy(plain)
@@ -95,16 +98,16 @@ for left_out, flat, eps, budget in cases[: 4 if device == "cpu" else None]:
         versions = [w.parameter._version for w in b.weights]
         with products(full=True):
             _projection.reachable = lambda *_: None
-            a.project(eps, budget)
+            a.project(eps, budget, narrow=narrow)
             _projection.reachable = lambda w, s: _passes.where(w, s, _passes_kernel)
             assert _projection.reachable(b.weights, b._still) is not None, b.names
-            b.project(eps, budget)
+            b.project(eps, budget, narrow=narrow)
         assert all(w.parameter._version > v for w, v in zip(b.weights, versions))
         for name in ("reference", "last_drift", "multiplier"):
-            torch.testing.assert_close(getattr(b, name), getattr(a, name), rtol=1e-3, atol=2e-6,
-                                       msg=f"{name} of {b.names} {eps} {budget}")
+            torch.testing.assert_close(getattr(b, name), getattr(a, name), **close[narrow],
+                                       msg=f"{name} of {b.names} {eps} {budget} {narrow}")
         for w, v in zip(a.weights, b.weights):
-            torch.testing.assert_close(v.parameter, w.parameter, rtol=1e-4, atol=2e-6)
+            torch.testing.assert_close(v.parameter, w.parameter, **close[narrow])
             if (eps, budget) == (inf, None):
                 assert torch.equal(v.parameter, w.parameter), "where nothing is taken"
         assert torch.equal(b.read(), b.reference), "what is written is what counts"
@@ -114,6 +117,63 @@ for left_out, flat, eps, budget in cases[: 4 if device == "cpu" else None]:
 assert len(seen) == 4, seen
 print("agrees")
 """
+
+
+NARROW = """
+import sys, torch
+from torch import nn
+from cms_topology import consolidate
+from cms_topology._retention import _passes, _passes_kernel, _projection
+from cms_topology._retention._parameters import sort_parameters
+from cms_topology._retention._precision import products
+from cms_topology._retention._state import WeightState
+
+device = sys.argv[1]
+_projection.reachable = lambda w, s: _passes.where(w, s, _passes_kernel)
+if device == "cpu":  # what tensor cores do
+    bmm, baddbmm_ = torch.bmm, torch.Tensor.baddbmm_
+    high = lambda x: (x.view(torch.int32) & -8192).view(x.dtype) if x.dtype == torch.float32 else x
+    torch.bmm = lambda a, b: bmm(high(a), high(b))
+    torch.Tensor.baddbmm_ = lambda c, a, b, **more: baddbmm_(c, high(a), high(b), **more)
+
+
+def drift_over_budget(narrow, budget=1e-6):
+    torch.manual_seed(0)
+    model = nn.Linear(64, 96, bias=False).to(device)
+    x = torch.randn(512, 8, device=device) @ torch.randn(8, 64, device=device)
+    memory = consolidate(model, [x], usage="none", sensitivity_batches=0)
+    weights, _, _ = sort_parameters(model, memory)
+    with products(full=True):
+        states = [WeightState.of(w) for w in weights]
+    batch = _projection.ProjectionBatch(weights, states, controls_updates=True)
+    K = x.double().mT @ x.double()
+    before = model.weight.detach().double()
+    free = torch.linalg.eigh(K)[1][:, :56].float()
+    for _ in range(3):
+        # far along what the old task never has, a little along all
+        far = torch.randn(96, 56, device=device) @ free.mT
+        model.weight.data.add_(far + 0.01 * torch.randn(96, 64, device=device))
+        with products(full=False):
+            batch.project(0.1, budget, narrow=narrow)
+    moved = model.weight.detach().double() - before
+    energy, whole = ((w @ K * w).sum() for w in (moved, before))
+    assert moved.norm() > 20 * before.norm()
+    return float(energy / whole) / budget
+
+
+loose, tight = drift_over_budget(False), drift_over_budget(True)
+assert loose > 2, (loose, tight)
+assert 0.99 < tight < 1.01, tight
+print("agrees")
+"""
+
+
+def test_narrow_budgets_are_kept_where_weights_have_moved_far_along_other_directions(
+    run_alone: Callable[[str, Mapping[str, str]], None],
+) -> None:
+    pytest.importorskip("triton")
+    gpu = torch.cuda.is_available()
+    run_alone(NARROW, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
 
 
 def test_the_kernels_agree_with_torch(run_alone: Callable[[str, Mapping[str, str]], None]) -> None:

@@ -188,20 +188,20 @@ def test_the_kernel_agrees_with_torch(run_alone: Callable[[str, Mapping[str, str
     run_alone(DIVERGENCE, os.environ | ({} if gpu else {"TRITON_INTERPRET": "1"}))
 
 
-@pytest.mark.parametrize(("start", "exacting"), [(1e-5, True), (1e-3, False)])
-def test_small_budgets_are_kept_in_full_precision(start: float, exacting: bool) -> None:
+@pytest.mark.parametrize(("start", "narrow"), [(1e-5, True), (1e-3, False)])
+def test_small_budgets_are_known_as_narrow(start: float, narrow: bool) -> None:
     model = learned()
     memory = consolidate(model, [batch(*OLD, seed=0)], probes=make_probes(model, own_samples))
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     controller = DriftController(10.0, start=start, smallest=1e-8, widen=1.5)
     guard = RetentionGuard(model, optimizer, memory, drift=controller, eps=math.inf)
-    assert guard._exacting is exacting
+    assert guard._narrow is narrow
     fit(model, optimizer, (8, 16, 5), 10)
     assert guard.budget is not None
-    assert guard._exacting is (guard.budget < 1e-4)
-    controller.budget.fill_(1e-6 if not exacting else 1e-2)
+    assert guard._narrow is (guard.budget < 1e-4)
+    controller.budget.fill_(1e-6 if not narrow else 1e-2)
     guard.load_state_dict(guard.state_dict())
-    assert guard._exacting is not exacting
+    assert guard._narrow is not narrow
     guard.remove()
 
 

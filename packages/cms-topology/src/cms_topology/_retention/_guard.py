@@ -208,9 +208,10 @@ class RetentionGuard:
             else:
                 self._allowed.fill_(now)
         allowed = None if self._budget is None else self._allowed
-        with products(full=self._exacting):
+        full = self.eps is not None and self.eps < 1e-3
+        with products(full=full):
             for batch in self._batches:
-                batch.project(self._eps_now(), allowed)
+                batch.project(self._eps_now(), allowed, narrow=self._narrow and not full)
 
     def _eps_now(self) -> float | None:
         if self.eps is None or self.release == 0:
@@ -223,9 +224,8 @@ class RetentionGuard:
         return self.eps is not None or self._budget is not None
 
     @property
-    def _exacting(self) -> bool:
-        narrow = self._budget is not None and self._budget.exacting
-        return narrow or (self.eps is not None and self.eps < 1e-3)
+    def _narrow(self) -> bool:
+        return self._budget is not None and self._budget.exacting
 
     def refresh(self) -> None:
         """Take note that blocks came or went; `flush` does so by itself when it notices.

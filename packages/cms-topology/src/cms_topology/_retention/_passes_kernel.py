@@ -70,11 +70,18 @@ def _weights(table_ptr, unit, row, column, G, m, K, B: tl.constexpr):
 
 
 @triton.jit
+def _to_tf32(x):
+    """The nearest float32 that TF32 holds; see `_precision.cut`."""
+    return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _open(
     table_ptr,  # int64 [layers, 2]
     anchor_ptr,  # [U, m, n]
     reference_ptr,  # [U, m, n]; replaced by the weights less what is taken outside
     both_ptr,  # [U, 2 m, n], written: displacement less what is taken outside, above the update
+    low_ptr,  # [U, m, n], written if CUT: what TF32 would lose of the displacement, left out above
     outside_ptr,  # [U]: share of the update that is taken outside of the leading directions
     squares_ptr,  # [U, pieces], written: of that displacement
     G,
@@ -85,6 +92,7 @@ def _open(
     B: tl.constexpr,
     OUTSIDE: tl.constexpr,
     STILL: tl.constexpr,
+    CUT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -105,6 +113,10 @@ def _open(
         tl.store(squares_ptr + tl.program_id(0), tl.sum(tl.sum(moved * moved, 1), 0))
     tl.store(reference_ptr + at, now, there)
     above = at + unit.to(tl.int64) * m * n
+    if CUT:
+        high = _to_tf32(moved)
+        tl.store(low_ptr + at, moved - high, there)
+        moved = high
     tl.store(both_ptr + above, moved, there)
     tl.store(both_ptr + above + half, update, there)
 
@@ -155,6 +167,7 @@ def _take(
     half,  # m r
     BUDGET: tl.constexpr,
     OUTSIDE: tl.constexpr,
+    CUT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -170,17 +183,19 @@ def _take(
         more = (outside - factor).to(tl.float32)
         if tl.max(tl.max(tl.abs(more), 1), 0) > 0.0:  # within the budget it is not read
             taken += tl.load(coefficients_ptr + at, there, other=0.0) * more
-    tl.store(coefficients_ptr + at, taken, there)
+    tl.store(coefficients_ptr + at, _to_tf32(taken) if CUT else taken, there)
 
 
 @triton.jit
 def _shrink_outside(
     both_ptr,  # [U, 2 m, n]: displacement above the update
+    low_ptr,  # [U, m, n]: the rest of the displacement if CUT
     factor_ptr,  # float64 [U, r + 1]
     result_ptr,  # [U, m, n]: the displacement is multiplied by the last factor in it
     m,
     n,
     r,
+    CUT: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
@@ -188,6 +203,8 @@ def _shrink_outside(
     taken = (1.0 - tl.load(factor_ptr + unit * (r + 1) + r)).to(tl.float32)
     if taken != 0.0:  # mostly it is
         moved = tl.load(both_ptr + at + unit.to(tl.int64) * m * n, there, other=0.0)
+        if CUT:
+            moved += tl.load(low_ptr + at, there, other=0.0)
         tl.store(result_ptr + at, tl.load(result_ptr + at, there) - moved * taken, there)
 
 
@@ -213,8 +230,8 @@ def _pieces(m: int, n: int) -> int:
 
 
 def begin(
-    weights: Weights, anchor: Tensor, reference: Tensor, outside: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
+    weights: Weights, anchor: Tensor, reference: Tensor, outside: Tensor | None, cut: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Displacement and update, what is taken outside of the directions left out of the former.
 
     Args:
@@ -222,18 +239,22 @@ def begin(
         anchor: [U, m, n].
         reference: [U, m, n]; the weights, less what is taken outside, are written here.
         outside: [U], share of the update that is taken there; None: there is nothing outside.
+        cut: whether what TF32 cannot hold of the displacement is kept apart.
 
     Returns:
-        [U, 2 m, n], displacement above update; and float64 [U], the displacement's squares.
+        [U, 2 m, n], displacement above update; if `cut` the displacement's low bits, [U, m, n],
+        which are missing there; and float64 [U], the displacement's squares.
     """
     U, m, n = anchor.shape
     both = anchor.new_empty(U, 2 * m, n)
+    low = torch.empty_like(anchor) if cut else None
     squares = anchor.new_empty(U, _pieces(m, n)) if outside is not None else anchor
     _open[(U * _pieces(m, n),)](
         weights.table,
         anchor,
         reference,
         both,
+        both if low is None else low,
         anchor if outside is None else outside,
         squares,
         weights.units,
@@ -244,10 +265,11 @@ def begin(
         B=weights.tile,
         OUTSIDE=outside is not None,
         STILL=any(still is not None for still in weights.still),
+        CUT=cut,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
     )
-    return both, None if outside is None else squares.sum(1, dtype=torch.float64)
+    return both, low, None if outside is None else squares.sum(1, dtype=torch.float64)
 
 
 def squares(coefficients: Tensor, shift: Tensor, outside: bool) -> tuple[Tensor, Tensor | None]:
@@ -283,13 +305,16 @@ def squares(coefficients: Tensor, shift: Tensor, outside: bool) -> tuple[Tensor,
     )
 
 
-def take(coefficients: Tensor, shift: Tensor, factor: Tensor | None, outside: bool) -> Tensor:
+def take(
+    coefficients: Tensor, shift: Tensor, factor: Tensor | None, outside: bool, cut: bool
+) -> Tensor:
     """Coefficients of what is taken from the weights, [U, m, r]; in place.
 
     Args:
         coefficients, shift: as in `squares`.
         factor: float64 [U, r + 1], what a budget leaves along each direction and outside of all.
         outside: whether there is anything there.
+        cut: whether they are rounded to what TF32 holds.
     """
     U, m, r = len(coefficients), coefficients.shape[1] // 2, coefficients.shape[2]
     _take[(U * _pieces(m, r),)](
@@ -301,23 +326,33 @@ def take(coefficients: Tensor, shift: Tensor, factor: Tensor | None, outside: bo
         m * r,
         BUDGET=factor is not None,
         OUTSIDE=outside,
+        CUT=cut,
         ROWS=ROWS,
         COLUMNS=COLUMNS,
     )
     return coefficients[:, :m]
 
 
-def shrink_outside(both: Tensor, factor: Tensor, result: Tensor) -> None:
+def shrink_outside(both: Tensor, low: Tensor | None, factor: Tensor, result: Tensor) -> None:
     """Multiply the displacement in `result` by the last factor, for what is outside of all.
 
     Args:
-        both: [U, 2 m, n], displacement above update.
+        both, low: as `begin` returned them.
         factor: as in `take`.
         result: [U, m, n], in place.
     """
     U, m, n = result.shape
     _shrink_outside[(U * _pieces(m, n),)](
-        both, factor, result, m, n, factor.shape[1] - 1, ROWS=ROWS, COLUMNS=COLUMNS
+        both,
+        both if low is None else low,
+        factor,
+        result,
+        m,
+        n,
+        factor.shape[1] - 1,
+        CUT=low is not None,
+        ROWS=ROWS,
+        COLUMNS=COLUMNS,
     )
 
 

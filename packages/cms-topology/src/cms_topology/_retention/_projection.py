@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from cms_topology._devices import on
 from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._damping import Damping, per_row
 from cms_topology._retention._passes import kernels, reachable
+from cms_topology._retention._precision import cut, products
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
 from cms_topology._retention._units import ProtectedWeight
@@ -109,7 +111,9 @@ class ProjectionBatch:
         return units
 
     @torch.no_grad()
-    def project(self, eps: float | None, budget: Tensor | float | None) -> None:
+    def project(
+        self, eps: float | None, budget: Tensor | float | None, *, narrow: bool = False
+    ) -> None:
         """Replace the weights by what the controls leave of them; no host synchronisation.
 
         With C the displacement's coefficients along U, a control is a factor per direction, and
@@ -118,10 +122,12 @@ class ProjectionBatch:
         Args:
             eps: None: no control of the update.
             budget: relative drift, a number or 0-d; None: no control of the displacement.
+            narrow: the budget is so small that the displacement has to be measured beyond TF32.
         """
         with on(self.anchor.device):  # where kernels are launched
-            if eps is None or not self._in_passes(eps, budget):
-                self._by_torch(eps, budget)
+            if eps is None or not self._in_passes(eps, budget, narrow):
+                with products(full=True) if narrow else nullcontext():
+                    self._by_torch(eps, budget)
 
     def _by_torch(self, eps: float | None, budget: Tensor | float | None) -> None:
         """`project` anywhere, and the kernels' reference."""
@@ -166,8 +172,12 @@ class ProjectionBatch:
         if eps is not None:
             self.reference = result if self._exact else self.read()
 
-    def _in_passes(self, eps: float, budget: Tensor | float | None) -> bool:
+    def _in_passes(self, eps: float, budget: Tensor | float | None, narrow: bool) -> bool:
         """`project` by one pass over memory before, between and after two products each.
+
+        If `narrow`, the displacement's coefficients are exact, by two more products in TF32. What
+        is left of it along a direction is then what the budget leaves, however inexact those of
+        the update are; what is taken away is small and rounded to nearest, without a bias.
 
         Returns:
             False where torch has to do it; nothing has happened then.
@@ -180,8 +190,15 @@ class ProjectionBatch:
         anchor, result, vectors = (
             t.flatten(0, 1) for t in (self.anchor, self.reference, self.vectors)
         )
-        both, all_squares = by.begin(weights, anchor, result, outside)
-        C = torch.bmm(both, vectors)
+        both, low, all_squares = by.begin(weights, anchor, result, outside, narrow)
+        if low is None:
+            C = torch.bmm(both, vectors)
+        else:
+            vectors, low_vectors = cut(vectors)
+            C = torch.bmm(both, vectors)
+            m = result.shape[1]
+            C[:, :m].baddbmm_(both[:, :m], low_vectors)
+            C[:, :m].baddbmm_(low, vectors)
         kept, inside = by.squares(C, shift, more)
         rest = (all_squares - inside).clamp(min=0) if more else kept.new_zeros(len(kept))
         energy = torch.cat((kept, rest[:, None]), 1).view(self.spectrum.shape)
@@ -192,9 +209,9 @@ class ProjectionBatch:
             per_direction, left = self._within(energy, budget)
             factor = per_direction.flatten(0, 1)
             if more:
-                by.shrink_outside(both, factor, result)
+                by.shrink_outside(both, low, factor, result)
         torch.div(self.debt + left, self.scale, out=self.last_drift)
-        result.baddbmm_(by.take(C, shift, factor, more), vectors.mT, alpha=-1)
+        result.baddbmm_(by.take(C, shift, factor, more, narrow), vectors.mT, alpha=-1)
         by.end(weights, result)
         return True
 
