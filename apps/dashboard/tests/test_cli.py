@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -48,6 +49,22 @@ def test_a_bad_port_is_refused(port: str, capsys: pytest.CaptureFixture[str]) ->
         main([f"--port={port}", "x"])
     assert exit_info.value.code == 2
     assert f"port (={port}) must be a number from 0 to 65535." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [("_server", ["."]), ("export", ["export", "."]), ("example", ["example", "."])],
+)
+def test_ctrl_c_while_it_imports(
+    module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Interrupted(types.ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    name = f"blockell_dashboard.{module}"
+    monkeypatch.setitem(sys.modules, name, Interrupted(name))
+    assert main(arguments) == 130
 
 
 def test_export_and_example(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -26,13 +26,14 @@ A directory called "export" or "example" opens as ./export or ./example."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit status."""
+    """Run the command line; returns the exit status: 0 done, 1 error, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    if arguments[:1] == ["export"]:
-        return _export(arguments[1:])
-    if arguments[:1] == ["example"]:
-        return _example(arguments[1:])
-    return _serve(arguments)
+    commands = {"export": _export, "example": _example}
+    command = commands.get(arguments[0]) if arguments else None
+    try:
+        return _serve(arguments) if command is None else command(arguments[1:])
+    except KeyboardInterrupt:  # also while Streamlit or Plotly is being imported
+        return 130
 
 
 def _serve(arguments: list[str]) -> int:
