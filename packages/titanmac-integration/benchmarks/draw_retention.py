@@ -172,8 +172,8 @@ def seed_table(records: list[dict[str, Any]]) -> str:
     """One line of Markdown per cell: what is kept of the first task, what the others cost."""
     lines = [
         "| method | dial | seed | learned | lowest | at the end | forgotten | change of its NLL | "
-        "new task, nats: test / validation |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "new task, nats: test / validation | where validation is best: step, test / validation |",
+        "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in sorted(
         records,
@@ -187,9 +187,17 @@ def seed_table(records: list[dict[str, Any]]) -> str:
             f"{cell['first_learned']:.1%} | {cell['first_lowest']:.1%} | "
             f"{cell['first_at_end']:.1%} | {cell['relative_forgetting']:.1%} | "
             f"{cell['first_nats_change']:+.3f} | "
-            f"{cell['new_nats']:.4f} / {cell['validation_new_nats']:.4f} |"
+            f"{cell['new_nats']:.4f} / {cell['validation_new_nats']:.4f} | {_stopped(record)} |"
         )
     return "\n".join(lines)
+
+
+def _stopped(record: dict[str, Any]) -> str:
+    """The last task at the best moment of its training; records before 2026-11-28 cannot say."""
+    if not record.get("curve"):
+        return ""
+    best = min(record["curve"][-1], key=lambda at: at["validation_nats"])
+    return f"{best['step']}, {best['nats']:.4f} / {best['validation_nats']:.4f}"
 
 
 if __name__ == "__main__":

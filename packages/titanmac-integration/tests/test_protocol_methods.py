@@ -207,6 +207,10 @@ def test_every_method_runs_and_is_recorded(setting: Setting, name: str) -> None:
     assert len(record["matrix"]) == 3
     assert all(len(row) == 2 for row in record["matrix"])
     assert record["path"][0][-1]["step"] == 4
+    assert [at["step"] for at in record["curve"][0]] == [1, 2, 3, 4]
+    if name == "fine-tuning":  # a guard projects once more when it is removed
+        ends = {key: record[key][-1][1] for key in ("validation_nats", "nats")}
+        assert record["curve"][0][-1] == {"step": 4, **ends}
     assert record["kept_bytes"] > 0 or not METHODS[name].keeps or name == "freeze-and-grow"
     assert record["seconds"][0] > 0
 

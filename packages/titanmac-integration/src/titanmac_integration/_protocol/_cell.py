@@ -215,6 +215,7 @@ def _figures(moments: list[Scores], phases: list[Phase]) -> dict[str, Any]:
         "validation_matrix": table("validation", "value"),
         "validation_nats": table("validation", "nats"),
         "path": [phase.watch.path for phase in phases],
+        "curve": [phase.watch.curve for phase in phases],
         "seconds": [phase.seconds for phase in phases],
         "swap_rates": [phase.report.swap_rates for phase in phases],
         "loss_ratios": [phase.decisions.ratios for phase in phases],

@@ -14,7 +14,7 @@ from titanmac_integration._training._trainer import PhaseReport, Trainer, Traine
 from ._graphed import GraphedTrainer
 from ._method import Method
 from ._recording import Recording
-from ._score import RetentionTask, Score
+from ._score import SPLITS, RetentionTask, Score
 from ._settings import Setting
 
 EARLY = (10, 20, 30, 50, 70, 100, 150, 200, 300, 400, 500)
@@ -37,14 +37,25 @@ def score_all(model: TitanMAC, tasks: list[RetentionTask]) -> Scores:
 
 
 class Watch(TrainerCallback):
-    """Measures the tasks learned before, on their test sets, all along the training."""
+    """Measures the tasks learned before, on their test sets, all along the training.
 
-    def __init__(self, old: list[RetentionTask], steps: int) -> None:
+    At every twelfth of it also the new task, on both held-out sets: where it would best be stopped.
+
+    Args:
+        tasks: all of them.
+        number: of the new one.
+        steps: of its training.
+    """
+
+    def __init__(self, tasks: list[RetentionTask], number: int, steps: int) -> None:
         every = max(1, steps // 120 * 10 or steps // 12)
-        self.old, self._first = old, 0
-        self._when = {s for s in EARLY if s < steps} | set(range(every, steps, every)) | {steps}
+        self.old, self._new, self._first = tasks[:number], tasks[number], 0
+        self._twelfths = {*range(every, steps, every), steps}
+        self._when = {s for s in EARLY if s < steps} | self._twelfths
         self.path: list[dict[str, Any]] = []
         """Per measurement: step, value and nats of every old task."""
+        self.curve: list[dict[str, Any]] = []
+        """Per twelfth: step, nats of the new task on validation and on test data."""
         self.seconds = 0.0
         """Time that measuring took."""
 
@@ -63,6 +74,10 @@ class Watch(TrainerCallback):
                 "nats": [s.nats for s in scores],
             }
         )
+        if step - self._first in self._twelfths:
+            validation, test = (self._new.score(trainer.model, s).nats for s in SPLITS)
+            at = {"step": step - self._first, "validation_nats": validation, "nats": test}
+            self.curve.append(at)
         if trainer.writer is not None:
             named = {
                 f"eval/{t.name}/{t.metric}": s.value for t, s in zip(self.old, scores, strict=True)
@@ -129,7 +144,7 @@ def train_phase(
     Raises:
         NonFiniteLossError: the training broke down.
     """
-    watch, decisions = Watch(tasks[:number], setting.steps[number]), Decisions()
+    watch, decisions = Watch(tasks, number, setting.steps[number]), Decisions()
     config = setting.training_config(number, seed, method.learning_rate if number else None)
     method.plan(number, len(tasks))
     trainer = GraphedTrainer(
