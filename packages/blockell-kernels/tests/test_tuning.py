@@ -242,6 +242,13 @@ def test_the_command(measured, capsys, folder):
     [
         (["--shapes", "640"], "shape (='640') must have the form INxOUT"),
         (["--layouts", "16x0"], "layout (='16x0') must have the form TILExROWGROUP"),
+        (["--tokens", "64", "0"], "tokens (=0) must be at least 1."),
+        (["--densities", "0.5", "1.5"], "densities (=1.5) must be in (0, 1]."),
+        (["--device", "cpu"], "device (='cpu') must be a CUDA device"),
+        (
+            ["--shapes", "100x100", "--layouts", "16x1"],
+            "nothing to measure: no shape is a multiple",
+        ),
     ],
 )
 def test_the_command_names_what_is_wrong(measured, capsys, arguments, message):

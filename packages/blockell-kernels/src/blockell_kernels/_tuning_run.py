@@ -68,8 +68,9 @@ def tune(
     Args:
         shapes: (in_features, out_features) of the layers.
         layouts: (tile, row_group); where a shape is no multiple of one, that pair is left out.
-        tokens: numbers of tokens; one answers for its neighbourhood, a factor of 1.4 either way.
-        densities: shares of live blocks.
+        tokens: numbers of tokens, at least 1; one answers for its neighbourhood, a factor of 1.4
+            either way.
+        densities: shares of live blocks, in (0, 1].
         dtypes: float32, float16, bfloat16.
         device: a CUDA device.
         report: is told every measurement, as a line of text.
@@ -78,9 +79,18 @@ def tune(
         The file.
 
     Raises:
-        ValueError: the cache is switched off, or there was nothing to measure.
+        ValueError: a number breaks a rule above, the cache is switched off, or there was nothing to
+            measure.
     """
-    device = torch.device(device)
+    device, tokens, densities = torch.device(device), list(tokens), list(densities)
+    if device.type != "cuda":
+        raise ValueError(f"device (={str(device)!r}) must be a CUDA device, as cuda or cuda:1.")
+    for N in tokens:
+        if N < 1:
+            raise ValueError(f"tokens (={N}) must be at least 1.")
+    for density in densities:
+        if not 0 < density <= 1:
+            raise ValueError(f"densities (={density}) must be in (0, 1].")
     cells: dict[str, list[Timing]] = {}
     for case in cases(shapes, layouts, tokens, densities, dtypes, device):
         timing, cell = _measure(case), cell_of(case, _arithmetic(case))

@@ -55,19 +55,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     try:
         shapes = [Shape.of(text) for text in options.shapes]
-        layouts = [Layout.of(text) for text in options.layouts]
+        path = tune(
+            shapes,
+            layouts=[Layout.of(text) for text in options.layouts],
+            tokens=options.tokens,
+            densities=options.densities,
+            dtypes=[DTYPES[name] for name in options.dtypes],
+            device=options.device,
+            report=print,
+        )
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
-    path = tune(
-        shapes,
-        layouts=layouts,
-        tokens=options.tokens,
-        densities=options.densities,
-        dtypes=[DTYPES[name] for name in options.dtypes],
-        device=options.device,
-        report=print,
-    )
     print(f"written to {path}")
     return 0
 
