@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.join import Join
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
@@ -127,6 +128,23 @@ def sharded(rank: int, out: Path, kind: str) -> None:
     except ValueError as error:
         message = str(error)
     (out / f"{rank}.json").write_text(json.dumps(message))
+
+
+def sharded_to_dense(rank: int, out: Path, _: str) -> None:
+    model = build()
+    fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    try:
+        densify(model)
+        message = "no error"
+    except ValueError as error:
+        message = str(error)
+    whole = build()
+    whole[2].reset_parameters()
+    whole.load_state_dict(
+        get_model_state_dict(model, options=StateDictOptions(full_state_dict=True))
+    )
+    same = torch.equal(densify(whole)[2].weight, densify(build())[2].weight)
+    (out / f"{rank}.json").write_text(json.dumps([message, same]))
 
 
 def uneven(rank: int, out: Path, _: str) -> None:
@@ -303,6 +321,15 @@ def test_sharded_parameters_are_refused(launch: Launch, tmp_path: Path, manager:
     for message in launch(sharded, tmp_path, kind=manager):
         assert "must be the layer's whole [R, K, B, B] = [8, 2, 8, 8] tensor" in message
         assert "use DistributedDataParallel" in message
+
+
+def test_sharded_parameters_become_dense_by_way_of_the_whole_state(
+    launch: Launch, tmp_path: Path
+) -> None:
+    for message, same in launch(sharded_to_dense, tmp_path):
+        assert message.startswith("values (=DTensor, shape (8, 2, 8, 8)) must be the layer's whole")
+        assert "get_model_state_dict returns with full_state_dict=True" in message
+        assert same
 
 
 @pytest.mark.parametrize("kind", ["averaged", "forgotten"])

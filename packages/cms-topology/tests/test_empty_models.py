@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -114,12 +115,16 @@ def test_a_file_that_was_cast_as_a_whole(dtype: torch.dtype) -> None:
     assert (target.block_scores() > 0).all()
 
 
-def test_a_layer_can_be_traced_while_it_trains() -> None:
+@pytest.mark.parametrize("moved", [None, lambda net: net.double().float(), copy.deepcopy])
+def test_a_layer_can_be_traced_while_it_trains(moved: Callable[..., nn.Module] | None) -> None:
     net, x = CMSBlockLinear(32, 48, tile_size=8), torch.randn(3, 32)
     net.collect_candidates = True
+    if moved is not None:  # its columns are looked up again, and that is no part of a trace
+        net = moved(net)
     with pytest.warns(Warning, match="trac|jit"):
         traced = torch.jit.trace(net, x)
-    assert torch.equal(traced(x), net(x))
+    for inputs in (x, torch.randn(5, 32)):
+        assert torch.equal(traced(inputs), net(inputs))
 
 
 def test_statistics_of_another_kind_of_score_are_refused() -> None:

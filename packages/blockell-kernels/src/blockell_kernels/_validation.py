@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._stats import SAMPLES, probe_size
+from blockell_kernels._transforms import transforms_active
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -95,7 +96,8 @@ def check_operands(
     if sample != "none":
         _check_probe(probe, sample, R, x.shape[-1] // B, device)
     order, col_start = index
-    if order is not None and col_start is not None:
+    if order is not None and col_start is not None and not transforms_active():
+        # composed products need no index, and a model without tensors of its own has none to give
         _check_index(order, col_start, R * slots, x.shape[-1] // B, device)
 
 

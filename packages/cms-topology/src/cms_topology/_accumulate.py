@@ -96,6 +96,22 @@ def refuse_foreign_values(layer: CMSBlockLinear) -> None:
         )
 
 
+def refuse_shards(layer: CMSBlockLinear) -> None:
+    """A part of the weight would become a wrong dense one, or end in an error of torch's.
+
+    Raises:
+        ValueError: `values` is not whole.
+    """
+    values, whole = layer.values, (layer.R, layer.K, layer.B, layer.B)
+    if hasattr(values, "placements") or values.shape != whole:
+        raise ValueError(
+            f"values (={type(values).__name__}, shape {tuple(values.shape)}) must be the layer's "
+            f"whole [R, K, B, B] = {list(whole)} tensor to become dense: load what "
+            "torch.distributed.checkpoint.state_dict.get_model_state_dict returns with "
+            "full_state_dict=True into a model that is not sharded, and make that dense."
+        )
+
+
 def _block_scores_of_step(layers: Sequence[CMSBlockLinear]) -> tuple[list[Tensor], Tensor]:
     """float32 [R, K] of each layer, and whether all of them are finite, a 0-d bool."""
     sloped = {x: _slope(x) for x in layers if x.scorer.config.keep_score in ("taylor", "loss")}

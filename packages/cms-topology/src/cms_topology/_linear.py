@@ -19,13 +19,14 @@ import blockell_format as fmt
 from blockell_format import num_blocks_for_density
 from blockell_kernels import block_ell_linear, probe_size, transforms_active
 from cms_topology import _distributed as dist_sync
-from cms_topology._accumulate import accumulate_scores
+from cms_topology._accumulate import accumulate_scores, refuse_shards
 from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
 from cms_topology._decision import decide, refresh_derived
 from cms_topology._growth import grow
 from cms_topology._loading import after_load, before_load
 from cms_topology._loss_score import tap_fisher
+from cms_topology._nested import on_nested
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
 from cms_topology._scorer import TopologyScorer, compute_column_entropy
 from cms_topology._seeding import decision_generator
@@ -204,8 +205,10 @@ class CMSBlockLinear(nn.Module):
         """y = x W^T + b: [..., in_features] -> [..., out_features].
 
         Raises:
-            ValueError: the last dimension is not in_features.
+            ValueError: the last dimension is not in_features, or `x` is nested but not jagged.
         """
+        if x.is_nested:
+            return on_nested(self.forward, x)
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"the last dimension of x (={x.shape[-1] if x.ndim else 'none, a scalar'}) must be "
@@ -273,6 +276,7 @@ class CMSBlockLinear(nn.Module):
 
     def to_dense(self) -> Tensor:
         """The weight as a dense [out_features, in_features] tensor; differentiable."""
+        refuse_shards(self)
         live = self.num_live
         return fmt.to_dense(
             self.values[:, :live], self.col_indices[:, :live], self.R, self.C, live, self.B
@@ -447,9 +451,15 @@ class CMSBlockLinear(nn.Module):
         """
         if self._is_stale() and not is_functorch_wrapped_tensor(self.col_indices):
             # indices are nobody's input, but inside a transform of torch.func even their copy on
-            # the host would be one of its wrapped tensors, which cannot be read
-            with torch._C._DisableFuncTorch():
-                self._check_topology()
+            # the host would be one of its wrapped tensors, which cannot be read; and what is looked
+            # up once has no place in what torch.jit.trace repeats at every call
+            trace = torch._C._get_tracing_state()
+            torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
+            try:
+                with torch._C._DisableFuncTorch():
+                    self._check_topology()
+            finally:
+                torch._C._set_tracing_state(trace)  # type: ignore[attr-defined]
 
     def _check_topology(self) -> None:
         """Validate indices that came from outside and rebuild what depends on them."""
