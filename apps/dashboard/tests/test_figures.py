@@ -9,6 +9,7 @@ import plotly.graph_objects as go
 import pytest
 
 from blockell_dashboard import figures
+from blockell_dashboard.figures._theme import step_axis
 from blockell_format.snapshots import LayerInfo, LayerSnapshot
 
 INFO = LayerInfo("fc", R=3, C=4, K=3, B=16)
@@ -194,3 +195,11 @@ def test_series_colours_differ_in_lightness_or_hue_for_everybody() -> None:
         colours = dataclasses.asdict(figures.palette(theme))
         series = {colours[name] for name in ("first", "second", "third", "kept")}
         assert len(series) == 4
+
+
+@pytest.mark.parametrize(("steps", "tick"), [([0], 1), ([0, 2], 1), ([3, 9], 1), ([0, 9], None)])
+def test_axes_of_few_steps_name_no_halves(steps: list[int], tick: int | None) -> None:
+    axis = step_axis(steps)
+    assert axis.get("dtick") == tick
+    assert axis["range"][0] < steps[0]
+    assert axis["range"][1] > steps[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
@@ -262,7 +263,12 @@ def step_axis(steps: Sequence[int] | Any) -> dict[str, Any]:
         return {}
     first, last = float(min(steps)), float(max(steps))
     margin = (last - first) * 0.02 or max(1.0, abs(last) * 0.02)
-    return {"range": [first - margin, last + margin], "tickformat": ",d"}
+    width = last - first + 2 * margin
+    return {
+        "range": [first - margin, last + margin],
+        "tickformat": ",d",
+        **whole_ticks(math.ceil(width)),
+    }
 
 
 def series_style(number: int, theme: Theme) -> tuple[str, str, str]:
