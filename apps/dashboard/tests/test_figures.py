@@ -159,6 +159,9 @@ def test_loss_marks_spikes_and_decisions() -> None:
     assert "100 values; 1 above 2" in fig.layout.title.text
     assert "; 1 not finite" in fig.layout.title.text
     assert named["topology decision"].x.tolist() == [10, 20]
+    many = figures.loss(steps, losses, decision_steps=np.arange(1000)).data[-1]
+    assert many.name == "topology decision (1 of 7 drawn)"
+    assert len(many.x) == 143
 
 
 @pytest.mark.parametrize("theme", ["light", "dark"])

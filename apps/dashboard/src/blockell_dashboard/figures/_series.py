@@ -27,6 +27,7 @@ __all__ = ["column_entropy", "density", "loss", "swap_rate"]
 
 _HEIGHT = 370
 _NONE = np.empty(0)
+_MOST_TICKS = 150
 
 
 def swap_rate(
@@ -308,12 +309,14 @@ def loss(
                 showlegend=bool(len(marked)),
             )
         )
-    ticks = decision_steps[:: max(1, len(decision_steps) // 2000)]
+    # more of them would run into a bar
+    every = -(-len(decision_steps) // _MOST_TICKS) or 1
+    ticks = decision_steps[::every]
     fig.add_trace(
         go.Scatter(
             x=ticks,
             y=np.full(len(ticks), low - 0.06 * span),
-            name="topology decision",
+            name="topology decision" + (f" (1 of {every} drawn)" if every > 1 else ""),
             mode="markers",
             marker={"symbol": "line-ns-open", "size": 8, "color": colours.second},
             hoverinfo="skip",

@@ -90,14 +90,16 @@ def loads(data: bytes | str) -> Any:
         ValueError: not UTF-8, not JSON, nested too deeply, or text with lone surrogates (which no
             terminal or browser could print).
     """
-    text = data if isinstance(data, str) else data.decode("utf-8")
     try:
+        text = data if isinstance(data, str) else data.decode("utf-8")
         text.encode()
         value = json.loads(text)
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("nested too deeply") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"is not JSON, or cut off ({error})") from None
     except UnicodeEncodeError:
         raise ValueError("holds text that is not valid Unicode") from None
     return value

@@ -117,7 +117,12 @@ def read_manifest(directory: Path) -> Manifest:
     """
     path = directory / RUN_FILE
     try:
-        return _parse(loads(read_small(path, MAX_RUN_FILE_BYTES)))
+        text = read_small(path, MAX_RUN_FILE_BYTES)
+        try:
+            content = loads(text)
+        except ValueError as error:
+            raise ValueError(f"{error}; a run is readable only with it: put back a copy") from None
+        return _parse(content)
     except FileNotFoundError:
         raise RunError(
             f"{printable(directory)} holds no {RUN_FILE}; a run directory is made by "
