@@ -16,7 +16,6 @@ from titanmac_integration._attention._window import plan_segments, plan_window
 from titanmac_integration._config._config import TitanMACConfig
 from titanmac_integration._inputs import check_inputs
 from titanmac_integration._layers._linear import init_linear
-from titanmac_integration._layers._linear_loss import linear_loss
 from titanmac_integration._layers._losses import language_model_loss
 from titanmac_integration._layers._project import has_hooks
 from titanmac_integration._layers._rotary import rotary_table
@@ -178,6 +177,9 @@ class TitanMAC(nn.Module):
 
         ``table`` stands for the embedding matrix where the head is that.
         """
+        # here, since torch.compiler.disable imports Dynamo: one second, for who wants only --help
+        from titanmac_integration._layers._linear_loss import linear_loss
+
         weight = self.config.z_loss_weight
         if self.head is None:
             table = self.embedding.weight if table is None else table
