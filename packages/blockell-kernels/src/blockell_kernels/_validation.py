@@ -18,22 +18,25 @@ DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 def packed(name: str, t: Tensor) -> Tensor:
     """The operand without gaps, as kernels read all but x: a copy where it has other strides."""
+    if t.is_contiguous():
+        return t
     if t.layout != torch.strided:
         _raise_for_layout(name, t)
-    return t if t.is_contiguous() else t.contiguous()
+    return t.contiguous()
 
 
 def parts_of(name: str, index: Any) -> tuple[Tensor | None, Tensor | None]:
     """(order, col_start) of a transposed index, without gaps; None where there is none."""
     if index is None:
         return None, None
-    if not hasattr(index, "order") or not hasattr(index, "col_start"):
+    try:
+        order, start = index.order, index.col_start
+    except AttributeError:
         raise ValueError(
             f"{name} is a {type(index).__name__}; it must have `order` and `col_start`: "
             "pass transposed_index(col_indices, C)."
-        )
-    order, start = index.order, index.col_start
-    return packed(f"{name}.order", order), packed(f"{name}.col_start", start)
+        ) from None
+    return packed(name, order), packed(name, start)
 
 
 def _raise_for_layout(name: str, t: Tensor) -> None:
