@@ -132,9 +132,9 @@ device = sys.argv[1]
 _projection.reachable = lambda w, s: _passes.where(w, s, _passes_kernel)
 if device == "cpu":  # what tensor cores do
     bmm, baddbmm_ = torch.bmm, torch.Tensor.baddbmm_
-    high = lambda x: (x.view(torch.int32) & -8192).view(x.dtype) if x.dtype == torch.float32 else x
-    torch.bmm = lambda a, b: bmm(high(a), high(b))
-    torch.Tensor.baddbmm_ = lambda c, a, b, **more: baddbmm_(c, high(a), high(b), **more)
+    held = lambda x: (x.view(torch.int32) & -8192).view(x.dtype) if x.dtype == torch.float32 else x
+    torch.bmm = lambda a, b: bmm(held(a), held(b))
+    torch.Tensor.baddbmm_ = lambda c, a, b, **more: baddbmm_(c, held(a), held(b), **more)
 
 
 def drift_over_budget(narrow, budget=1e-6):
@@ -161,6 +161,10 @@ def drift_over_budget(narrow, budget=1e-6):
     return float(energy / whole) / budget
 
 
+x = torch.randn(5, 431, device=device) * torch.logspace(-30, 30, 431, device=device)
+high, low = _passes_kernel.cut(x)
+assert torch.equal(high + low, x) and bool((high.view(torch.int32) % 8192 == 0).all())
+assert bool((low.abs() <= 2.0**-11 * x.abs()).all()), "to nearest"
 loose, tight = drift_over_budget(False), drift_over_budget(True)
 assert loose > 2, (loose, tight)
 assert 0.99 < tight < 1.01, tight

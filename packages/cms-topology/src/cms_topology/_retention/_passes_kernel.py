@@ -71,8 +71,17 @@ def _weights(table_ptr, unit, row, column, G, m, K, B: tl.constexpr):
 
 @triton.jit
 def _to_tf32(x):
-    """The nearest float32 that TF32 holds; see `_precision.cut`."""
+    """The nearest float32 that TF32 holds."""
     return ((x.to(tl.int32, bitcast=True) + 4096) & -8192).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _cut(x_ptr, high_ptr, low_ptr, N, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < N, other=0.0)
+    high = _to_tf32(x)
+    tl.store(high_ptr + at, high, at < N)
+    tl.store(low_ptr + at, x - high, at < N)
 
 
 @triton.jit
@@ -227,6 +236,16 @@ def _close(
 
 def _pieces(m: int, n: int) -> int:
     return triton.cdiv(m, ROWS) * triton.cdiv(n, COLUMNS)
+
+
+def cut(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest tensor that TF32 holds, and the rest: added, the contiguous `x` to the bit.
+
+    a b is a_high b_high + a_high b_low + a_low b_high up to 2^-22, by three products in TF32.
+    """
+    high, low = torch.empty_like(x), torch.empty_like(x)
+    _cut[(triton.cdiv(x.numel(), 2048),)](x, high, low, x.numel(), BLOCK=2048)
+    return high, low
 
 
 def begin(

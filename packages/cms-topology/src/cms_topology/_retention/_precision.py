@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
 
 
 @contextmanager
@@ -26,12 +25,3 @@ def products(*, full: bool) -> Iterator[None]:
         yield
     finally:
         setattr(matmul, setting, before)
-
-
-def cut(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The nearest float32 tensor that TF32 holds, and the rest: added, `x` to the bit.
-
-    a b is a_high b_high + a_high b_low + a_low b_high up to 2^-22, by three products in TF32.
-    """
-    high = ((x.view(torch.int32) + 4096) & -8192).view(torch.float32)
-    return high, x - high

@@ -17,10 +17,10 @@ from cms_topology._devices import on
 from cms_topology._retention._basis import Eigenbasis
 from cms_topology._retention._damping import Damping, per_row
 from cms_topology._retention._passes import kernels, reachable
-from cms_topology._retention._precision import cut, products
+from cms_topology._retention._precision import products
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
-from cms_topology._retention._units import ProtectedWeight
+from cms_topology._retention._units import ProtectedWeight, read_all, write_all
 
 
 class ProjectionBatch:
@@ -106,8 +106,7 @@ class ProjectionBatch:
     def read(self) -> Tensor:
         """[L, G, m, n]."""
         units = torch.empty_like(self.anchor)
-        for weight, into in zip(self.weights, units, strict=True):
-            weight.read_into(into)
+        read_all(self.weights, units)
         return units
 
     @torch.no_grad()
@@ -194,7 +193,7 @@ class ProjectionBatch:
         if low is None:
             C = torch.bmm(both, vectors)
         else:
-            vectors, low_vectors = cut(vectors)
+            vectors, low_vectors = by.cut(vectors)
             C = torch.bmm(both, vectors)
             m = result.shape[1]
             C[:, :m].baddbmm_(both[:, :m], low_vectors)
@@ -246,13 +245,11 @@ class ProjectionBatch:
         if not gradients:
             return
         units = self.anchor.new_empty(len(layers), *self.anchor.shape[1:])
-        for gradient, into in zip(gradients, units, strict=True):
-            gradient.read_into(into)
+        read_all(gradients, units)
         if self._damping is None or eps < self._damping.eps:
             self._damping = Damping(self.spectrum, self.vectors, eps)
         damped = self._damping(units, eps, layers if len(layers) < len(found) else None)
-        for gradient, values in zip(gradients, damped, strict=True):
-            gradient.write(values)
+        write_all(gradients, damped)
 
     @torch.no_grad()
     def measure(self) -> Tensor:
@@ -264,7 +261,7 @@ class ProjectionBatch:
     def _write(self, result: Tensor) -> None:
         for weight, units, anchor in zip(self.weights, result, self.anchor, strict=True):
             weight.keep_rows(units, anchor)
-            weight.write(units)
+        write_all(self.weights, result)
 
     def _coefficients(self, moved: Tensor) -> Tensor:
         """Along the leading directions: [L, G, m, n] -> [L, G, m, r]."""

@@ -8,6 +8,7 @@ n = K * B inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -59,17 +60,23 @@ class ProtectedWeight:
     def read(self) -> Tensor:
         """The weights, float32 [G, m, n] (float64 for a float64 model); a copy."""
         wide = torch.float64 if self.parameter.dtype == torch.float64 else torch.float32
-        return self.read_into(torch.empty(self.shape, dtype=wide, device=self.parameter.device))
-
-    @torch.no_grad()
-    def read_into(self, units: Tensor) -> Tensor:
-        """Write the weights to a contiguous [G, m, n]; returns it."""
-        if self.layer is None:
-            units.copy_(self._layout.matrices(self.parameter))
-            return units
-        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
-        units.view(R, B, K, B).copy_(self.parameter[:, :K].permute(0, 2, 1, 3))
+        units = torch.empty(self.shape, dtype=wide, device=self.parameter.device)
+        read_all([self], units[None])
         return units
+
+    def _read(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """Views: what has to be copied where, so that a contiguous [G, m, n] holds the weights."""
+        if self.layer is None:
+            return units, self._layout.matrices(self.parameter)
+        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
+        return units.view(R, B, K, B), self.parameter[:, :K].permute(0, 2, 1, 3)
+
+    def _write(self, units: Tensor) -> tuple[Tensor, Tensor]:
+        """The same for the way back."""
+        if self.layer is None:
+            return self.parameter, self._layout.parameter(units, self.parameter.shape)
+        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
+        return self.parameter[:, :K], units.reshape(R, B, K, B).permute(0, 2, 1, 3)
 
     def still(self) -> Tensor | None:
         """Bool [G m]: which of the matrices' rows are `rows`; None if there are none, or if they
@@ -89,11 +96,16 @@ class ProtectedWeight:
         else:
             units.flatten(0, 1)[self.rows] = kept.flatten(0, 1)[self.rows]
 
-    @torch.no_grad()
-    def write(self, units: Tensor) -> None:
-        """The inverse of `read`."""
-        if self.layer is None:
-            self.parameter.copy_(self._layout.parameter(units, self.parameter.shape))
-            return
-        R, K, B = self.layer.R, self.layer.num_live, self.layer.B
-        self.parameter[:, :K].copy_(units.reshape(R, B, K, B).permute(0, 2, 1, 3))
+
+@torch.no_grad()
+def read_all(weights: Sequence[ProtectedWeight], units: Tensor) -> None:
+    """Copy weights of one shape to a contiguous [L, G, m, n]; dense ones by few launches."""
+    into, values = zip(*(w._read(u) for w, u in zip(weights, units, strict=True)), strict=True)
+    torch._foreach_copy_(into, values)
+
+
+@torch.no_grad()
+def write_all(weights: Sequence[ProtectedWeight], units: Tensor) -> None:
+    """The inverse."""
+    into, values = zip(*(w._write(u) for w, u in zip(weights, units, strict=True)), strict=True)
+    torch._foreach_copy_(into, values)
