@@ -100,3 +100,16 @@ def test_torchs_transformer_layer_works_in_evaluation_mode(grad: bool) -> None:
     encoder.eval()
     with torch.set_grad_enabled(grad):
         assert torch.allclose(encoder(x), want, atol=1e-5)
+
+
+def test_replicas_of_data_parallel_are_for_evaluation_only() -> None:
+    layer, x = CMSBlockLinear(32, 64, density=0.5), torch.randn(3, 32)
+    replica = layer._replicate_for_data_parallel()  # as torch makes them, one per device
+    for name, parameter in layer.named_parameters():
+        setattr(replica, name, parameter.clone())
+    replica.col_indices = layer.col_indices.clone()
+    with torch.no_grad():
+        assert torch.equal(replica(x), layer(x))
+    replica.col_indices = layer.col_indices.clone()
+    with pytest.raises(ValueError, match=r"under nn.DataParallel.*: use DistributedDataParallel"):
+        replica(x)

@@ -96,6 +96,19 @@ def refuse_foreign_values(layer: CMSBlockLinear) -> None:
         )
 
 
+def refuse_replica(layer: CMSBlockLinear) -> None:
+    """What replicas of `nn.DataParallel` collect would be lost, and each looks up columns anew.
+
+    Raises:
+        ValueError: `layer` is such a replica and is being trained.
+    """
+    if getattr(layer, "_is_replica", False) and torch.is_grad_enabled():
+        raise ValueError(
+            "a CMSBlockLinear cannot be trained under nn.DataParallel (only evaluated, without "
+            "gradients): use DistributedDataParallel, one process per device."
+        )
+
+
 def refuse_shards(layer: CMSBlockLinear) -> None:
     """A part of the weight would become a wrong dense one, or end in an error of torch's.
 

@@ -19,7 +19,7 @@ import blockell_format as fmt
 from blockell_format import num_blocks_for_density
 from blockell_kernels import block_ell_linear, probe_size, transforms_active
 from cms_topology import _distributed as dist_sync
-from cms_topology._accumulate import accumulate_scores, refuse_shards
+from cms_topology._accumulate import accumulate_scores, refuse_replica, refuse_shards
 from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
 from cms_topology._decision import decide, refresh_derived
@@ -453,6 +453,7 @@ class CMSBlockLinear(nn.Module):
             # indices are nobody's input, but inside a transform of torch.func even their copy on
             # the host would be one of its wrapped tensors, which cannot be read; and what is looked
             # up once has no place in what torch.jit.trace repeats at every call
+            refuse_replica(self)
             trace = torch._C._get_tracing_state()
             torch._C._set_tracing_state(None)  # type: ignore[attr-defined]
             try:
