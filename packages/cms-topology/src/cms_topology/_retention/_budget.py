@@ -13,9 +13,9 @@ from cms_topology._retention._consolidation import Consolidation
 from cms_topology._retention._controller import SMALLEST, START, DriftController
 from cms_topology._retention._probes import LogitsFn, Probes, measure_divergences
 
-EXACT_BELOW = 1e-4
-"""Budgets below this need products in full precision: what TF32 leaks is some 1e-6 where a weight
-matrix has moved far along directions that the old task never uses."""
+NARROW_BELOW = 1e-4
+"""Budgets below this are narrow: what TF32 leaks is some 1e-6 where a weight matrix has moved far
+along directions that the old task never uses."""
 WATCHED_NATS = 0.001
 FORECAST_NATS = 0.01
 
@@ -39,8 +39,8 @@ class Budget(Protocol):
         ...
 
     @property
-    def exacting(self) -> bool:
-        """Whether it takes full precision to keep to the budget."""
+    def narrow(self) -> bool:
+        """Whether it takes more than TF32 to keep to the budget."""
         ...
 
     def figures(self) -> dict[str, float]:
@@ -72,8 +72,8 @@ class FixedBudget:
         pass
 
     @property
-    def exacting(self) -> bool:
-        return self.value < EXACT_BELOW
+    def narrow(self) -> bool:
+        return self.value < NARROW_BELOW
 
     def figures(self) -> dict[str, float]:
         return {"retention/budget": self.now(self._steps)}
@@ -119,8 +119,8 @@ class WatchedBudget:
             self._budget.follow(self.controller.budget)
 
     @property
-    def exacting(self) -> bool:
-        return self._budget.value < EXACT_BELOW
+    def narrow(self) -> bool:
+        return self._budget.value < NARROW_BELOW
 
     def figures(self) -> dict[str, float]:
         return {

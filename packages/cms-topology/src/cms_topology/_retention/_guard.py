@@ -208,7 +208,7 @@ class RetentionGuard:
             else:
                 self._allowed.fill_(now)
         allowed = None if self._budget is None else self._allowed
-        full = self.eps is not None and self.eps < 1e-3
+        full = self.eps is not None and self.eps < 1e-3  # updates that must not leak at all
         with products(full=full):
             for batch in self._batches:
                 batch.project(self._eps_now(), allowed, narrow=self._narrow and not full)
@@ -225,7 +225,7 @@ class RetentionGuard:
 
     @property
     def _narrow(self) -> bool:
-        return self._budget is not None and self._budget.exacting
+        return self._budget is not None and self._budget.narrow
 
     def refresh(self) -> None:
         """Take note that blocks came or went; `flush` does so by itself when it notices.
