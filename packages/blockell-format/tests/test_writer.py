@@ -181,6 +181,20 @@ def test_full_disk_while_writing(run_maker: Any, monkeypatch: pytest.MonkeyPatch
     assert open_run(run_maker.path).steps == [1]
 
 
+def test_a_full_disk_while_closing_holds_nobody_up(
+    run_maker: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writer = run_maker.writer()
+    fd = writer._metrics_fd
+    monkeypatch.setattr(os, "fsync", lambda fd: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(OSError, match="full"):
+        writer.close()
+    writer.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(fd)
+    assert writer._lock._fd is None
+
+
 def test_new_refuses_a_run(run_maker: Any) -> None:
     run_maker.make(1)
     before = {p: p.read_bytes() for p in run_maker.path.rglob("*") if p.is_file()}

@@ -213,12 +213,18 @@ class SnapshotWriter:
         self._cut_short = False
 
     def close(self) -> None:
-        """Flush the metrics to disk and let another writer in. Calling it again does nothing."""
+        """Flush the metrics to disk and let another writer in. Calling it again does nothing.
+
+        Raises:
+            OSError: the last metrics may not be on disk; the writer is closed all the same.
+        """
         if self._metrics_fd is not None:
-            os.fsync(self._metrics_fd)
-            os.close(self._metrics_fd)
-            self._metrics_fd = None
-            self._lock.release()
+            fd, self._metrics_fd = self._metrics_fd, None
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+                self._lock.release()
 
     def __enter__(self) -> SnapshotWriter:
         return self
