@@ -20,7 +20,7 @@ from cms_topology._retention._passes import kernels, reachable
 from cms_topology._retention._precision import products
 from cms_topology._retention._state import WeightState
 from cms_topology._retention._trust_region import drift, shrink
-from cms_topology._retention._units import ProtectedWeight, read_all, write_all
+from cms_topology._retention._units import ProtectedWeight, read_all, stacked, write_all
 
 
 class ProjectionBatch:
@@ -244,8 +244,7 @@ class ProjectionBatch:
         gradients = [gradient for gradient in found if gradient is not None]
         if not gradients:
             return
-        units = self.anchor.new_empty(len(layers), *self.anchor.shape[1:])
-        read_all(gradients, units)
+        units = stacked(gradients, self.anchor)
         if self._damping is None or eps < self._damping.eps:
             self._damping = Damping(self.spectrum, self.vectors, eps)
         damped = self._damping(units, eps, layers if len(layers) < len(found) else None)

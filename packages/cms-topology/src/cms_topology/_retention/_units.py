@@ -105,6 +105,17 @@ def read_all(weights: Sequence[ProtectedWeight], units: Tensor) -> None:
 
 
 @torch.no_grad()
+def stacked(weights: Sequence[ProtectedWeight], like: Tensor) -> Tensor:
+    """Weights of one shape, [L, G, m, n] in the precision of `like`; to be read only, since a
+    dense one by itself is not copied."""
+    if len(weights) == 1 and weights[0].layer is None:
+        return weights[0]._layout.matrices(weights[0].parameter)[None].to(like.dtype)
+    units = like.new_empty(len(weights), *weights[0].shape)
+    read_all(weights, units)
+    return units
+
+
+@torch.no_grad()
 def write_all(weights: Sequence[ProtectedWeight], units: Tensor) -> None:
     """The inverse."""
     into, values = zip(*(w._write(u) for w, u in zip(weights, units, strict=True)), strict=True)
