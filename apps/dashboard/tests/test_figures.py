@@ -34,6 +34,13 @@ def test_heatmap_shows_ages_and_leaves_absent_cells_to_the_neutral_colour(
     assert "2 per row (50% dense)" in fig.layout.title.text
 
 
+def test_heatmap_says_what_its_scale_of_ages_leaves_out(small_layer: LayerSnapshot) -> None:
+    fig = figures.topology_heatmap(small_layer, INFO, value_range=(0.0, 15.0))
+    assert "; 4 blocks older than the scale" in fig.layout.title.text
+    fig = figures.topology_heatmap(small_layer, INFO, value_range=(0.0, 30.0))
+    assert "older" not in fig.layout.title.text
+
+
 def test_heatmap_hover_names_weights_age_and_score(small_layer: LayerSnapshot) -> None:
     blocks = heatmaps(figures.topology_heatmap(small_layer, INFO))[-1]
     assert blocks.customdata[1, 2].tolist() == [10, 2, 16, 32, 32, 48]

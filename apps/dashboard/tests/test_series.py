@@ -53,5 +53,11 @@ def test_metrics_start_anew_when_history_changed() -> None:
 
 def test_series_of_nothing_have_usable_ranges() -> None:
     series = LayerSeries.from_rows([], [], sampled=False)
-    assert series.age_limit == 10.0
+    assert (series.age_limit, series.age_scale) == (10.0, 10.0)
     assert series.score_range == (0.0, 1.0)
+
+
+def test_few_old_blocks_do_not_darken_the_rest() -> None:
+    rows = [(1.0, 0.0, 20.0, 70.0, 4000.0, 0.0, 1.0), (1.0, 0.0, 20.0, 75.0, 900.0, 0.0, 1.0)]
+    series = LayerSeries.from_rows([100, 200], rows, sampled=False)
+    assert (series.age_limit, series.age_scale) == (4000.0, 80.0)

@@ -219,7 +219,7 @@ def _run_figures(
         yield (
             name,
             figures.topology_heatmap(
-                layer, info, step=step, value_range=(0.0, series.age_limit), theme=theme
+                layer, info, step=step, value_range=(0.0, series.age_scale), theme=theme
             ),
         )
         if loaded.spans:

@@ -64,6 +64,12 @@ class LayerSeries:
         return stats.nice_ceiling(float(finite.max(initial=_SHORTEST_AGE_AXIS)))
 
     @property
+    def age_scale(self) -> float:
+        """End of a scale of colours for every step; few very old blocks do not darken the rest."""
+        finite = self.p90_age[np.isfinite(self.p90_age)]
+        return stats.nice_ceiling(float(finite.max(initial=_SHORTEST_AGE_AXIS)))
+
+    @property
     def score_range(self) -> tuple[float, float]:
         """Ends of a score scale for every step; single wild steps do not stretch it."""
         low = self.score_low[np.isfinite(self.score_low)]

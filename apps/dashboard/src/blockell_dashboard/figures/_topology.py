@@ -110,6 +110,9 @@ def topology_heatmap(
         odd -= int((kinds_grid == stats.DIED).sum())
         if odd:
             subtitle += f"; {counted(odd, colour)} not finite, in pink"
+        older = int((grid > ends[1]).sum()) if colour == "age" else 0
+        if older:
+            subtitle += f"; {counted(older, 'block')} older than the scale"
         _draw_values(fig, cells, colour, values, kinds.values, age, score, ends, colours)
     return apply_layout(
         fig,

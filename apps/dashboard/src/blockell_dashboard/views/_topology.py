@@ -154,7 +154,7 @@ def _heatmap_card(
     since: tuple[int, LayerSnapshot] | None,
 ) -> None:
     series = loaded.series(info.name)
-    ranges = {"age": (0.0, series.age_limit), "score": series.score_range}
+    ranges = {"age": (0.0, series.age_scale), "score": series.score_range}
     fig = figures.topology_heatmap(
         layer,
         info,
