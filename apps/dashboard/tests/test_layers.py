@@ -15,6 +15,7 @@ from blockell_dashboard.layers import layer_label, layer_order
         ("h.0.mlp", "Block 0 · mlp"),
         ("fc1", "fc1"),
         ("layers.0", "layers.0"),
+        ("2", "Layer 2"),
     ],
 )
 def test_labels_name_block_and_part(name: str, label: str) -> None:

@@ -8,8 +8,10 @@ __all__ = ["layer_label", "layer_order"]
 
 
 def layer_label(name: str) -> str:
-    """`blocks.3.mlp.fc1` as "Block 3 · fc1"; names without a number stay as they are."""
+    """`blocks.3.mlp.fc1` as "Block 3 · fc1", a bare `2` as "Layer 2"; other names stay."""
     parts = name.split(".")
+    if len(parts) == 1 and name.isdecimal():
+        return f"Layer {name}"
     numbers = [i for i, part in enumerate(parts) if part.isdecimal()]
     if not numbers or numbers[0] == len(parts) - 1:
         return name
