@@ -51,6 +51,8 @@ def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, 
     pointers, boxes = pointers or {}, boxes or {}
     if "OVERLAPS" in kernel.arg_names:
         constants = constants | {"OVERLAPS": arch >= 90}
+    if "FAR" in kernel.arg_names:
+        constants = {"FAR": False} | constants
     signature, values, attributes = {}, {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constants:
@@ -61,7 +63,7 @@ def compile_for(arch, kernel, constants, *, pointers=None, boxes=None, warps=4, 
         elif name in pointers:
             signature[name] = "*" + pointers[name]
             attributes[(position,)] = [["tt.divisibility", 16]]
-        elif name.endswith(("_xk", "_dk", "stride_k")):
+        elif name.endswith(("_xk", "_dk", "stride_k")) and not constants.get("FAR"):
             signature[name], values[name] = "constexpr", 1
         else:
             signature[name] = "i32"
@@ -192,7 +194,8 @@ def few_cases(arch, dtype, B):
     tensors |= dict.fromkeys(("cols_ptr", "order_ptr", "col_start_ptr"), "i32")
     common = {"B": B, "BM": 16, "PRECISION": precision(dtype, arch), "UPCAST": False}
     strip = common | {"BN": max(16, min(B, 32)), "BN_LIVE": min(B, 32), "BK": 128}
-    yield few.few_forward, strip | {"EVEN": False, "HAS_BIAS": True}, tensors
+    for far in (False, True):
+        yield few.few_forward, strip | {"EVEN": False, "HAS_BIAS": True, "FAR": far}, tensors
     yield few.few_grad_input, strip, tensors
     rows = {"BR": max(16, min(B, 32)), "BR_LIVE": min(B, 32), "KB": max(1, 512 // B)}
     yield few.few_grad_values, common | rows, tensors

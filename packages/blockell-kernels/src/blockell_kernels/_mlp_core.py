@@ -97,7 +97,7 @@ def backward(
     """
     h, a = held
     held.clear()
-    leading, dy, x = dy.shape[:-1], flat(dy), None if x is None else flat(x)
+    leading, dy, x = dy.shape[:-1], flat(dy).contiguous(), None if x is None else flat(x)
     weight1, weight2 = weights or (None, None)
     need_dh = needs.x or needs.values1 or needs.bias1 or samples[0] != "none"
     need_first = need_dh and (needs.x or needs.values1 or samples[0] != "none")

@@ -6,6 +6,8 @@ import torch
 from blockell_kernels import block_ell_linear, block_ell_mlp
 from blockell_kernels._backends import get_backend
 
+MANY = 600 if torch.cuda.is_available() else 70
+
 
 def with_gaps(t):
     """The same numbers, every other one of what lies in memory."""
@@ -70,9 +72,8 @@ def test_an_mlp_of_operands_with_gaps(make_problem):
 @pytest.mark.parametrize("B", [16, 128])
 def test_tokens_that_are_one_and_the_same(make_problem, error, B, dtype, tolerance):
     """Rows with stride 0."""
-    N = 600 if torch.cuda.is_available() else 21
-    p = make_problem(B=B, R=2, C=3, K=2, N=N, dtype=dtype)
-    p.x, p.dy = p.x[:1].expand(N, -1), p.dy[:1].expand(N, -1)
+    p = make_problem(B=B, R=2, C=3, K=2, N=MANY, dtype=dtype)
+    p.x, p.dy = p.x[:1].expand(MANY, -1), p.dy[:1].expand(MANY, -1)
     expected, backend = p.expected(), get_backend("triton")
     y = backend.forward(p.x, p.values, None, p.pattern)
     assert error(y, expected["y"] - p.bias.cpu().double()) < tolerance
@@ -80,3 +81,18 @@ def test_tokens_that_are_one_and_the_same(make_problem, error, B, dtype, toleran
     assert error(dx, expected["grad_input"]) < tolerance
     dv = backend.grad_values(p.dy, p.x, p.pattern)
     assert error(dv, expected["grad_values"]) < tolerance
+
+
+@pytest.mark.parametrize(("B", "N"), [(8, 5), (16, 70), (32, MANY), (128, 5)])
+def test_columns_far_apart(make_problem, error, B, N):
+    """Of a transposed x: more than 2^31 elements lie between the first and the last."""
+    p = make_problem(B=B, R=2, C=3, K=2, N=N, dtype=torch.bfloat16)
+    expected, backend = p.expected(), get_backend("triton")
+    apart = 2**31 // (p.C * B - 4)  # four columns lie behind
+    assert (p.pattern.col_indices == p.C - 1).any()
+    storage = torch.UntypedStorage(2 * apart * p.C * B, device=p.x.device)  # on a CPU not touched
+    x = torch.empty(0, dtype=p.x.dtype, device=p.x.device).set_(storage, 0, p.x.shape, (1, apart))
+    p.x = x.copy_(p.x)
+    y = backend.forward(p.x, p.values, None, p.pattern)
+    assert error(y, expected["y"] - p.bias.cpu().double()) < 5e-3
+    assert error(backend.grad_values(p.dy, p.x, p.pattern), expected["grad_values"]) < 5e-3

@@ -95,3 +95,8 @@ def describable(t: Tensor) -> bool:
         and all(stride * size % 16 == 0 for stride in t.stride()[:-1])
         and t.data_ptr() % 16 == 0
     )
+
+
+def far_apart(t: Tensor) -> bool:
+    """Whether 32 bits do not hold the distance between a matrix's first and last column."""
+    return t.stride(1) * (t.shape[1] - 1) >= 2**31

@@ -19,6 +19,7 @@ from blockell_kernels._backends import Case, Pattern
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
+    far_apart,
     num_sms,
     on_its_device,
 )
@@ -167,6 +168,7 @@ def forward(
         BK=strip.BK,
         EVEN=depth % (steps * strip.BK) == 0,
         HAS_BIAS=bias is not None and parts == 1,
+        FAR=far_apart(x),
         **arithmetic(x, strip),
     )
     if parts > 1:
@@ -235,6 +237,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, strip: Strip) -> Tensor
         BR_LIVE=BR,
         KB=KB,
         BM=_token_tile(x.shape[0]),
+        FAR=far_apart(x),
         **arithmetic(x, strip),
     )
     return out

@@ -37,6 +37,7 @@ def few_forward(
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FAR: tl.constexpr = False,  # columns of x lie more than 2^31 elements apart
     OVERLAPS: tl.constexpr = False,
 ):
     if OVERLAPS:
@@ -60,6 +61,8 @@ def few_forward(
     for q0 in range(begin, end, BK):
         q = q0 + kk
         x_cols = tl.max_contiguous(tl.multiple_of(c * B + q % B, RUN), RUN)
+        if FAR:
+            x_cols = x_cols.to(tl.int64)
         c = tl.load(row_cols + tl.minimum((q + BK) // B, num_live - 1))
         w_cols = (q // B) * (B * B) + q % B
         w_cols = tl.max_contiguous(tl.multiple_of(w_cols, RUN), RUN)
@@ -159,6 +162,7 @@ def few_grad_values(
     BM: tl.constexpr,
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FAR: tl.constexpr = False,  # columns of x lie more than 2^31 elements apart
     OVERLAPS: tl.constexpr = False,
 ):
     """Writes every slot once; zeros in the spare ones."""
@@ -173,6 +177,8 @@ def few_grad_values(
     row_cols = cols_ptr + ((pr * BR_LIVE) // B).to(tl.int64) * slots
     c = tl.load(row_cols + k, live, other=0)
     x_cols = tl.max_contiguous(tl.multiple_of(c * B + q % B, B), B)
+    if FAR:
+        x_cols = x_cols.to(tl.int64)
     acc = tl.zeros((BR, KB * B), tl.float32)
     for t0 in range(0, N, BM):
         inside = (t0 + m < N)[:, None]

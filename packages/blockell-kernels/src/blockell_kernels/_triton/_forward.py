@@ -16,6 +16,7 @@ from blockell_kernels._triton._blocks import pack
 from blockell_kernels._triton._device import (
     describable,
     dot_precision,
+    far_apart,
     num_sms,
     on_its_device,
     upcast,
@@ -117,6 +118,7 @@ def _by_pointers(
         KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
+        FAR=far_apart(x),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )
@@ -215,6 +217,7 @@ def _by_packing(
         KEEP_PRE=pre is not None,
         PRECISION=dot_precision(x.dtype, x.device),
         UPCAST=upcast(x),
+        FAR=far_apart(x),
         num_warps=tiling.warps,
         num_stages=tiling.stages,
     )

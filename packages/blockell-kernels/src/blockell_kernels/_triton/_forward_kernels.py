@@ -114,6 +114,7 @@ def forward_pointers(
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FAR: tl.constexpr = False,  # columns of x lie more than 2^31 elements apart
     OVERLAPS: tl.constexpr = False,
 ):
     if OVERLAPS:
@@ -137,6 +138,8 @@ def forward_pointers(
         for q0 in range(0, live, BK):
             j = q0 % B + kk
             x_cols = tl.max_contiguous(tl.multiple_of(c * B + j, CONTIGUOUS), CONTIGUOUS)
+            if FAR:
+                x_cols = x_cols.to(tl.int64)
             c = tl.load(row_cols + tl.minimum((q0 + BK) // B, num_live - 1))
             w_cols = (q0 // B) * (B * B) + j
             w_cols = tl.max_contiguous(tl.multiple_of(w_cols, CONTIGUOUS), CONTIGUOUS)
@@ -150,6 +153,8 @@ def forward_pointers(
         for q0 in range(0, live, BK):
             q = q0 + kk
             x_cols = tl.max_contiguous(tl.multiple_of(c * B + kk % B, CONTIGUOUS), CONTIGUOUS)
+            if FAR:
+                x_cols = x_cols.to(tl.int64)
             c = tl.load(row_cols + tl.minimum((q + BK) // B, num_live - 1))
             w_cols = (q // B) * (B * B) + kk % B
             w_cols = tl.max_contiguous(tl.multiple_of(w_cols, CONTIGUOUS), CONTIGUOUS)
@@ -201,6 +206,7 @@ def forward_packed(
     KEEP_PRE: tl.constexpr,  # store the pre-activation, too
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
+    FAR: tl.constexpr = False,  # columns of x lie more than 2^31 elements apart
     OVERLAPS: tl.constexpr = False,
 ):
     """For small tiles: their rows are too short to be loaded well one block at a time."""
@@ -217,6 +223,8 @@ def forward_packed(
     c = tl.load(row_cols + tl.minimum(kk // B, num_live - 1))
     for q0 in range(0, live, BK):
         x_cols = tl.max_contiguous(tl.multiple_of(c * B + kk % B, B), B)
+        if FAR:
+            x_cols = x_cols.to(tl.int64)
         c = tl.load(row_cols + tl.minimum((q0 + BK + kk) // B, num_live - 1))
         if EVEN_K:
             x = tl.load(x_rows + x_cols[None, :] * stride_xk)
