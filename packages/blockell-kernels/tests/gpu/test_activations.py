@@ -21,6 +21,9 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 # Against float64 on the same inputs. The interpreter rounds to bfloat16 towards zero.
 TOLERANCE = {FP32: 2e-6, FP16: 4e-4, BF16: 3e-3 if CUDA else 5e-3}
 SMALL = {"BM": 16, "BN": 32, "BK": 16}
+SUMMED = [(0, 8), (1, 200), (200, 8), (133, 200)]
+if CUDA:
+    SUMMED.append((64 * 65535 + 1, 8))  # more token tiles than the second axis of a grid takes
 EPILOGUES = [("gelu", True), ("silu", False), ("none", True), ("none", False)]
 TILINGS = {
     "pointers": Tiling(**SMALL),
@@ -65,7 +68,7 @@ def test_values_and_slopes(error, name, dtype):
     assert error(a[small], activate(h64[small.cpu()], name)) < 2 * TOLERANCE[dtype]
 
 
-@pytest.mark.parametrize(("N", "width"), [(0, 8), (1, 200), (200, 8), (133, 200)])
+@pytest.mark.parametrize(("N", "width"), SUMMED)
 def test_sums_of_gradients_over_tokens(error, N, width):
     for dtype in (FP32, BF16) if CUDA else (FP32,):
         t = torch.randn(N, width).to(dtype)

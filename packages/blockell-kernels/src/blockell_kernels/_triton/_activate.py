@@ -78,7 +78,7 @@ def gradient(
         sums = torch.empty(tiles, width, dtype=torch.float32, device=h.device)
     launch(
         gradient_tiles,
-        (ceil_div(width, _WIDTH), tiles),
+        (ceil_div(width, _WIDTH) * tiles,),
         da,
         h,
         dh,

@@ -161,8 +161,10 @@ def gradient_tiles(
     BW: tl.constexpr,
 ):
     """dh = da f'(h) of a tile, and if asked a = f(h) and the sums of dh over its tokens."""
-    cols = tl.program_id(0) * BW + tl.arange(0, BW)
-    tokens = tl.program_id(1).to(tl.int64) * BT + tl.arange(0, BT)
+    col_tiles = tl.cdiv(width, BW)  # along one axis: others end at 65535 programs
+    token_tile = (tl.program_id(0) // col_tiles).to(tl.int64)
+    cols = tl.program_id(0) % col_tiles * BW + tl.arange(0, BW)
+    tokens = token_tile * BT + tl.arange(0, BT)
     inside = (tokens < N)[:, None] & (cols < width)[None, :]
     offsets = tokens[:, None] * width + cols[None, :]
     h = tl.load(h_ptr + offsets, inside, other=0.0).to(tl.float32)
@@ -173,5 +175,5 @@ def gradient_tiles(
     if a_ptr is not None:
         tl.store(a_ptr + offsets, a.to(a_ptr.dtype.element_ty), inside)
     if sums_ptr is not None:
-        row = sums_ptr + tl.program_id(1).to(tl.int64) * width
+        row = sums_ptr + token_tile * width
         tl.store(row + cols, tl.sum(dh.to(tl.float32), axis=0), cols < width)
