@@ -15,6 +15,12 @@ from torch import Tensor
 from cms_topology import CMSBlockLinear, ScoringConfig
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that fork come first where a GPU is: torch refuses them after a backward pass there."""
+    if torch.cuda.is_available():
+        items.sort(key=lambda item: "on_ranks" not in getattr(item, "fixturenames", ()))
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
