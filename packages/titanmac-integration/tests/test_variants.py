@@ -141,6 +141,23 @@ def test_gradients_flow_through_the_state_until_it_is_detached(
     assert grads[1].isfinite().all()
 
 
+@pytest.mark.parametrize("variant", ["MAC", "MAG", "MAL"])
+def test_dropout_reaches_what_a_memory_reads_and_answers(tiny_config: Make, variant: str) -> None:
+    """Without it `small` learned its text by heart where a GPT with the same dropout did not."""
+    model = create_titanmac_model(memory_config(tiny_config, variant, dropout=0.3))
+    seen: dict[str, torch.Tensor] = {}
+    memory = model.blocks[-1].memory
+    for name in ("key", "out_gate", "out"):
+        getattr(memory, name).register_forward_pre_hook(
+            lambda _, inputs, name=name: seen.update({name: inputs[0]})
+        )
+    for training in (True, False):
+        model.train(training)(some_tokens(LONG))
+        shares = {name: (x == 0).float().mean().item() for name, x in seen.items()}
+        expected = 0.3 if training else 0.0
+        assert all(abs(share - expected) < 0.05 for share in shares.values()), shares
+
+
 @pytest.mark.parametrize(("variant", "depth"), CASES)
 def test_checkpointing_changes_nothing_but_memory(
     tiny_config: Make, variant: str, depth: int

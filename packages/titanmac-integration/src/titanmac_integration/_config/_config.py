@@ -36,7 +36,8 @@ class TitanMACConfig:
     n_persistent: int = 16
     """Learned tokens that all tokens may attend to, whatever the window; 0 for none."""
     dropout: float = 0.0
-    """Probability of dropout after the embedding, the attention and the MLP."""
+    """Probability of dropout after the embedding, the attention and the MLP, of links between
+    tokens, and of what a memory reads and answers."""
     tie_weights: bool = True
     """Whether the output head shares the embedding matrix."""
     norm_eps: float = 1e-6

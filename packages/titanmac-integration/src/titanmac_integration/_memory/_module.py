@@ -80,6 +80,9 @@ class NeuralMemory(nn.Module):
         self.taps = nn.Parameter(torch.empty(3 * inner, TAPS))
         self.gates = nn.Linear(d_model, 3 * heads)
         self.norm = nn.RMSNorm(width, eps=config.norm_eps)
+        self.dropout = nn.Dropout(config.dropout)
+        """Of what is read and what is answered. Behind the sum of attention and memory alone it
+        does not keep a memory from learning a small text by heart (docs/titanmac.md)."""
         self.out = nn.Linear(inner, d_model, bias=False)
         self.out_gate = nn.Linear(d_model, d_model)
         hidden = HIDDEN_FACTOR * width
@@ -134,6 +137,7 @@ class NeuralMemory(nn.Module):
             x = x.to(torch.get_autocast_dtype(device) if half else x.dtype).contiguous()
         elif skipped:  # kernels pass over them
             x, skipped = x[:, skipped:], 0
+        x = self.dropout(x)
         flat, bias = self._project(x)
         past = None if state is None else state.convolution
         with torch.autocast(device, enabled=False):
@@ -259,5 +263,5 @@ class NeuralMemory(nn.Module):
 
     def _merge(self, answers: Tensor) -> Tensor:
         """[S, T, H, D] -> [S, T, d_model]."""
-        output: Tensor = self.out(normalised(self.norm, answers).flatten(2))
+        output: Tensor = self.out(self.dropout(normalised(self.norm, answers).flatten(2)))
         return output
