@@ -113,12 +113,12 @@ def test_the_environment_is_read_at_every_call(make_operands, monkeypatch):
     assert seen == ["reference", "dense"]
 
 
-@pytest.mark.parametrize(("K", "copies"), [(2, 1), (3, 2), (4, 1)])
-def test_one_dense_copy_serves_a_training_step(make_operands, monkeypatch, K, copies):
-    """Except where it would take more memory than a dense layer: 67 to 90% density."""
+@pytest.mark.parametrize(("N", "K", "copies"), [(50, 2, 1), (50, 3, 2), (50, 4, 1), (3, 3, 1)])
+def test_one_dense_copy_serves_a_training_step(make_operands, monkeypatch, N, K, copies):
+    """Except where a model would take more memory than a dense one."""
     made, place = [], _dense.to_dense
     monkeypatch.setattr(_dense, "to_dense", lambda *args: made.append(1) or place(*args))
-    o = make_operands(5, 4, 4, K, 8)
+    o = make_operands(N, 4, 4, K, 8)
     found = results(o, backend="dense")
     assert len(made) == copies
     for actual, expected in zip(found, results(o, backend="reference"), strict=True):

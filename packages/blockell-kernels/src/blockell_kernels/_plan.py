@@ -44,6 +44,10 @@ other: side by side they took 4% less to 16% more."""
 KEPT_DENSITY = 2 / 3
 """Up to this density a dense copy of the weight is kept from the forward to the backward pass: with
 the tiles and Adam's two moments of them it takes no more than a dense weight and its moments."""
+KEPT_FOR_FEW_TOKENS = 3 / 4
+"""The same where activations are small beside the weights. A dense model's memory then peaks when
+all gradients are there, at four weights a layer; with copies one has three times the density and
+one before the backward pass, and where gradients are added up four times the density and one."""
 PROMISED_DENSITY = 0.9
 """From this density on nothing is said of memory, and the copy is kept."""
 
@@ -276,11 +280,21 @@ def plan_for(t: Tensor, N: int, sizes: tuple[int, int, int, int, int], requested
     return plan
 
 
+def may_keep(case: Case) -> bool:
+    """Whether a model with AdamW takes no more memory than a dense one if copies are kept."""
+    if case.density <= KEPT_DENSITY or case.density >= PROMISED_DENSITY:
+        return True
+    # Saved by a layer's forward pass: its input; and as much again by what lies around it.
+    activations = 2 * case.N * (case.R + case.C) * case.B
+    room = 3 * (1 - case.density) * case.R * case.C * case.B**2
+    return case.density <= KEPT_FOR_FEW_TOKENS and activations <= room
+
+
 def keeps_copy(case: Case, forward: Choice, grad_input: Choice, requested: str) -> bool:
     """Whether a training step keeps one dense copy of the weight for both products."""
     return (
         case.device.type in ("cuda", "cpu")
-        and not KEPT_DENSITY < case.density < PROMISED_DENSITY
+        and may_keep(case)
         and shares(case, forward, grad_input, requested)
     )
 

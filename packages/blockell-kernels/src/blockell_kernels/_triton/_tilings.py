@@ -25,11 +25,16 @@ from blockell_kernels._triton._tiling import (
     power_of_two_divisor,
     round_up_to_power_of_two,
 )
-from blockell_kernels._triton._tilings_gluon import prefer_gluon
+from blockell_kernels._triton._tilings_gluon import (
+    DEEP,
+    LONG_TOKENS,
+    MANY_TOKENS,
+    narrows_long,
+    prefer_gluon,
+)
 
 FEW_TOKENS = 512
 """Below this many tokens a product is bound by its launch and by the weight's traffic."""
-DEEP = 1024
 
 
 @lru_cache(maxsize=4096)
@@ -82,17 +87,21 @@ def _forward(case: Case) -> Tiling:
     few_tiles = ceil_div(case.N, 128) * columns <= 4 * num_sms(case.device)
     depth = case.K * B
     BM = _token_tile(case, columns, 128)
-    if B < 32:
+    if B < 32 or (B == 32 and narrows_long(case)):
         return Tiling(path="packed", BM=BM, BN=width, BK=64, warps=4, stages=3)
     by: dict[str, Any] = {"path": "descriptors", "BN": width, "BK": min(64, B)}
     narrow = 64 // min(64, B)  # narrow boxes: as many bytes in flight, in more stages
     if BM < 128:
         return Tiling(**by, BM=BM, warps=4, stages=4 * narrow)
     if width < 128:
-        if depth >= DEEP and not few_tiles:
-            return Tiling(**by, BM=256, warps=4, stages=4 * narrow, persistent=1)
+        long = case.N >= LONG_TOKENS
+        rounds = ceil_div(ceil_div(case.N, 256) * columns, num_sms(case.device))
+        deep = depth >= DEEP or (case.N >= MANY_TOKENS and depth >= 300)
+        if deep and (rounds > 4 if long else not few_tiles):
+            by |= {"persistent": 1, "group_m": 4 if long else 8}
+            return Tiling(**by, BM=256, warps=4, stages=4 * narrow)
         return Tiling(**by, BM=128, warps=4, stages=4 * narrow, persistent=2, store_parts=2)
-    if few_tiles:
+    if few_tiles or (case.N >= MANY_TOKENS and depth <= 160 and narrow == 1):
         if narrow > 1:
             return Tiling(**by, BM=128, warps=4, stages=8)
         return Tiling(**by, BM=128, warps=4, stages=5, persistent=1)
@@ -108,26 +117,43 @@ def _grad_input(case: Case) -> Tiling:
         return Tiling(BM=BM, BN=B, BK=64, warps=4, stages=3)
     by: dict[str, Any] = {"path": "descriptors", "BN": B, "BK": 64}
     few_tiles = ceil_div(case.N, 128) * case.C <= 4 * num_sms(case.device)
+    long = case.N >= LONG_TOKENS
+    depth = case.R * B * case.density  # the average one of a column's sum
     if B == 64:
-        BM = 128 if few_tiles or case.density < 0.4 else 256
-        return Tiling(**by, BM=_token_tile(case, case.C, BM), warps=4, stages=4)
+        BM = _token_tile(case, case.C, 128 if few_tiles or case.density < 0.4 else 256)
+        if BM == 256:
+            return Tiling(**by, BM=BM, warps=4, stages=4, group_m=4 if long else 8)
+        if long and not few_tiles:
+            return Tiling(**by, BM=BM, warps=4, stages=4, persistent=2, store_parts=2)
+        return Tiling(**by, BM=BM, warps=4, stages=4)
     BM = _token_tile(case, case.C, 256)
     if BM < 256:
         return Tiling(**by, BM=BM, warps=4, stages=4)
-    if case.R * B * case.density >= 768:  # the average depth of a column's sum
+    if depth >= (500 if few_tiles and long else 768) and (case.C <= 64 or not long):
         group_m = 1024 if few_tiles else 8
         return Tiling(**by, BM=256, warps=8, stages=4, store_parts=2, group_m=group_m)
     return Tiling(**by, BM=128, warps=4, stages=3, persistent=2, store_parts=2)
 
 
 def _grad_values(case: Case) -> Tiling:
+    """Few tiles are split into more parts, whose sums are written and read: one program then."""
     B, width = case.B, _width(case)
+    sms, long = num_sms(case.device), case.N >= LONG_TOKENS
+    tiles = case.R * B // width * ceil_div(case.K * B, 128)  # of 128 columns
     if B == 128:
         BN = 256 if case.K % 2 == 0 else 128
-        return Tiling(path="descriptors", BM=128, BN=BN, BK=64, warps=8, stages=4)
+        stages = 5 if long and BN == 128 else 4
+        return Tiling(path="descriptors", BM=128, BN=BN, BK=64, warps=8, stages=stages)
     if B == 64:
-        return Tiling(path="descriptors", BM=width, BN=128, BK=64, warps=4, stages=3, waves=2)
+        by: dict[str, Any] = {"path": "descriptors", "BM": width, "BN": 128, "BK": 64}
+        if width == 128 and long and 3 * tiles <= sms:
+            return Tiling(**by, warps=8, stages=4)
+        deep = width == 64 and long and (case.N < MANY_TOKENS or case.density >= 0.4)
+        return Tiling(**by, warps=4, stages=4 if deep else 3, waves=2)
     if B == 32:
+        stages = 5 if long and tiles < sms < 4 * tiles else 4
+        return Tiling(BM=width, BN=128, BK=64, warps=4, stages=stages)
+    if width == 128 and long and 3 * tiles <= sms:
         return Tiling(BM=width, BN=128, BK=64, warps=4, stages=4)
     return Tiling(BM=width, BN=128, BK=64, warps=4, stages=3, waves=2)
 
