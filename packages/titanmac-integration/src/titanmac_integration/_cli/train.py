@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -28,6 +29,8 @@ from .flags import add_run_flags, given_fields, resolve_device
 from .plan import LATEST, TrainPlan, make_plan
 from .session import show_progress, training_session
 from .signals import StopSignals
+
+BITS = "bits_per_byte"
 
 
 def add_parser(commands: Any) -> None:
@@ -223,4 +226,21 @@ def _conclude(
         f"{report.tokens_per_second:,.0f} tokens/s; topology {report.topology_frac:.1%} of the "
         f"time, peak memory {report.peak_memory_bytes / 2**20:,.0f} MiB"
     )
+    known = _known_by_heart(plan, report, after)
+    if known:
+        print(known)
     print(f"run directory: {arguments.out}")
+
+
+def _known_by_heart(plan: TrainPlan, report: PhaseReport, after: dict[str, float]) -> str:
+    """What to do where held-out text costs far more than the text that was trained on."""
+    if len(plan.tasks) > 1 or plan.source["tokenizer"] != BYTES:
+        return ""  # the training loss is that of all tasks, in nats per token
+    seen, held_out = report.final_loss / math.log(2), after.get(f"eval/{plan.tasks[0].name}/{BITS}")
+    if held_out is None or not held_out > 1.25 * seen + 0.1:
+        return ""
+    return (
+        f"The text that was trained on costs {seen:.2f} bits per byte, held-out text "
+        f"{held_out:.2f}: much of it is known by heart. Fewer --steps, more --dropout or more text "
+        "help."
+    )
