@@ -81,6 +81,15 @@ def test_statistics_that_nobody_filled_start_at_zero() -> None:
     assert torch.equal(empty.state_dict()["col_indices"], source.col_indices)
 
 
+def test_an_empty_layer_that_nobody_filled_says_what_to_do() -> None:
+    layer = nn.utils.skip_init(CMSBlockLinear, 32, 48, tile_size=8)
+    layer.col_indices.fill_(7)  # what was in that memory
+    with pytest.raises(ValueError, match=r"\(=7\) must be in .* or call reset_parameters\(\)"):
+        layer(torch.randn(3, 32))
+    layer.reset_parameters()
+    layer(torch.randn(3, 32))
+
+
 def test_another_tensor_of_indices_is_noticed() -> None:
     """Whatever its version is; before, the index of the old columns was used on with it."""
     layer = CMSBlockLinear(32, 48, tile_size=8, row_group=1, backend="reference")

@@ -24,7 +24,7 @@ from cms_topology._birth import reset_optimizer_state
 from cms_topology._config import ScoringConfig
 from cms_topology._decision import decide, refresh_derived
 from cms_topology._growth import grow
-from cms_topology._loading import after_load, before_load
+from cms_topology._loading import after_load, before_load, check_own_columns
 from cms_topology._loss_score import tap_fisher
 from cms_topology._nested import on_nested
 from cms_topology._result import AgeHistogram, TopologyDecisionResult, TopologyStats
@@ -469,7 +469,7 @@ class CMSBlockLinear(nn.Module):
         if self.col_indices.dtype is not torch.int32 and not self.col_indices.is_floating_point():
             self.col_indices = self.col_indices.to(torch.int32)  # loaded by assignment
         host = self.col_indices.cpu().numpy()
-        fmt.validate_col_indices(host, self.C, self.row_group)
+        check_own_columns(host, self.C, self.row_group)
         self.num_live = int((host[0] >= 0).sum())
         if self._probe.device != self.col_indices.device:  # an empty model was filled
             self._make_derived()

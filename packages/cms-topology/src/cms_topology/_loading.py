@@ -16,6 +16,21 @@ if TYPE_CHECKING:
     from cms_topology._linear import CMSBlockLinear
 
 
+def check_own_columns(columns: npt.NDArray[np.int32], C: int, row_group: int) -> None:
+    """`validate_col_indices` of what a layer found in its buffer.
+
+    Raises:
+        ValueError: a rule is broken; also what to do if nobody has set them yet.
+    """
+    try:
+        fmt.validate_col_indices(columns, C, row_group)
+    except ValueError as error:
+        raise ValueError(
+            f"{error} If nobody has set them yet, as after to_empty() or skip_init(): load a "
+            "state, or call reset_parameters()."
+        ) from None
+
+
 def before_load(layer: CMSBlockLinear, state: Mapping[str, Any], prefix: str, *_: Any) -> None:
     """A hook that refuses what does not fit before anything of the layer is changed.
 
