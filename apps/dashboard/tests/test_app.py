@@ -189,6 +189,23 @@ def test_several_runs_can_be_chosen_from(open_app, tmp_path: Path, good_run: Pat
     assert app.query_params["run"] == "b"
 
 
+def test_a_link_to_what_is_gone_says_so(open_app, tmp_path: Path, good_run: Path) -> None:
+    shutil.copytree(good_run, tmp_path / "a")
+    shutil.copytree(good_run, tmp_path / "b_1")
+    app = open_app(tmp_path, run="b_2", layer="no.such")
+    said = [toast.value.replace("\\", "") for toast in app.toast]
+    first = app.query_params["run"]
+    assert said == [
+        f"There is no run b_2 here; this is {first}.",
+        f"There is no layer no.such here; this is {FIRST}.",
+    ]
+    assert not app.run().toast
+    shutil.rmtree(tmp_path / first)
+    [toast] = app.run().toast
+    assert toast.value.startswith(f"There is no run {first} here".replace("_", "\\_"))
+    assert not open_app(tmp_path).toast
+
+
 @pytest.mark.parametrize("kind", ["empty", "missing", "file"])
 def test_nothing_to_show_is_explained(open_app, tmp_path: Path, kind: str) -> None:
     path = tmp_path / kind

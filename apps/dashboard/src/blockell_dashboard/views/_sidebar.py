@@ -11,6 +11,7 @@ from blockell_format.snapshots import LayerInfo, Run
 from ..io import RunChoice, opens
 from ..layers import layer_label, layer_order
 from ._state import choose
+from ._text import escape
 
 __all__ = [
     "PAGES",
@@ -41,13 +42,23 @@ def choose_run(choices: Sequence[RunChoice]) -> RunChoice:
     """Pick a run; by default the newest that can be opened."""
     by_label = {choice.label: choice for choice in choices}
     labels = list(by_label)
-    if st.session_state.get("run", st.query_params.get("run")) in by_label:
+    asked = st.session_state.get("run", st.query_params.get("run"))
+    if asked in by_label:
         choose("run", labels, labels[0])
     else:
         good = (choice.label for choice in choices if opens(choice.path))
         choose("run", labels, next(good, labels[0]))
+        _say_missing("run", asked)
     label = st.selectbox("Run", labels, key="run", help="Newest first")
     return by_label[label]
+
+
+def _say_missing(what: str, asked: str | None) -> None:
+    """Tell who followed a link, or whose run was deleted, that something else is shown."""
+    if asked is not None:
+        shown = escape(st.session_state[what])
+        text = f"There is no {what} {escape(asked)} here; this is {shown}."
+        st.toast(text, icon=":material/link_off:", duration="long")
 
 
 def choose_page(pages: Sequence[str]) -> str:
@@ -67,7 +78,10 @@ def choose_layer(layers: Mapping[str, LayerInfo]) -> LayerInfo:
     labels = {name: layer_label(name) for name in names}
     if len(set(labels.values())) < len(labels):
         labels = {name: name for name in names}
+    asked = None if "layer" in st.session_state else st.query_params.get("layer")
     choose("layer", names, names[0])
+    if asked not in names:
+        _say_missing("layer", asked)
     name = st.selectbox("Layer", names, format_func=lambda name: labels[name], key="layer")
     return layers[name]
 
