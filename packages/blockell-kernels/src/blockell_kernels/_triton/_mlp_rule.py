@@ -9,6 +9,7 @@ it; `benchmarks/results/mlp.md` has the figures.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal, NamedTuple
 
 import torch
@@ -89,6 +90,9 @@ def forward_way(case: Case, activation: str, halves: Tiling | None, by_turns: bo
     tiling = tiling.otherwise or tiling
     if tiling.path not in PATHS:
         return Way("passes", "a pass of its own: the product's kernel takes no activation")
+    if tiling.BM == 256 and tiling.persistent == 1 and case.K * case.B < DEEP:
+        # Short sums: f wants a second program that multiplies meanwhile.
+        tiling = replace(tiling, BM=128, group_m=8, persistent=2, store_parts=2)
     return _riding(tiling)
 
 
