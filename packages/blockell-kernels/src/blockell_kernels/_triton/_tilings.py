@@ -122,8 +122,8 @@ def _grad_input(case: Case) -> Tiling:
     if B == 64:
         BM = _token_tile(case, case.C, 128 if few_tiles or case.density < 0.4 else 256)
         if BM == 256:
-            return Tiling(**by, BM=BM, warps=4, stages=4, group_m=4 if long else 8)
-        if long and not few_tiles:
+            return Tiling(**by, BM=BM, warps=4, stages=4)
+        if long and case.C >= 64:
             return Tiling(**by, BM=BM, warps=4, stages=4, persistent=2, store_parts=2)
         return Tiling(**by, BM=BM, warps=4, stages=4)
     BM = _token_tile(case, case.C, 256)
@@ -142,7 +142,7 @@ def _grad_values(case: Case) -> Tiling:
     tiles = case.R * B // width * ceil_div(case.K * B, 128)  # of 128 columns
     if B == 128:
         BN = 256 if case.K % 2 == 0 else 128
-        stages = 5 if long and BN == 128 else 4
+        stages = 5 if long and BN == 128 and case.K > 1 else 4
         return Tiling(path="descriptors", BM=128, BN=BN, BK=64, warps=8, stages=stages)
     if B == 64:
         by: dict[str, Any] = {"path": "descriptors", "BM": width, "BN": 128, "BK": 64}
