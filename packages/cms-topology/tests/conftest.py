@@ -1,10 +1,14 @@
 from __future__ import annotations
 
 import gc
+import importlib.util
+import inspect
+import os
 import socket
 import subprocess
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,12 +17,6 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from cms_topology import CMSBlockLinear, ScoringConfig
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that fork come first where a GPU is: torch refuses them after a backward pass there."""
-    if torch.cuda.is_available():
-        items.sort(key=lambda item: "on_ranks" not in getattr(item, "fixturenames", ()))
 
 
 @pytest.fixture(autouse=True)
@@ -90,27 +88,48 @@ def _rank(
         dist.destroy_process_group()
 
 
+def _fork(size: int, job: Callable[..., None], *arguments: object) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(rank, size, port, job, arguments))
+        for rank in range(size)
+    ]
+    # garbage of other tests may hold threads: a child lacks them, and its collector would wait
+    gc.collect()
+    gc.freeze()
+    for process in processes:
+        process.start()
+    gc.unfreeze()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0] * size
+
+
 @pytest.fixture(scope="session")
 def on_ranks() -> Callable[..., None]:
-    """Runs `job(rank, *arguments)` in `size` forked processes of one group; all must succeed."""
+    """Runs `job(rank, out, *texts)` in `size` forked processes of one group; all must succeed."""
 
-    def run(size: int, job: Callable[..., None], *arguments: object) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        context = mp.get_context("fork")
-        processes = [
-            context.Process(target=_rank, args=(rank, size, port, job, arguments))
-            for rank in range(size)
-        ]
-        # garbage of other tests may hold threads: a child lacks them, its collector would wait
-        gc.collect()
-        gc.freeze()
-        for process in processes:
-            process.start()
-        gc.unfreeze()
-        for process in processes:
-            process.join(120)
-        assert [process.exitcode for process in processes] == [0] * size
+    def run(size: int, job: Callable[..., None], out: Path, *texts: str) -> None:
+        if not torch.cuda.is_available():
+            _fork(size, job, out, *texts)
+            return
+        # a process that has asked for a GPU, or made a backward pass beside one, cannot be forked
+        subprocess.run(
+            [sys.executable, __file__, inspect.getfile(job), job.__name__, str(size), out, *texts],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+            check=True,
+        )
 
     return run
+
+
+if __name__ == "__main__":
+    spec = importlib.util.spec_from_file_location("jobs", sys.argv[1])
+    assert spec is not None
+    assert spec.loader is not None
+    jobs = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(jobs)
+    _fork(int(sys.argv[3]), getattr(jobs, sys.argv[2]), Path(sys.argv[4]), *sys.argv[5:])

@@ -65,8 +65,10 @@ def to_bsr(matrix: BlockELLFormat) -> Tensor:
     """
     starts, columns, blocks = _sorted_blocks(matrix)
     with warnings.catch_warnings():
-        # torch says once per process that the layout is in beta; who calls this asked for it
+        # torch says once per process that the layout is in beta (who calls this asked for it), and
+        # 2.11 that nothing is checked (here everything is)
         warnings.filterwarnings("ignore", message="Sparse BSR tensor support is in beta")
+        warnings.filterwarnings("ignore", message="Sparse invariant checks are implicitly disabled")
         return torch.sparse_bsr_tensor(
             starts, columns, blocks, size=matrix.shape, check_invariants=True
         )

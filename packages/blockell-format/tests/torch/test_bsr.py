@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -28,6 +29,26 @@ def by_column(matrix: BlockELLFormat) -> tuple[Tensor, Tensor]:
     live = matrix.num_live
     columns, order = matrix.col_indices[:, :live].sort(dim=1)
     return columns, matrix.values[torch.arange(matrix.R)[:, None], order]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Sparse BSR tensor support is in beta",
+        "Sparse invariant checks are implicitly disabled. Memory",
+    ],
+)
+def test_what_torch_says_of_sparse_tensors_is_not_passed_on(
+    said: str, matrix_maker: Maker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = torch.sparse_bsr_tensor
+
+    def talkative(*args: Tensor, **options: object) -> Tensor:
+        warnings.warn(said, stacklevel=2)
+        return real(*args, **options)
+
+    monkeypatch.setattr(torch, "sparse_bsr_tensor", talkative)
+    assert to_bsr(matrix_maker(2, 3, 2, 4)).shape == (8, 12)
 
 
 @given(data=st.data())
