@@ -58,7 +58,7 @@ def test_programs_fit_into_shared_memory(direction, dtype, N, groups, C, K, B, r
 
 
 def test_few_tiles_are_split_for_one_program_and_many_for_two():
-    """Weight gradients of 2560 -> 640 in 16x8, 25 and 50%: 25 tiles and 50, on 132 multiprocessors."""
+    """Weight gradients of 2560 -> 640 in 16x8: 25 tiles at 25%, 50 at 50%."""
     sizes = {"N": 8192, "R": 40, "C": 160, "B": 16, "row_group": 8}
     common = {"direction": "grad_values", "device": torch.device("cuda", 0)}
     few, many = (
