@@ -38,7 +38,7 @@ from .signals import TerminationInterrupts
 
 DEFAULT_METHODS = {
     "demo": ("ours-damped@sparse:9e-3", "fine-tuning=6e-3"),
-    "pilot": ("ours", "fine-tuning"),
+    "pilot": ("ours:5e-4", "fine-tuning=3e-4"),
     "small": ("ours-damped@sparse:8e-3", "fine-tuning=4e-3"),
 }
 """Ours and fine-tuning by preset, at the best rates by validation loss on seeds of their own."""
