@@ -18,7 +18,9 @@ from typing import Any
 import torch
 
 from blockell_kernels._backends import Case
+from blockell_kernels._triton import _mid_forward, _mid_grad_input, _mid_grad_values
 from blockell_kernels._triton._device import capability, num_sms
+from blockell_kernels._triton._few_tokens import SMALL_WEIGHT
 from blockell_kernels._triton._tiling import (
     Tiling,
     ceil_div,
@@ -35,14 +37,29 @@ from blockell_kernels._triton._tilings_gluon import (
 
 FEW_TOKENS = 512
 """Below this many tokens a product is bound by its launch and by the weight's traffic."""
+MANY_OF_LARGE = 128
+"""Of a weight of `SMALL_WEIGHT` elements more tokens than this are many: 256 with the tiling of 512
+take two thirds of the time."""
+_MIDDLE = {
+    "forward": _mid_forward,
+    "grad_input": _mid_grad_input,
+    "grad_values": _mid_grad_values,
+}
 
 
 @lru_cache(maxsize=4096)
 def tiling_for(case: Case) -> Tiling:
     """The tiling of a case. Launchers adapt what the operands do not allow (see `_forward`)."""
+    hopper = capability(case.device)[0] == 9
+    if hopper and case.dtype.itemsize == 2 and case.N < LONG_TOKENS:
+        found = _MIDDLE[case.direction].tiling_for(case)
+        if found is not None:
+            return found
+    if MANY_OF_LARGE < case.N < FEW_TOKENS and case.R * case.C * case.B**2 >= SMALL_WEIGHT:
+        case = case._replace(N=FEW_TOKENS)
     if case.N < FEW_TOKENS:
         return _few_tokens(case)
-    if capability(case.device)[0] != 9:
+    if not hopper:
         return _portable(case)
     if case.dtype == torch.float32:
         return _wide_floats(case)

@@ -20,7 +20,6 @@ from blockell_kernels._gluon import _halves as _by_halves
 from blockell_kernels._gluon import _whole, _whole_values
 from blockell_kernels._triton import _few_tokens, _forward, _grad_input, _grad_values, _walk
 from blockell_kernels._triton._rule import takes_whole
-from blockell_kernels._triton._tiling import Tiling
 from blockell_kernels._triton._tilings import tiling_for
 
 
@@ -41,12 +40,6 @@ class Way(NamedTuple):
     """dx of dy, values, pattern, how."""
     grad_values: Callable[[Tensor, Tensor, Pattern, Any], Tensor]
     """dv of dy, x, pattern, how."""
-
-
-def _tiling(case: Case) -> Tiling:
-    """Of a large weight 128 tokens are many: 256 with the tiling of 512 take two thirds."""
-    large = case.R * case.C * case.B**2 >= _few_tokens.SMALL_WEIGHT
-    return tiling_for(case._replace(N=512) if large and 128 < case.N < 512 else case)
 
 
 # Gluon's modules by name only: whoever imports one of them first comes by here before it is there.
@@ -89,7 +82,7 @@ FEW = Way(
 BLOCKS = Way(
     "its live blocks",
     "time in proportion to them",
-    _tiling,
+    tiling_for,
     lambda a, b, B: True,
     _forward.forward,
     _grad_input.grad_input,
