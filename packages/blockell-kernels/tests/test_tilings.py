@@ -18,8 +18,8 @@ SHARED_BYTES = 227 * 1024
 def hopper():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_tilings, "capability", lambda device: (9, 0))
-        for module in (_tilings, _tilings_gluon):
-            patch.setattr(module, "num_sms", lambda device: 132)
+        for module in (_tilings, _tilings_gluon, *_tilings._MIDDLE.values()):
+            patch.setattr(module, "num_sms", lambda device: 132, raising=False)
         yield
     _tilings.tiling_for.cache_clear()
 

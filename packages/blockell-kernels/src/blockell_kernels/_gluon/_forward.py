@@ -13,21 +13,22 @@ from blockell_kernels._triton._device import describable, num_sms
 from blockell_kernels._triton._launch import launch
 from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
-OUTPUTS = 128
-"""Of a unit."""
 DEPTH = 64
 """Of a stage."""
 SHARED_BYTES = 226 * 1024
+MAX_STAGES = 10
 
 
 def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
-    """Whether the kernel can run a product by this tiling: tiles of 256 or 320 tokens."""
+    """Whether a kernel can run a product by this tiling: 64 to 320 tokens x 64 or 128 outputs."""
+    B = pattern.B
     return (
-        tiling.path == "gluon"
-        and tiling.BM in (256, 320)
+        (tiling.path == "gluon" or (tiling.path == "gluon packed" and B in (16, 32)))
+        and tiling.BM in (64, 128, 192, 256, 320)
+        and tiling.BN in (64, 128)
         and runs_on(x)
-        and pattern.B >= 16
-        and power_of_two_divisor(pattern.row_group * pattern.B) % OUTPUTS == 0
+        and B >= 16
+        and power_of_two_divisor(pattern.row_group * B) % tiling.BN == 0
         and values.is_contiguous()
         and describable(x)
         and describable(values)
@@ -36,20 +37,24 @@ def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling
 
 
 def constants(B: int, tiling: Tiling, has_bias: bool) -> dict[str, int | bool]:
-    """The kernel's compile-time parameters."""
-    pieces, panel = tiling.BM // 64, min(B, 64)
-    stage = (tiling.BM + OUTPUTS) * DEPTH * 2
-    outs = 2 * 64 * OUTPUTS * 2
+    """The compile-time parameters of both kernels; `forward_by_pieces` takes two more."""
+    pieces, outputs = tiling.BM // 64, tiling.BN
+    stage = (tiling.BM + outputs) * DEPTH * 2
+    outs = min(2, pieces) * 64 * outputs * 2
     return {
         "B": B,
-        "PANEL": panel,
-        "PANELS": DEPTH // panel,
         "PIECES0": (pieces + 1) // 2,
         "PIECES1": pieces // 2,
-        "STAGES": (SHARED_BYTES - outs) // stage,
+        "STAGES": min(MAX_STAGES, (SHARED_BYTES - outs) // stage),
         "GROUP_M": tiling.group_m,
         "HAS_BIAS": has_bias,
+        "OUTPUTS": outputs,
     }
+
+
+def panels(B: int) -> dict[str, int]:
+    """Compile-time parameters of `forward_by_pieces` alone."""
+    return {"PANEL": min(B, DEPTH), "PANELS": DEPTH // min(B, DEPTH)}
 
 
 def forward(
@@ -58,15 +63,24 @@ def forward(
     """Write y [N, R*B] from x [N, C*B], values [R, slots, B, B], bias [R*B]; see `takes`."""
     from blockell_kernels._gluon._descriptors import descriptor, weight_descriptor
     from blockell_kernels._gluon._forward_kernels import forward_by_pieces
+    from blockell_kernels._gluon._forward_panels_kernels import forward_by_panels
+    from blockell_kernels._gluon._panels import ROW, packed
 
-    B, units = pattern.B, pattern.R * pattern.B // OUTPUTS
-    tiles = ceil_div(x.shape[0], tiling.BM) * units
+    B, outputs = pattern.B, tiling.BN
+    units = pattern.R * B // outputs
+    grid = (min(ceil_div(x.shape[0], tiling.BM) * units, num_sms(x.device)),)
+    if tiling.path == "gluon packed":
+        kernel, more = forward_by_panels, {}
+        operands = descriptor(packed(x, B), [64 * B // ROW, ROW], swizzled=False), values
+    else:
+        kernel, more = forward_by_pieces, panels(B)
+        w = weight_descriptor(values, max(1, outputs // B), min(B, DEPTH), min(B, outputs))
+        operands = descriptor(x, [64, min(B, DEPTH)]), w
     launch(
-        forward_by_pieces,
-        (min(tiles, num_sms(x.device)),),
-        descriptor(x, [64, min(B, 64)]),
-        weight_descriptor(values, OUTPUTS // B, min(B, 64)),
-        descriptor(y, [64, OUTPUTS]),
+        kernel,
+        grid,
+        *operands,
+        descriptor(y, [64, outputs]),
         pattern.col_indices,
         y if bias is None else bias,
         x.shape[0],
@@ -75,5 +89,6 @@ def forward(
         pattern.C,
         units,
         **constants(B, tiling, bias is not None),
+        **more,
         num_warps=4,
     )

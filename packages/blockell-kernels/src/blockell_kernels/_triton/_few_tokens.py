@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Pattern
+from blockell_kernels._triton import _mid_forward, _mid_grad_input
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
@@ -57,7 +58,7 @@ class Strip:
 @lru_cache(maxsize=4096)
 def strip_for(case: Case) -> Strip | None:
     """How to run a case, None: not here. Rules read off searches on one H200, half full."""
-    if not 0 < case.N <= MAX_TOKENS:
+    if not 0 < case.N <= MAX_TOKENS or _has_another(case):
         return None
     strip = _one_tile(case) if case.N <= TOKEN_TILE else _several_tiles(case)
     if strip is None or case.direction == "grad_values":
@@ -68,6 +69,14 @@ def strip_for(case: Case) -> Strip | None:
     if capability(case.device)[0] < 9:  # 48 KiB of shared memory will do
         strip = replace(strip, BK=min(strip.BK, 32 if wide else 64), stages=min(strip.stages, 3))
     return strip
+
+
+def _has_another(case: Case) -> bool:
+    """Whether the product has a tiling of its own."""
+    rules = {"forward": _mid_forward, "grad_input": _mid_grad_input}.get(case.direction)
+    if rules is None or case.dtype.itemsize != 2 or capability(case.device)[0] != 9:
+        return False
+    return rules.tiling_for(case) is not None
 
 
 def _one_tile(case: Case) -> Strip:

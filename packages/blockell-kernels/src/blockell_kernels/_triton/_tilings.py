@@ -12,6 +12,7 @@ cheaply, and enough programs.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -53,13 +54,20 @@ def tiling_for(case: Case) -> Tiling:
     hopper = capability(case.device)[0] == 9
     if hopper and case.dtype.itemsize == 2 and case.N < LONG_TOKENS:
         found = _MIDDLE[case.direction].tiling_for(case)
+        if found is not None and found.path.startswith("gluon") and found.otherwise is None:
+            general = _general(case)
+            return replace(found, otherwise=general.otherwise or general)
         if found is not None:
             return found
+    return _general(case)
+
+
+def _general(case: Case) -> Tiling:
     if MANY_OF_LARGE < case.N < FEW_TOKENS and case.R * case.C * case.B**2 >= SMALL_WEIGHT:
         case = case._replace(N=FEW_TOKENS)
     if case.N < FEW_TOKENS:
         return _few_tokens(case)
-    if not hopper:
+    if capability(case.device)[0] != 9:
         return _portable(case)
     if case.dtype == torch.float32:
         return _wide_floats(case)

@@ -1,0 +1,55 @@
+"""How the forward product is cut at middle token counts: a model of the time says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from blockell_kernels._backends import Case
+
+pytest.importorskip("triton")
+from blockell_kernels._triton import _mid_forward as middle
+from blockell_kernels._triton import _tilings, _tilings_gluon
+
+
+@pytest.fixture(autouse=True)
+def hopper(monkeypatch):
+    monkeypatch.setattr(_tilings, "capability", lambda device: (9, 0))
+    for module in (middle, _tilings, _tilings_gluon):
+        monkeypatch.setattr(module, "num_sms", lambda device: 132)
+    _tilings.tiling_for.cache_clear()
+    yield
+    _tilings.tiling_for.cache_clear()
+
+
+def case(N, shape, B, G, density=0.5):
+    R, C = shape[1] // B, shape[0] // B
+    device = torch.device("cuda", 0)
+    return Case("forward", device, torch.bfloat16, N, R, C, max(1, round(density * C)), B, G)
+
+
+def test_tiles_fill_whole_rounds():
+    """777 tokens of 3072 outputs: 120 tiles of 192 x 128 for 132 multiprocessors."""
+    tiling = middle.tiling_for(case(777, (2048, 3072), 128, 1))
+    assert (tiling.path, tiling.BM, tiling.BN) == ("gluon", 192, 128)
+
+
+def test_outputs_of_a_tile_share_their_columns():
+    for N in (65, 200, 777, 2048, 6000):
+        assert middle.tiling_for(case(N, (640, 2560), 64, 1)).BN == 64
+
+
+def test_a_product_takes_longer_the_more_there_is_to_it():
+    for cut in ((64, 64), (192, 128), (320, 128)):
+        times = [middle.product_us(case(N, (640, 2560), 128, 1), *cut) for N in range(65, 4000, 7)]
+        assert times == sorted(times)
+
+
+def test_few_tokens_are_left_to_others():
+    assert middle.tiling_for(case(64, (640, 2560), 128, 1)) is None
+
+
+def test_there_is_one_behind_it_for_operands_that_it_does_not_take():
+    tiling = _tilings.tiling_for(case(777, (2048, 3072), 128, 1))
+    assert tiling.path == "gluon"
+    assert tiling.otherwise.path == "descriptors"
