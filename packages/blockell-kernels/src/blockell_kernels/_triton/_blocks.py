@@ -25,9 +25,10 @@ from blockell_kernels._triton._tiling import ceil_div, round_up_to_power_of_two
 
 # Elements of a program's output in the kernels that only move data.
 _ELEMENTS = 4096
-# From this size on a dense weight is written once, by programs that look up who fills their
-# columns, and not zeroed first: 51 to 60 us instead of 70 to 83 for 4096 x 14336 half full.
-_LARGE_WEIGHT = 2**22
+# From this size on, by tile, a dense weight is written once, by programs that look up who fills
+# their columns, and not zeroed first: 51 to 60 us instead of 70 to 83 for 4096 x 14336 half full.
+# They are few where tiles are large: 16 us instead of 9 for 2048 x 2048 in tiles of 128.
+_LARGE_WEIGHT = {8: 2**22, 16: 2**22, 32: 2**22, 64: 2**23, 128: 3 * 2**22}
 _EXPANDED = {8: (8, 128, 4), 16: (8, 64, 4), 32: (16, 16, 4), 64: (8, 8, 4), 128: (8, 4, 4)}
 """Lines at a time, block columns and warps of a program, by tile."""
 
@@ -38,7 +39,7 @@ def to_dense(values: Tensor, pattern: Pattern) -> Tensor:
     """W [R*B, C*B] from values [R, slots, B, B], in one launch."""
     R, C, B = pattern.R, pattern.C, pattern.B
     dense = values.new_empty(R * B, C * B)
-    if dense.numel() >= _LARGE_WEIGHT:
+    if dense.numel() >= _LARGE_WEIGHT[B]:
         LINES, columns, warps = _EXPANDED[B]
         chunks = ceil_div(C, columns)
         place = torch.empty(R * chunks * columns, dtype=torch.int32, device=values.device)
