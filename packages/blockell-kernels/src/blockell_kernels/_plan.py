@@ -237,8 +237,14 @@ class Plan:
 
 
 @cache
+def _side_streams(device: torch.device) -> tuple[torch.cuda.Stream, torch.cuda.Stream]:
+    return torch.cuda.Stream(device), torch.cuda.Stream(device)
+
+
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    return torch.cuda.Stream(device)
+    """One that is not the current one: torch lends its 32 streams again and again, these, too."""
+    first, second = _side_streams(device)
+    return second if first == torch.cuda.current_stream(device) else first
 
 
 def branch(device: torch.device) -> torch.cuda.Stream:

@@ -283,3 +283,12 @@ def test_a_captured_step_computes_both_gradients_at_a_time(
         torch.cuda.synchronize()
         for a, b in zip(got, step(), strict=True):
             assert torch.equal(a, b)
+
+
+def test_what_runs_beside_a_stream_is_on_another_one():
+    """Whoever captures may hold the very stream that gradients would go to."""
+    device = torch.device("cuda", torch.cuda.current_device())
+    for stream in (torch.cuda.current_stream(), *_plan._side_streams(device)):
+        with torch.cuda.stream(stream):
+            assert _plan.branch(device) != stream
+            _plan.join(device)
