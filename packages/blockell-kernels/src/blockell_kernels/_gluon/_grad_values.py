@@ -48,19 +48,28 @@ def cut(B: int, outputs: int, K: int) -> tuple[int, int]:
     return min((o for o in wide if o[0] % B == 0 and o[1] >= min(B, 64)), key=cost)
 
 
+def product_of(outputs: int, columns: int) -> int:
+    """Columns of one product of a tile: a warpgroup takes 64 outputs, or half of the columns."""
+    return min(256, power_of_two_divisor(columns * outputs // 128))
+
+
 def takes(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
     """Whether the kernel can run a product by this tiling."""
+    B, outputs = pattern.B, outputs_of(pattern.B, pattern.row_group)
     return (
-        tiling.path == "gluon"
+        tiling.path in ("gluon", "gluon packed")
         and runs_on(dy)
-        and pattern.B >= 16
-        and outputs_of(pattern.B, pattern.row_group) > 0
+        and (16 <= B <= 32 or (B > 32 and tiling.path == "gluon"))
+        and outputs > 0
+        and (not tiling.parts or product_of(min(tiling.BM, outputs), tiling.BN) >= min(B, 64))
         and describable(dy)
         and describable(x)
     )
 
 
-def constants(B: int, outputs: int, columns: int, product: int) -> dict[str, int]:
+def constants(
+    B: int, outputs: int, columns: int, product: int, packed: bool = False
+) -> dict[str, int | bool]:
     """The kernel's compile-time parameters."""
     panel = min(B, 64)
     return {
@@ -71,6 +80,7 @@ def constants(B: int, outputs: int, columns: int, product: int) -> dict[str, int
         "BT": BT,
         "WIDTH": product,
         "STAGES": min(6, SHARED_BYTES // ((outputs + columns) * BT * 2)),
+        "PACKED": packed,
     }
 
 
@@ -84,28 +94,38 @@ def split(tiles: int, steps: int, programs: int) -> tuple[int, int]:
     return (rest, per_part) if per_part < steps else (0, steps)
 
 
-def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern) -> None:
+def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Tiling) -> None:
     """Write the live slots of out [R, slots, B, B] from dy [N, R*B] and x [N, C*B]; see `takes`."""
     from blockell_kernels._gluon._descriptors import descriptor
     from blockell_kernels._gluon._grad_values_kernels import (
         add_parts,
         grad_values_by_items,
     )
+    from blockell_kernels._gluon._panels import packed
 
     B, K, slots = pattern.B, pattern.num_live, pattern.slots
     outputs = outputs_of(B, pattern.row_group)
     columns, product = cut(B, outputs, K)
+    if tiling.parts:
+        outputs, columns = min(tiling.BM, outputs), tiling.BN
+        product = product_of(outputs, columns)
     chunks, steps = ceil_div(K * B, columns), ceil_div(x.shape[0], BT)
     tiles, programs = pattern.R * B // outputs * chunks, num_sms(x.device)
     rest, per_part = split(tiles, steps, programs)
+    if tiling.parts > 0:
+        per_part = ceil_div(steps, tiling.parts)
+        rest = tiles if per_part < steps else 0
     parts = ceil_div(steps, per_part)
     items = tiles - rest + rest * parts
+    boxes = descriptor(x, [BT, min(B, 64)])
+    if tiling.path == "gluon packed":
+        boxes = descriptor(packed(x, B), [BT * B // 256, 256], swizzled=False)
     work = torch.empty(rest * parts, outputs, columns, dtype=torch.float32, device=x.device)
     launch(
         grad_values_by_items,
         (min(programs, items),),
         descriptor(dy, [BT, 64]),
-        descriptor(x, [BT, min(B, 64)]),
+        boxes,
         pattern.col_indices,
         out,
         work,
@@ -118,7 +138,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern) -> None:
         tiles - rest,
         max(rest, 1),
         per_part,
-        **constants(B, outputs, columns, product),
+        **constants(B, outputs, columns, product, tiling.path == "gluon packed"),
         num_warps=4,
     )
     if rest:

@@ -65,21 +65,25 @@ def _load(
     PANELS: gl.constexpr,
     BT: gl.constexpr,
     STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
 ):
     """The loading warp: `OUTPUTS` columns of dy, and `PANELS` panels of x, `PANEL` wide."""
     PER_BLOCK: gl.constexpr = B // PANEL
     HALVES: gl.constexpr = OUTPUTS // 64
+    # A packed x: panels of 64 tokens one after the other, in rows of 512 bytes.
+    LINES: gl.constexpr = BT * PANEL // 256 if PACKED else PANEL
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, t0, t1 = _part(item, steps, whole, rest, per_part)
         unit, chunk = tile // chunks, tile % chunks
-        row_cols = cols_ptr + unit * (OUTPUTS // B if OUTPUTS >= B else 1) * slots
+        row_cols = cols_ptr + unit * OUTPUTS // B * slots
         cols = ()
         for s in gl.static_range(PANELS):
-            k = chunk * (PANELS // PER_BLOCK) + s // PER_BLOCK
-            # Behind the last column: reads zeros.
+            panel = chunk * PANELS + s
+            k = panel // PER_BLOCK
+            # Behind the last column: reads zeros, or what is not stored.
             c = gl.load(row_cols + k, mask=k < num_live, other=C)
-            cols = cols + (c * B + (s % PER_BLOCK) * PANEL,)
+            cols = cols + ((c * PER_BLOCK + panel % PER_BLOCK) * LINES,)
         for t in range(t0, t1):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -93,9 +97,13 @@ def _load(
                     dy_smem.index(stage * HALVES + half),
                 )
             for s in gl.static_range(PANELS):
-                tma.async_copy_global_to_shared(
-                    x_desc, [t * BT, cols[s]], bar, x_smem.index(stage * PANELS + s)
-                )
+                x = x_smem.index(stage * PANELS + s)
+                if PACKED:
+                    flat = x._reinterpret(x_smem.dtype, [LINES, 256], x_desc.layout)
+                    at = t * C * (PER_BLOCK * LINES) + cols[s]
+                    tma.async_copy_global_to_shared(x_desc, [at, 0], bar, flat)
+                else:
+                    tma.async_copy_global_to_shared(x_desc, [t * BT, cols[s]], bar, x)
             step += 1
 
 
@@ -163,9 +171,10 @@ def _multiply(
             acc = warpgroup_mma_wait(0, deps=(accs[j],))
             n = FIRST * PANEL + j * WIDTH + gl.arange(0, WIDTH, gl.SliceLayout(0, mma))
             if item < whole:
-                k = chunk * (PANELS * PANEL // B) + n // B
+                q = chunk * (PANELS * PANEL) + n
+                k = q // B
                 present = (m >= 0)[:, None] & (k < num_live)[None, :]
-                to = row[:, None] + (k * (B * B) + n % B)[None, :]
+                to = row[:, None] + (k * (B * B) + q % B)[None, :]
                 gl.store(out_ptr + to, acc.to(out_ptr.dtype.element_ty), mask=present)
             else:
                 gl.store(part + m[:, None] * (PANELS * PANEL) + n[None, :], acc)
@@ -178,7 +187,7 @@ def _multiply(
 )  # fmt: skip
 def grad_values_by_items(
     dy_desc,  # [N, R*B] in boxes [BT, 64]
-    x_desc,  # [N, C*B] in boxes [BT, PANEL]
+    x_desc,  # [N, C*B] in boxes [BT, PANEL], or packed in boxes [BT*PANEL/256, 256]
     cols_ptr,  # [R, slots]
     out_ptr,  # [R, slots, B, B]
     work_ptr,  # float32 [parts, rest, OUTPUTS, PANELS*PANEL]
@@ -198,12 +207,14 @@ def grad_values_by_items(
     BT: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
+    PACKED: gl.constexpr,
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = x_desc.dtype
     bars: gl.constexpr = mbarrier.MBarrierLayout()
     dy_smem = gl.allocate_shared_memory(dtype, [STAGES * OUTPUTS // 64, BT, 64], dy_desc.layout)
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BT, PANEL], x_desc.layout)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 2, 16, 2)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * PANELS, BT, PANEL], x_layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
     for i in gl.static_range(STAGES):
@@ -224,7 +235,7 @@ def grad_values_by_items(
                          B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
                      chunks, steps, items, whole, rest, per_part,
-                     B, OUTPUTS, PANEL, PANELS, BT, STAGES)),
+                     B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED)),
         ],
         [4, 1],
         [208, 88],
@@ -263,7 +274,9 @@ def add_parts(
         acc += tl.load(at, inside, other=0.0)
         at += rest.to(tl.int64) * (OUTPUTS * WIDTH)
     tile = whole + tl.program_id(0)
-    unit, k = tile // chunks, (tile % chunks) * (WIDTH // B) + n // B
+    unit = tile // chunks
+    n += tile % chunks * WIDTH  # of the unit's columns
+    k = n // B
     row = unit * OUTPUTS + m
     to = (row // B).to(tl.int64) * slots * (B * B) + row % B * B
     to = to[:, None] + (k * (B * B) + n % B)[None, :]

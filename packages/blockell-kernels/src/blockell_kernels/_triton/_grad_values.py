@@ -11,6 +11,7 @@ from torch import Tensor
 from blockell_kernels._backends import Pattern
 from blockell_kernels._gluon import _grad_values as _by_items
 from blockell_kernels._gluon import _halves
+from blockell_kernels._gluon import _streamed_values as _streamed
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import describable, num_sms, on_its_device
 from blockell_kernels._triton._grad_values_kernels import (
@@ -39,11 +40,12 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
     out = torch.empty(R, slots, B, B, dtype=x.dtype, device=x.device)
     if N == 0:
         return out.zero_()
-    if _by_items.takes(dy, x, pattern, tiling):
-        if slots > K:
-            out[:, K:].zero_()
-        _by_items.grad_values(dy, x, out, pattern)
-        return out
+    for gluon in (_by_items, _streamed):
+        if gluon.takes(dy, x, pattern, tiling):
+            if slots > K:
+                out[:, K:].zero_()
+            gluon.grad_values(dy, x, out, pattern, tiling)
+            return out
     by_halves = _halves.takes_gradient(dy, x, pattern, tiling)
     if by_halves and tiling.path == "dense halves":
         return _halves.grad_values_of_dense(dy, x, out, pattern, tiling)
@@ -80,7 +82,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
             target,
             out,
             parts,
-            R * K * B * B,
+            R * K,
             K,
             slots,
             BB=B * B,
@@ -91,7 +93,9 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> Tens
 
 
 def _tokens_per_part(N: int, tiles: int, tiling: Tiling, device: torch.device) -> int:
-    """Tokens of one part: as many parts as fill the GPU `waves` times, in whole steps."""
+    """Tokens of one part, in whole steps: as many parts as asked for, or fill `waves` rounds."""
+    if tiling.parts:
+        return ceil_div(ceil_div(N, tiling.parts), tiling.BK) * tiling.BK
     parts = max(1, tiling.waves * num_sms(device) // tiles)
     tokens = max(ceil_div(N, parts), min(MIN_TOKENS_PER_PART, N))
     return ceil_div(tokens, tiling.BK) * tiling.BK
@@ -108,8 +112,10 @@ def _start(
     """
     bytes_of_one = tiling.stages * tiling.BK * (rows + columns) * t.element_size()
     fit = SHARED_BYTES // bytes_of_one
-    evenly = grid[0] * grid[1] <= tiling.waves * num_sms(t.device)
-    return {"OVERLAPS": False} if evenly and fit > tiling.waves else {}
+    sms = num_sms(t.device)
+    waves = ceil_div(grid[0] * grid[1], sms) if tiling.parts else tiling.waves
+    evenly = grid[0] * grid[1] <= waves * sms
+    return {"OVERLAPS": False} if evenly and fit > waves else {}
 
 
 def _by_pointers(
@@ -135,7 +141,7 @@ def _by_pointers(
         pattern.slots,
         pattern.num_live,
         target.shape[-3],
-        pattern.R * target.shape[-3] * pattern.B**2,
+        pattern.R * target.shape[-3],
         row_tiles,
         tokens_per_part,
         dy.stride(0),
@@ -176,7 +182,7 @@ def _by_descriptors(
         pattern.slots,
         pattern.num_live,
         target.shape[-3],
-        pattern.R * target.shape[-3] * B**2,
+        pattern.R * target.shape[-3],
         row_tiles,
         tokens_per_part,
         B=B,

@@ -11,8 +11,11 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+# One compiled kernel for all of them.
+SIZES = ["N", "slots", "num_live", "out_slots", "part_blocks", "row_tiles", "tokens_per_part"]
 
-@triton.jit(do_not_specialize=["N", "tokens_per_part"])
+
+@triton.jit(do_not_specialize=SIZES)
 def grad_values_pointers(
     dy_ptr,  # [N, R*B], any strides
     x_ptr,  # [N, C*B], any strides
@@ -22,7 +25,7 @@ def grad_values_pointers(
     slots,
     num_live,
     out_slots,
-    part_size,  # R*out_slots*B*B
+    part_blocks,  # R*out_slots
     row_tiles,
     tokens_per_part,
     stride_dn,
@@ -67,11 +70,11 @@ def grad_values_pointers(
     out_rows = ((rows // B).to(tl.int64) * out_slots * B + rows % B)[:, None] * B
     out_cols = k * (B * B) + n % B
     mask = (m < BR_LIVE)[:, None] & (k < num_live)[None, :]
-    base = out_ptr + part.to(tl.int64) * part_size
+    base = out_ptr + part.to(tl.int64) * part_blocks * (B * B)
     tl.store(base + out_rows + out_cols[None, :], acc.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit(do_not_specialize=["N", "tokens_per_part"])
+@triton.jit(do_not_specialize=SIZES)
 def grad_values_descriptors(
     dy_desc,  # [N, R*B] in boxes [BT, BR]
     x_desc,  # [N, C*B] in boxes [BT, B]
@@ -81,7 +84,7 @@ def grad_values_descriptors(
     slots,
     num_live,
     out_slots,
-    part_size,
+    part_blocks,
     row_tiles,
     tokens_per_part,  # a multiple of BT
     B: tl.constexpr,
@@ -119,19 +122,19 @@ def grad_values_descriptors(
             acc1 = tl.dot(dy.T, x, acc1, input_precision=PRECISION)
     rows = pr * BR + tl.arange(0, BR)
     out_rows = ((rows // B).to(tl.int64) * out_slots * B + rows % B)[:, None] * B
-    base = out_ptr + part.to(tl.int64) * part_size + out_rows + tl.arange(0, B)[None, :]
+    base = out_ptr + part.to(tl.int64) * part_blocks * (B * B) + out_rows + tl.arange(0, B)[None, :]
     tl.store(base + k * (B * B), acc.to(out_ptr.dtype.element_ty))
     if NB == 2:
         mask = tl.full((BR, B), True, tl.int1) & (k + 1 < num_live)
         tl.store(base + (k + 1) * (B * B), acc1.to(out_ptr.dtype.element_ty), mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "part_blocks", "num_live", "slots"])
 def reduce_parts(
     parts_ptr,  # float32 [parts, R, num_live, B, B]
     out_ptr,  # [R, slots, B, B]
     parts,
-    part_size,
+    part_blocks,  # R*num_live
     num_live,
     slots,
     BB: tl.constexpr,  # B*B
@@ -146,7 +149,8 @@ def reduce_parts(
     r = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     part = tl.arange(0, PARTS)
-    source = parts_ptr + r * num_live * BB + part.to(tl.int64)[:, None] * part_size + i[None, :]
+    parts_at = part.to(tl.int64)[:, None] * part_blocks * BB
+    source = parts_ptr + r * num_live * BB + parts_at + i[None, :]
     live = (part < parts)[:, None] & (i < num_live * BB)[None, :]
     total = tl.sum(tl.load(source, live, other=0.0), axis=0)
     tl.store(out_ptr + r * slots * BB + i, total.to(out_ptr.dtype.element_ty), i < slots * BB)

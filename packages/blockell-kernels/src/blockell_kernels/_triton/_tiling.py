@@ -11,7 +11,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Path = Literal["pointers", "descriptors", "packed", "gluon", "halves", "dense halves"]
+Path = Literal[
+    "pointers",
+    "descriptors",
+    "packed",
+    "gluon",
+    "gluon packed",
+    "gluon streamed",
+    "halves",
+    "dense halves",
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,8 +34,9 @@ class Tiling:
     path: Path = "pointers"
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
     Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
-    kernels of `_gluon` (Hopper); "halves" and "dense halves": those for float32, see its
-    `_halves`."""
+    kernels of `_gluon` (Hopper), "gluon packed" (grad_values, tiles below 64): with a packed copy
+    of x; "gluon streamed" (grad_values): of `_streamed_values`; "halves" and "dense halves": those
+    for float32, see its `_halves`."""
     BM: int
     BN: int
     BK: int
@@ -40,6 +50,9 @@ class Tiling:
     """Pieces in which the forward epilogue is stored."""
     waves: int = 1
     """grad_values: programs per multiprocessor that the tokens are split for."""
+    parts: int = 0
+    """grad_values: parts that the tokens are split into; 0: as many as `waves` says. grad_input by
+    descriptors: parts that the sums are split into; 0: none."""
     otherwise: Tiling | None = None
     """Taken where the operands do not allow a path of `_gluon`."""
 
