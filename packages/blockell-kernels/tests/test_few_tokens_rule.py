@@ -9,6 +9,7 @@ from blockell_kernels._backends import DIRECTIONS, Case
 
 few = pytest.importorskip("blockell_kernels._triton._few_tokens")
 middle = pytest.importorskip("blockell_kernels._triton._mid_forward")
+middle_back = pytest.importorskip("blockell_kernels._triton._mid_grad_input")
 
 DTYPES = [torch.bfloat16, torch.float32]
 SHAPES = [(640, 2560), (2560, 640), (4096, 14336), (14336, 4096), (128, 128)]
@@ -24,7 +25,7 @@ def case(direction, N, shape, B, G, dtype=torch.bfloat16, density=0.5):
 @pytest.fixture(params=SHARED_MEMORY_BYTES, ids=str)
 def gpu(request, monkeypatch):
     monkeypatch.setattr(few, "capability", lambda device: request.param)
-    for module in (few, middle):
+    for module in (few, middle, middle_back):
         monkeypatch.setattr(module, "num_sms", lambda device: 132)
     few.strip_for.cache_clear()
     yield request.param
@@ -39,7 +40,8 @@ def test_strips_divide_their_results_and_fit_the_gpu(gpu, direction, dtype, B, G
         for N in (1, 16, 17, 64, 100, 200, 512):
             strip = few.strip_for(case(direction, N, shape, B, G, dtype))
             if strip is None:
-                assert N > few.TOKEN_TILE
+                backward = direction == "grad_input"
+                assert (middle_back.FEWEST if backward else few.TOKEN_TILE) < N
                 continue
             width = B if direction == "grad_input" else B * G
             assert width % strip.BN == 0
@@ -68,5 +70,6 @@ def test_with_more_tokens_it_depends_on_the_case(gpu):
     assert taken("forward", 128, (4096, 14336), 128, 1) == (gpu < (9, 0))
     assert taken("forward", 128, (4096, 14336), 128, 1, torch.float32)
     assert not taken("forward", 256, (4096, 14336), 128, 1)
-    assert taken("grad_input", 512, (640, 2560), 128, 1)
+    assert taken("grad_input", 512, (640, 2560), 128, 1) == (gpu < (9, 0))
+    assert taken("grad_input", 512, (640, 2560), 128, 1, torch.float32)
     assert not taken("grad_input", 512, (2560, 640), 128, 1)

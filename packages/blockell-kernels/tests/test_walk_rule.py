@@ -29,6 +29,7 @@ def on(monkeypatch):
         walk.walk_for.cache_clear()
 
     capability(9, 0)
+    monkeypatch.setattr(walk, "num_sms", lambda device: 132)
     yield capability
     walk.walk_for.cache_clear()
 

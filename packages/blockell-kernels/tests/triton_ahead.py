@@ -109,7 +109,9 @@ def packed_case(arch, dtype, B, BM, BN, BK, *, parts=1, **options):
     return compile_for(arch, forward_packed, constants, pointers=pointers, boxes=boxes, **options)
 
 
-def grad_input_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, **options):
+def grad_input_case(
+    arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, split=False, **options
+):
     constants = {"B": B, "BM": BM, "BN": max(BN, 16), "BK": BK, "GROUP_M": 8}
     constants |= {"PRECISION": precision(dtype, arch), "UPCAST": False}
     pointers = {"order_ptr": "i32", "col_start_ptr": "i32"}
@@ -118,7 +120,8 @@ def grad_input_case(arch, dtype, path, B, BM, BN, BK, *, persistent=0, parts=1, 
         pointers |= {"dy_ptr": dtype, "values_ptr": dtype, "dx_ptr": dtype}
         return compile_for(arch, grad_input_pointers, constants, pointers=pointers, **options)
     rows = max(1, BK // B)
-    constants |= {"PROGRAMS": persistent, "STORE_PARTS": parts, "COLUMNS": 32}
+    constants |= {"PROGRAMS": persistent, "STORE_PARTS": parts, "COLUMNS": 32, "PARTS": split}
+    pointers |= {"parts_ptr": "fp32" if split else dtype}
     boxes = {
         "dy_desc": (dtype, (BM, BK)),
         "w_desc": (dtype, (rows, 1, BK // rows, BN)),
@@ -266,6 +269,9 @@ def all_cases(arch):
                 yield f"forward {name}", forward_case, (arch, dtype, path, B, 128, width, BK), big
                 arguments = (arch, dtype, path, B, 128, B, step)
                 yield f"grad_input {name}", grad_input_case, arguments, big
+                if path == "descriptors" and B >= 64 and dtype == "bf16":
+                    split = {"warps": 4, "stages": 4, "split": True}
+                    yield f"grad_input parts {name}", grad_input_case, arguments, split
                 NB = 1 if path == "descriptors" else max(1, 128 // B)
                 arguments = (arch, dtype, path, B, width, NB, step)
                 yield f"grad_values {name}", grad_values_case, arguments, big

@@ -21,6 +21,7 @@ TILINGS = {
     "pointers": Tiling(**SMALL),
     "pointers-deep": Tiling(BM=32, BN=128, BK=64, warps=8),
     "descriptors": Tiling(path="descriptors", **SMALL),
+    "parts": Tiling(path="descriptors", parts=3, **SMALL),
     "packed": Tiling(path="packed", BM=16, BN=64, BK=32, store_parts=2),
     "persistent": Tiling(path="descriptors", persistent=1, store_parts=2, BM=16, BN=128, BK=32),
 }

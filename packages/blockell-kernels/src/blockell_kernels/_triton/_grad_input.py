@@ -13,6 +13,7 @@ from blockell_kernels._gluon import _grad_input as _by_units
 from blockell_kernels._gluon import _halves
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import describable, num_sms, on_its_device
+from blockell_kernels._triton._few_tokens import add_parts_of
 from blockell_kernels._triton._grad_input_kernels import (
     grad_input_descriptors,
     grad_input_pointers,
@@ -113,25 +114,33 @@ def _by_descriptors(
     rows = max(1, BK // B)
     tiles = ceil_div(N, BM) * (in_features // BN)
     programs = tiling.persistent * num_sms(dy.device)
-    parts = tiling.store_parts if BN >= 32 else 1
+    store_parts = tiling.store_parts if BN >= 32 else 1
+    parts, summed = max(1, tiling.parts), dx
+    if parts > 1:
+        summed = torch.empty(parts, N, in_features, dtype=torch.float32, device=dx.device)
     launch(
         grad_input_descriptors,
-        (min(programs, tiles) if programs else tiles,),
+        (min(programs, tiles) if programs else tiles, parts),
         descriptor(dy, [BM, BK]),
         descriptor(values, [rows, 1, BK // rows, BN]),
-        descriptor(dx, [BM, BN // parts]),
+        descriptor(dx, [BM, BN // store_parts]),
+        summed,
         order,
         col_start,
         N,
         pattern.slots,
         in_features,
+        parts,
         B=B,
         COLUMNS=_sorted_columns(pattern),
         BM=BM,
         BN=BN,
         BK=BK,
         GROUP_M=tiling.group_m,
-        STORE_PARTS=parts,
+        STORE_PARTS=store_parts,
         PROGRAMS=programs,
+        PARTS=parts > 1,
         **arithmetic(dy, tiling),
     )
+    if parts > 1:
+        add_parts_of(summed, None, dx)

@@ -15,22 +15,27 @@ from blockell_kernels._triton._forward_kernels import store_in_parts, tile_of
 
 @triton.jit
 def column_of_rank(col_start_ptr, rank, C, COLUMNS: tl.constexpr):
-    """The block column of that rank by number of blocks, the fullest first.
+    """(column, its first entry in the index, its entries) by number of blocks, the fullest first.
 
     Long columns started last would leave the GPU idle behind them. COLUMNS is C rounded up to a
     power of two, or 0: columns as they come (where they are many, their order hardly matters).
     """
     if COLUMNS == 0:
         column = rank
+        start = tl.load(col_start_ptr + rank)
+        entries = tl.load(col_start_ptr + rank + 1) - start
     else:
         c = tl.arange(0, COLUMNS)
-        start = tl.load(col_start_ptr + c, c < C, other=0)
-        counts = tl.load(col_start_ptr + c + 1, c < C, other=-1) - start
+        starts = tl.load(col_start_ptr + c, c < C, other=0)
+        counts = tl.load(col_start_ptr + c + 1, c < C, other=-1) - starts
         fuller = counts[None, :] > counts[:, None]
         earlier = (counts[None, :] == counts[:, None]) & (c[None, :] < c[:, None])
-        ranks = tl.sum((fuller | earlier).to(tl.int32), axis=1)
-        column = tl.sum(tl.where(ranks == rank, c, 0), axis=0)
-    return column
+        found = tl.sum((fuller | earlier).to(tl.int32), axis=1) == rank
+        # From what is at hand: loading the column's own entries would be a second wait for memory.
+        column = tl.sum(tl.where(found, c, 0), axis=0)
+        start = tl.sum(tl.where(found, starts, 0), axis=0)
+        entries = tl.sum(tl.where(found, counts, 0), axis=0)
+    return column, start, entries
 
 
 @triton.jit(do_not_specialize=["N"])
@@ -66,11 +71,10 @@ def grad_input_pointers(
     dy_rows = dy_ptr + tl.minimum(tokens, N - 1).to(tl.int64)[:, None] * stride_dn
     n = tl.arange(0, BN)
     offset = (pn * BN_LIVE) % B
-    c = column_of_rank(col_start_ptr, (pn * BN_LIVE) // B, in_features // B, COLUMNS)
+    rank = (pn * BN_LIVE) // B
+    c, start, entries = column_of_rank(col_start_ptr, rank, in_features // B, COLUMNS)
     w_cols = offset + n % BN_LIVE
     w_cols = values_ptr + tl.max_contiguous(tl.multiple_of(w_cols, BN_LIVE), BN_LIVE)[None, :]
-    start = tl.load(col_start_ptr + c)
-    entries = tl.load(col_start_ptr + c + 1) - start
     last = tl.maximum(entries - 1, 0)
 
     kk = tl.arange(0, BK)
@@ -113,16 +117,18 @@ def grad_input_pointers(
     tl.store(dx_rows + (c * B + offset + n)[None, :], acc.to(dx_ptr.dtype.element_ty), inside)
 
 
-@triton.jit(do_not_specialize=["N"])
+@triton.jit(do_not_specialize=["N", "slots", "parts"])
 def grad_input_descriptors(
     dy_desc,  # [N, R*B] in boxes [BM, BK]
     w_desc,  # [R, slots, B, B] in boxes [rows, 1, BK/rows, BN]
     dx_desc,  # [N, C*B] in boxes [BM, BN / STORE_PARTS]
+    parts_ptr,  # float32 [parts, N, C*B]; unused unless PARTS
     order_ptr,
     col_start_ptr,
     N,
     slots,
     in_features,
+    parts,
     B: tl.constexpr,
     COLUMNS: tl.constexpr,
     BM: tl.constexpr,
@@ -131,6 +137,7 @@ def grad_input_descriptors(
     GROUP_M: tl.constexpr,
     STORE_PARTS: tl.constexpr,
     PROGRAMS: tl.constexpr,
+    PARTS: tl.constexpr,  # program_id(1) owns a part of the sum
     PRECISION: tl.constexpr,
     UPCAST: tl.constexpr,
     OVERLAPS: tl.constexpr = False,
@@ -146,13 +153,18 @@ def grad_input_descriptors(
     for pid in tl.range(first, tiles, PROGRAMS if PROGRAMS else 1, flatten=PROGRAMS > 0):
         pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
         offset = (pn * BN) % B
-        c = column_of_rank(col_start_ptr, (pn * BN) // B, in_features // B, COLUMNS)
-        start = tl.load(col_start_ptr + c)
-        length = (tl.load(col_start_ptr + c + 1) - start) * B
-        last = tl.maximum(length // B - 1, 0)
+        rank = (pn * BN) // B
+        c, start, entries = column_of_rank(col_start_ptr, rank, in_features // B, COLUMNS)
+        last = tl.maximum(entries - 1, 0)
+        begin = 0
+        end = entries * B
+        if PARTS:
+            per_part = tl.cdiv(tl.cdiv(end, BK), parts) * BK
+            begin = tl.program_id(1) * per_part
+            end = tl.minimum(begin + per_part, end)
         acc = tl.zeros((BM, BN), tl.float32)
-        slot = tl.load(order_ptr + start, mask=length > 0, other=0)
-        for q0 in range(0, length, BK):
+        slot = tl.load(order_ptr + start + tl.minimum(begin // B, last), entries > 0, other=0)
+        for q0 in range(begin, end, BK):
             # BK rows of one group when BK >= B, a part of one block when BK < B.
             r, k = slot // slots, slot % slots
             slot = tl.load(order_ptr + start + tl.minimum((q0 + BK) // B, last))
@@ -161,4 +173,10 @@ def grad_input_descriptors(
             if UPCAST:
                 dy, w = dy.to(tl.float32), w.to(tl.float32)
             acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-        store_in_parts(dx_desc, pm * BM, c * B + offset, acc, BM, BN, STORE_PARTS)
+        if PARTS:
+            m = pm * BM + tl.arange(0, BM)
+            rows = parts_ptr + (tl.program_id(1).to(tl.int64) * N + m)[:, None] * in_features
+            columns = c * B + offset + tl.arange(0, BN)
+            tl.store(rows + columns[None, :], acc, (m < N)[:, None])
+        else:
+            store_in_parts(dx_desc, pm * BM, c * B + offset, acc, BM, BN, STORE_PARTS)

@@ -1,11 +1,196 @@
-"""Tilings of the input gradient below `LONG_TOKENS` tokens, of 16-bit operands on Hopper."""
+"""Tilings of the input gradient below `LONG_TOKENS` tokens, of 16-bit operands on Hopper.
+
+Legend: R block rows, C block columns, B tile side, N tokens; width: outputs that share a column
+list (row_group*B).
+
+By a model of the time, in microseconds, fitted to the products of 930 layers (64 to 4096 tokens, 25
+to 100% density, 640 to 14336 features, some 35 tilings each, one H200). Of tiles 64 and 128 its
+choice takes 2.7% more than the best of them all does; the rules that it replaced took 13% more.
+
+A program takes a while to find its column and to fetch the first blocks, then so long per step:
+`alone` on a multiprocessor what its loads take to arrive, beside others no less than a share of
+what the multiprocessor multiplies and L2 gives (`busy`). Programs come in rounds. Where there are
+few, several share a column's sum, and a second kernel adds their parts up.
+"""
 
 from __future__ import annotations
 
+from math import sqrt
+from typing import NamedTuple
+
 from blockell_kernels._backends import Case
-from blockell_kernels._triton._tiling import Tiling
+from blockell_kernels._triton._device import num_sms
+from blockell_kernels._triton._tiling import Path, Tiling, ceil_div, power_of_two_divisor
+
+FEWEST = 32
+"""Up to this many tokens the kernels for few tokens are taken."""
+MANY_FOR_SMALL = 1024
+"""From here on the general rules are as good for tiles below 64."""
+MOST_PARTS, FEWEST_STEPS = 8, 3
+"""Of a column's sum, and the steps that a part has at least."""
+MOST_PROGRAMS = 2.5
+"""Per multiprocessor, where sums are split."""
+MOST_SUMMED = 2**23
+"""Elements of all parts."""
+
+BEGIN = 1.74
+"""us until a program's first step: its column, that column's blocks, their first bytes."""
+END = 0.39
+"""us that storing 128 x 128 outputs takes."""
+SPREAD = 1.78
+"""Standard deviations by which the longest column is longer than the mean."""
+WHOLE = 0.84
+"""Share in which rounds count as whole; for the rest, programs follow one another at once."""
+ADD, ADD_MB = 0.84, 0.43
+"""us of the kernel that adds parts up, and per megabyte of them that is written and read."""
+
+
+class Tile(NamedTuple):
+    """What a program of the Triton kernels owns, and what its steps take."""
+
+    path: Path
+    tokens: int
+    columns: int
+    depth: int
+    stages: int
+    resident: int
+    """Programs that a multiprocessor holds."""
+    alone: float
+    busy: float
+
+    def tiling(self, parts: int) -> Tiling:
+        """As the launchers take it."""
+        return Tiling(
+            path=self.path, BM=self.tokens, BN=self.columns, BK=self.depth, stages=self.stages,
+            parts=parts,
+        )  # fmt: skip
+
+
+WIDE = (
+    Tile("descriptors", 64, 64, 64, 6, 2, 0.22, 0.17),
+    Tile("descriptors", 64, 64, 128, 4, 1, 0.32, 0.32),
+    Tile("descriptors", 128, 64, 64, 3, 3, 0.42, 0.24),
+    Tile("descriptors", 128, 64, 64, 5, 1, 0.25, 0.25),
+    Tile("descriptors", 256, 64, 64, 4, 1, 0.41, 0.41),
+    Tile("descriptors", 128, 128, 64, 3, 2, 0.48, 0.34),
+    Tile("descriptors", 128, 128, 64, 4, 1, 0.34, 0.34),
+)
+TILES = {
+    128: WIDE,
+    64: tuple(tile for tile in WIDE if tile.columns == 64),
+    32: (
+        Tile("descriptors", 64, 32, 128, 4, 2, 0.33, 0.29),
+        Tile("descriptors", 128, 32, 64, 5, 2, 0.27, 0.23),
+        Tile("descriptors", 256, 32, 64, 4, 1, 0.36, 0.36),
+        Tile("pointers", 64, 32, 128, 3, 3, 0.44, 0.29),
+        Tile("pointers", 128, 32, 64, 3, 3, 0.42, 0.22),
+    ),
+    16: (
+        Tile("descriptors", 64, 16, 128, 4, 2, 0.36, 0.27),
+        Tile("descriptors", 128, 16, 128, 4, 1, 0.41, 0.41),
+        Tile("descriptors", 128, 16, 64, 6, 2, 0.31, 0.23),
+        Tile("pointers", 64, 16, 128, 3, 3, 0.44, 0.25),
+        Tile("pointers", 128, 16, 64, 3, 4, 0.46, 0.21),
+    ),
+}
+
+UNITS_CUTS = {
+    128: ((256, 128), (128, 128), (64, 128), (320, 64)),
+    64: ((320, 64), (256, 64), (128, 64)),
+}
+"""Columns of a program and outputs of a unit of the Gluon kernel, by width."""
+UNITS_START = {64: 1.2, 32: 2.2, 16: 2.4}
+"""us by which the Gluon kernel begins later, by tile."""
+UNITS_ROUND = 0.9
+"""us that a round takes beside its units."""
+UNIT, UNIT_COLUMN = 0.3, 0.03
+"""us that a unit of 64 outputs takes for its slice of dy, and for each column, held or not."""
+UNIT_MULTIPLIED = {64: 0.42, 32: 0.56, 16: 1.03}
+"""Share of its products' time at full rate that a unit adds, by tile."""
+REARRANGED_MB = 0.25
+"""us per megabyte of blocks below 64, which are rearranged first, to write and read."""
+TRAFFIC_MB = 0.09
+"""us per megabyte of operands and result by which the Triton kernels take longer."""
+MULTIPLIED, LOADED = 3.6e6, 80e3
+"""Products, and bytes from L2, to a us and multiprocessor."""
 
 
 def tiling_for(case: Case) -> Tiling | None:
     """The tiling of a case, None: that of the general rules."""
-    return None
+    B, width = case.B, min(128, power_of_two_divisor(case.row_group * case.B))
+    if case.N <= FEWEST or B not in TILES:
+        return None
+    if B < 64 and (width < 128 or case.N >= MANY_FOR_SMALL):
+        return None
+    found = {
+        tile.tiling(parts): tile_us(case, tile, parts)
+        for tile in TILES[B]
+        if tile.depth <= max(width, 64)
+        for parts in _parts(case, tile)
+    }
+    if B < 128 and case.N >= 128:
+        for columns, outputs in UNITS_CUTS[width]:
+            tiling = Tiling(path="gluon", BM=128, BN=columns, BK=outputs)
+            found[tiling] = units_us(case, columns, outputs)
+    return min(found, key=found.__getitem__)
+
+
+def _programs(case: Case, tile: Tile) -> int:
+    return ceil_div(case.N, tile.tokens) * (case.C * case.B // tile.columns)
+
+
+def _parts(case: Case, tile: Tile) -> list[int]:
+    """Into how many parts sums may be split."""
+    if tile.path == "pointers":
+        return [1]
+    most = min(
+        MOST_PARTS,
+        int(MOST_PROGRAMS * num_sms(case.device)) // _programs(case, tile),
+        int(case.R * case.density * case.B / tile.depth / FEWEST_STEPS),
+        MOST_SUMMED // (case.N * case.C * case.B),
+    )
+    return list(range(1, max(1, most) + 1))
+
+
+def tile_us(case: Case, tile: Tile, parts: int) -> float:
+    """What a product by the Triton kernels takes, beyond what all of them take."""
+    B, density = case.B, case.density
+    programs, sms = _programs(case, tile) * parts, num_sms(case.device)
+    per_sm = ceil_div(programs, sms)
+    beside = min(tile.resident, per_sm)
+    steps = case.R * density * B / tile.depth / parts
+    spread = SPREAD * sqrt(case.R * case.row_group * density * (1 - density))
+    spread *= B / tile.depth / parts
+    end = END * tile.tokens * tile.columns / 128**2
+    alone = BEGIN + steps * tile.alone + end
+    busy = steps * tile.busy + end
+    rounds, left = divmod(per_sm, beside)
+    whole = rounds * max(alone, beside * busy) + (max(alone, left * busy) if left else 0.0)
+    flowing = max(1.0, programs / sms) * max(alone / beside, busy)
+    mean = WHOLE * whole + (1 - WHOLE) * flowing + spread * tile.busy
+    taken = max(alone + spread * tile.alone, mean)
+    if parts > 1:
+        taken += ADD + ADD_MB * parts * case.N * case.C * B * 4e-6
+    return taken + TRAFFIC_MB * _traffic_mb(case)
+
+
+def _traffic_mb(case: Case) -> float:
+    features = case.C * case.B, case.R * case.B
+    return 2e-6 * (case.N * sum(features) + case.density * features[0] * features[1])
+
+
+def units_us(case: Case, columns: int, outputs: int) -> float:
+    """What a product by units takes, beyond what the Triton kernels all take."""
+    B, density = case.B, case.density
+    across = min(columns // B, case.C)
+    tiles = ceil_div(case.N, 128) * ceil_div(case.C * B, columns)
+    held = across * density * B
+    multiplied = UNIT_MULTIPLIED[B] * 128 * held * outputs / MULTIPLIED
+    loaded = (128 + held) * outputs * 2 / LOADED
+    unit = max(UNIT * sqrt(outputs / 64) + UNIT_COLUMN * across + multiplied, loaded)
+    unit *= 1 - (1 - density) ** across  # units that none of the columns holds are passed by
+    rounds = ceil_div(tiles, num_sms(case.device))
+    taken = UNITS_START[B] + BEGIN + rounds * (UNITS_ROUND + case.R * B / outputs * unit)
+    if B < 64:
+        taken += REARRANGED_MB * density * case.R * case.C * B**2 * 4e-6
+    return taken

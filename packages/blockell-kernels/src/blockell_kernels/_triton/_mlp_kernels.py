@@ -80,10 +80,10 @@ def grad_input_activated(
     for pid in tl.range(first, tiles, PROGRAMS if PROGRAMS else 1, flatten=PROGRAMS > 0):
         pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
         offset = (pn * BN) % B
-        c = column_of_rank(col_start_ptr, (pn * BN) // B, in_features // B, COLUMNS)
-        start = tl.load(col_start_ptr + c)
-        length = (tl.load(col_start_ptr + c + 1) - start) * B
-        last = tl.maximum(length // B - 1, 0)
+        rank = (pn * BN) // B
+        c, start, entries = column_of_rank(col_start_ptr, rank, in_features // B, COLUMNS)
+        length = entries * B
+        last = tl.maximum(entries - 1, 0)
         acc = tl.zeros((BM, BN), tl.float32)
         slot = tl.load(order_ptr + start, mask=length > 0, other=0)
         for q0 in range(0, length, BK):

@@ -18,6 +18,7 @@ Path = Literal[
     "gluon",
     "gluon packed",
     "gluon streamed",
+    "gluon streamed packed",
     "halves",
     "dense halves",
 ]
@@ -35,8 +36,8 @@ class Tiling:
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
     Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
     kernels of `_gluon` (Hopper), "gluon packed" (grad_values, tiles below 64): with a packed copy
-    of x; "gluon streamed" (grad_values): of `_streamed_values`; "halves" and "dense halves": those
-    for float32, see its `_halves`."""
+    of x; "gluon streamed" and "gluon streamed packed" (grad_values): of `_streamed_values`; "halves"
+    and "dense halves": those for float32, see its `_halves`."""
     BM: int
     BN: int
     BK: int

@@ -20,6 +20,7 @@ from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
     describable,
+    num_sms,
     on_its_device,
 )
 from blockell_kernels._triton._few_tokens import SMALL_WEIGHT, add_parts_of
@@ -113,15 +114,18 @@ def _grad_input(case: Case) -> tuple[Walk, float] | None:
     N, B = case.N, case.B
     if N > 256 or case.R * case.C * B**2 < LARGE_WEIGHT:
         return None
+    # Beyond 64 tokens, as many parts as fill the multiprocessors twice, of four at most.
+    programs = ceil_div(N, 128) * ceil_div(case.C * B, 64)
+    parts = max(1, min(4, int(2.5 * num_sms(case.device)) // programs))
     walk, least = _by_tokens(
         N,
         (32, Walk(BM=_rows(N), BN=64, parts=4), {8: 0.2, 16: 0.52, 32: 0.65}),
         (64, Walk(BM=64, BN=64, parts=4), {8: 0.08, 16: 0.48, 32: 0.6}),
-        (128, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.08, 16: 0.4, 32: 0.6}),
-        (256, Walk(BM=128, BN=64, parts=2, boxes=True), {8: 0.08, 16: 0.35, 32: 0.45}),
+        (128, Walk(BM=128, BN=64, parts=parts, boxes=True), {8: 0.08, 16: 0.35, 32: 0.6}),
+        (256, Walk(BM=128, BN=64, parts=parts, boxes=True), {8: 0.08, 16: 0.35, 32: 0.45}),
     )
     if case.row_group > 1 and B >= 16:
-        least = {16: 0.45, 32: 0.45} if N > 128 else {16: 0.56, 32: 0.58} if N > 64 else {}
+        least = {16: 0.35, 32: 0.5} if N > 64 else {}
     return walk, least.get(B, 1.0)
 
 

@@ -146,16 +146,17 @@ def walk_grad_input(
     part = tl.program_id(1)
     mine = part.to(tl.int64) * tl.num_programs(0) + tl.program_id(0)
     place = map_ptr + mine * COLUMNS * R
+    # All columns at once: their entries are the second of two waits for memory.
+    CHUNK: tl.constexpr = 2048 // COLUMNS
+    column = tl.arange(0, COLUMNS)
+    c = pn * COLUMNS + column
+    start = tl.load(col_start_ptr + tl.minimum(c, C))
+    stop = tl.load(col_start_ptr + tl.minimum(c + 1, C))
     clear(place, COLUMNS * R, 1024)
-    for column in range(COLUMNS):
-        c = pn * COLUMNS + column
-        start = tl.load(col_start_ptr + tl.minimum(c, C - 1))
-        stop = tl.load(col_start_ptr + tl.minimum(c, C - 1) + 1)
-        stop = tl.where(c < C, stop, start)
-        for e0 in range(start, stop, 512):
-            e = e0 + tl.arange(0, 512)
-            found = tl.load(order_ptr + e, e < stop, other=0)
-            tl.store(place + (found // slots) * COLUMNS + column, found, e < stop)
+    for e0 in range(0, tl.max(stop - start, axis=0), CHUNK):
+        e = start[:, None] + e0 + tl.arange(0, CHUNK)[None, :]
+        found = tl.load(order_ptr + e, e < stop[:, None], other=0)
+        tl.store(place + (found // slots) * COLUMNS + column[:, None], found, e < stop[:, None])
     tl.debug_barrier()
     m = pm * BM + tl.arange(0, BM)
     inside = (m < N)[:, None]
