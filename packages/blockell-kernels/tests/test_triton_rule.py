@@ -243,6 +243,20 @@ def test_a_copy_made_for_one_product_serves_the_other_where_that_is_faster(monke
     assert not shares(sparse_enough, Choice("triton", ""), Choice("dense", ""))
 
 
+def test_a_copy_beside_the_weight_gradient_costs_the_forward_product_less(measured):
+    """The copy takes 0.4 of a product's time; the forward product may lose 0.7 of that to it."""
+    copy, asked = math.log2(1.4), case("forward", 512, 640, 2560, 16)
+    chosen = Choice("triton", ""), Choice("dense", "")
+    for sparse, here, beside in ((0.95, False, False), (1.25, True, False), (1.3, True, True)):
+        alone = math.log2(sparse)
+        measured([512, 640, 2560, [[0.5, alone - copy, alone]]])
+        assert rule.verdict(asked).wins
+        assert shares(asked, *chosen) is here, sparse
+        assert shares(asked, *chosen, beside=True) is beside, sparse
+        # an input gradient that is sparse by itself has no copy to hide
+        assert shares(asked, *chosen[::-1], beside=True) is here, sparse
+
+
 def test_one_copy_for_both_products_may_beat_two_sparse_ones(monkeypatch, measured):
     """Both win by a little beside a product with its own copy, of 0.6 of a product's time."""
     copy = math.log2(1.6)

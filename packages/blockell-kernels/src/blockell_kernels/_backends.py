@@ -156,8 +156,11 @@ class Backend:
         """How this backend computes a case, in words; None: there is one way only."""
         return None
 
-    def beats_copied(self, case: Case) -> bool:
-        """Whether this backend beats the dense product of a weight that is dense already."""
+    def beats_copied(self, case: Case, beside: bool = False) -> bool:
+        """Whether this backend beats the dense product of a weight that is dense already.
+
+        Beside: of a weight that would otherwise be made dense while other work is done.
+        """
         return True
 
     def loses_to_one_copy(self, case: Case) -> bool:
@@ -266,17 +269,32 @@ def _select(case: Case, requested: str, arithmetic: object) -> Choice:
     return Choice(sparse if wins else "dense", why)
 
 
-def shares(case: Case, forward: Choice, grad_input: Choice, requested: str = "auto") -> bool:
+def shares(
+    case: Case,
+    forward: Choice,
+    grad_input: Choice,
+    requested: str = "auto",
+    beside: bool = False,
+) -> bool:
     """Whether one dense copy of the weight had better serve both products of a training step.
 
     A product that is chosen sparse by itself may lose to a dense one whose weight the other
     product has copied already; or both together to dense ones by one copy.
+
+    Args:
+        case: of the forward product.
+        forward: its choice by itself.
+        grad_input: that of the input gradient.
+        requested: one of `BACKEND_NAMES`.
+        beside: whether a copy for the input gradient alone is made beside the weight gradient.
     """
     names = forward.backend, grad_input.backend
     if "dense" not in names:
         return requested == "auto" and get_backend(names[0]).loses_to_one_copy(case)
     return not any(
-        get_backend(name).beats_copied(case._replace(direction=direction))
+        get_backend(name).beats_copied(
+            case._replace(direction=direction), beside and direction == "forward"
+        )
         for name, direction in zip(names, DIRECTIONS, strict=False)
         if name != "dense"
     )

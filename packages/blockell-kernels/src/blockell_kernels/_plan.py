@@ -298,10 +298,11 @@ def may_keep(case: Case) -> bool:
 
 def keeps_copy(case: Case, forward: Choice, grad_input: Choice, requested: str) -> bool:
     """Whether a training step keeps one dense copy of the weight for both products."""
+    beside = case.device.type == "cuda" and _is_small(case) and _gains_by_forks(case)
     return (
         case.device.type in ("cuda", "cpu")
         and may_keep(case)
-        and shares(case, forward, grad_input, requested)
+        and shares(case, forward, grad_input, requested, beside)
     )
 
 
@@ -310,10 +311,16 @@ def forget() -> None:
     _plans.clear()
 
 
-def _gains_by_forks(N: int, R: int, C: int, B: int) -> bool:
+def _gains_by_forks(case: Case) -> bool:
     """Whether both gradients had better be computed at a time."""
+    N, R, C, B = case.N, case.R, case.C, case.B
     small = N >= FORKED_TOKENS or R * C * B * B <= FORKED_WEIGHT
     return small and 0 < N * (R + C) * B <= MAX_FORKED
+
+
+def _is_small(case: Case) -> bool:
+    """Whether a dense copy of the weight may be in memory beside its dense gradient."""
+    return case.R * case.C * case.B**2 * case.dtype.itemsize < WHOLE_GRADIENT_BYTES
 
 
 def _make(
@@ -328,9 +335,9 @@ def _make(
     choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
     keeps = keeps_copy(case, choices[0], choices[1], requested)
     # A large dense copy must be gone before the weight's gradient is computed, for memory.
-    small = R * C * B * B * dtype.itemsize < WHOLE_GRADIENT_BYTES
-    lean = small or not (keeps or "dense" in (choices[1].backend, choices[2].backend))
-    forks = device.type == "cuda" and lean and _gains_by_forks(N, R, C, B)
+    copies = keeps or "dense" in (choices[1].backend, choices[2].backend)
+    lean = _is_small(case) or not copies
+    forks = device.type == "cuda" and lean and _gains_by_forks(case)
     refused = tuple(choice for choice in choices if choice.refused is not None)
     forward, grad_input, grad_values = (get_backend(choice.backend) for choice in choices)
     sparse = not keeps and all(choice.backend == "triton" for choice in choices)

@@ -53,8 +53,8 @@ class TritonBackend(Backend):
         products = "three float16 products of two halves each" if way is _ways.HALVES else "3xTF32"
         return f"{words}; float32 operands are multiplied as {products}, accurate to 1e-6"
 
-    def beats_copied(self, case: Case) -> bool:
-        return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case)
+    def beats_copied(self, case: Case, beside: bool = False) -> bool:
+        return _tuning.verdict(case, arithmetic(case)) is not None or beats_copied(case, beside)
 
     def loses_to_one_copy(self, case: Case) -> bool:
         kind = arithmetic(case)
