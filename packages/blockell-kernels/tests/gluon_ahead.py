@@ -23,14 +23,17 @@ from blockell_kernels._gluon import (
     _grad_input,
     _grad_values,
     _mlp,
+    _streamed_values,
     _whole,
     _whole_values,
 )
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
+from blockell_kernels._gluon._forward_panels_kernels import forward_by_panels
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
 from blockell_kernels._gluon._mlp_kernels import forward_by_turns, middle_by_turns
+from blockell_kernels._gluon._streamed_values_kernels import grad_values_streamed
 from blockell_kernels._gluon._whole_kernels import whole_weight
 from blockell_kernels._gluon._whole_values_kernels import whole_values
 from blockell_kernels._triton._tiling import Tiling
@@ -49,7 +52,12 @@ def compile_one(kernel, constants, types, options):
         name: "constexpr" if name in constants else types.get(name, "i32")
         for name in kernel.arg_names
     }
-    source = GluonASTSource(kernel, signature, constexprs=constants)
+    aligned = {
+        (position,): [["tt.divisibility", 16]]
+        for position, name in enumerate(kernel.arg_names)
+        if name.endswith("_ptr")
+    }
+    source = GluonASTSource(kernel, signature, constexprs=constants, attrs=aligned)
     return triton_compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -64,24 +72,30 @@ def spilled_bytes(cubin):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
-def block_box(dtype, rows, B):
-    """The type of a descriptor of whole blocks."""
+def block_box(dtype, rows, B, lines=None):
+    """The type of a descriptor of whole blocks, or of `lines` of them."""
     if rearranged(B):
         return box(dtype, (rows, B * B // 256, 256), 0)
-    return box(dtype, (rows, B, min(B, 64)), 2 * min(B, 64))
+    return box(dtype, (rows, lines or B, min(B, 64)), 2 * min(B, 64))
 
 
-def forward_case(dtype, B, tokens):
-    tiling = Tiling(path="gluon", BM=tokens, BN=128, BK=64)
+def forward_case(dtype, B, tokens, outputs=128, packed=False):
+    path = "gluon packed" if packed else "gluon"
+    tiling = Tiling(path=path, BM=tokens, BN=outputs, BK=64)
+    rows = outputs // B if outputs > B else 1
     types = {
         "x_desc": box(dtype, (64, min(B, 64)), 2 * min(B, 64)),
-        "w_desc": block_box(dtype, 128 // B, B),
-        "y_desc": box(dtype, (64, 128), 128),
+        "w_desc": block_box(dtype, rows, B, min(B, outputs)),
+        "y_desc": box(dtype, (64, outputs), 128),
         "cols_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
     }
     constants = _forward.constants(B, tiling, True)
-    return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
+    if not packed:
+        constants |= _forward.panels(B)
+        return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
+    types |= {"x_desc": box(dtype, (64 * B // 256, 256), 0), "values_ptr": f"*{dtype}"}
+    return compile_one(forward_by_panels, constants, types, {"num_warps": 4})
 
 
 def grad_input_case(dtype, B, columns, depth):
@@ -97,17 +111,27 @@ def grad_input_case(dtype, B, columns, depth):
     return compile_one(grad_input_by_units, constants, types, {"num_warps": 4})
 
 
-def grad_values_case(dtype, B, outputs, K):
-    columns, product = _grad_values.cut(B, outputs, K)
-    types = {
-        "dy_desc": box(dtype, (_grad_values.BT, 64), 128),
-        "x_desc": box(dtype, (_grad_values.BT, min(B, 64)), 2 * min(B, 64)),
-        "cols_ptr": "*i32",
-        "out_ptr": f"*{dtype}",
-        "work_ptr": "*fp32",
-    }
-    constants = _grad_values.constants(B, outputs, columns, product)
+def values_boxes(dtype, B, packed):
+    """Types of the weight gradient's operands."""
+    lines = (64, min(B, 64)), 2 * min(B, 64)
+    x = box(dtype, (B // 4, 256), 0) if packed else box(dtype, *lines)
+    return {"dy_desc": box(dtype, (64, 64), 128), "x_desc": x, "cols_ptr": "*i32"}
+
+
+def grad_values_case(dtype, B, outputs, columns, packed):
+    types = values_boxes(dtype, B, packed) | {"out_ptr": f"*{dtype}", "work_ptr": "*fp32"}
+    product = _grad_values.product_of(outputs, columns)
+    constants = _grad_values.constants(B, outputs, columns, product, packed)
+    constants |= {"DIRECT": True, "GROUP": 8}
     return compile_one(grad_values_by_items, constants, types, {"num_warps": 4})
+
+
+def streamed_case(dtype, B, outputs, columns, packed):
+    constants = _streamed_values.constants(B, outputs, columns, packed) | {"GROUP": 8}
+    blocks = (64, constants["WIDTH"]) if B == 128 else (B, B)
+    types = values_boxes(dtype, B, packed)
+    types |= {"out_desc": box(dtype, blocks, min(128, 2 * B))}
+    return compile_one(grad_values_streamed, constants, types, {"num_warps": 4})
 
 
 def activated_forward_case(dtype, B, keep_pre):
@@ -171,8 +195,8 @@ def all_cases():
     ):
         name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
         yield name, grad_input_case, (dtype, B, columns, depth)
-    for B, tokens in ((16, 320), (128, 256)):
-        yield f"forward tile {B}, {tokens} tokens", forward_case, ("bf16", B, tokens)
+    for B, *cut in ((16, 320), (64, 192), (128, 64, 64), (16, 320, 128, True), (32, 64, 64, True)):
+        yield f"forward tile {B}, {cut}", forward_case, ("bf16", B, *cut)
     for B, keep_pre in ((16, True), (128, False)):
         yield f"forward with f, tile {B}, {keep_pre}", activated_forward_case, ("bf16", B, keep_pre)
     for dense, keep_a in ((False, True), (True, False)):
@@ -181,9 +205,11 @@ def all_cases():
         yield f"whole, tile {B}, {forward}, {cut}", whole_case, ("bf16", B, forward, cut)
     for B in (16, 128):
         yield f"whole grad_values, tile {B}", whole_values_case, ("bf16", B)
-    for B, outputs, K in ((16, 128, 20), (64, 64, 5)):
-        name = f"grad_values tile {B}, {outputs} outputs, {K} blocks"
-        yield name, grad_values_case, ("bf16", B, outputs, K)
+    for B, outputs, columns, packed in ((16, 128, 256, True), (64, 64, 640, False)):
+        name = f"grad_values tile {B}, {outputs} x {columns}"
+        yield name, grad_values_case, ("bf16", B, outputs, columns, packed)
+    for B, *cut in ((16, 128, 256, True), (64, 64, 256, False), (128, 128, 192, False)):
+        yield f"grad_values streamed, tile {B}, {cut}", streamed_case, ("bf16", B, *cut)
 
 
 def main():

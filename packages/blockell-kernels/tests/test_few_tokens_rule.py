@@ -9,6 +9,7 @@ from blockell_kernels._backends import DIRECTIONS, Case
 
 few = pytest.importorskip("blockell_kernels._triton._few_tokens")
 middle = pytest.importorskip("blockell_kernels._triton._mid_forward")
+middle_values = pytest.importorskip("blockell_kernels._triton._mid_grad_values")
 middle_back = pytest.importorskip("blockell_kernels._triton._mid_grad_input")
 
 DTYPES = [torch.bfloat16, torch.float32]
@@ -25,7 +26,7 @@ def case(direction, N, shape, B, G, dtype=torch.bfloat16, density=0.5):
 @pytest.fixture(params=SHARED_MEMORY_BYTES, ids=str)
 def gpu(request, monkeypatch):
     monkeypatch.setattr(few, "capability", lambda device: request.param)
-    for module in (few, middle, middle_back):
+    for module in (few, middle, middle_back, middle_values):
         monkeypatch.setattr(module, "num_sms", lambda device: 132)
     few.strip_for.cache_clear()
     yield request.param
@@ -64,7 +65,8 @@ def test_with_more_tokens_it_depends_on_the_case(gpu):
     def taken(direction, *rest):
         return few.strip_for(case(direction, *rest)) is not None
 
-    assert taken("grad_values", 512, (640, 2560), 16, 8)
+    assert taken("grad_values", 512, (640, 2560), 16, 8) == (gpu < (9, 0))
+    assert taken("grad_values", 512, (640, 2560), 16, 8, torch.float32)
     assert not taken("grad_values", 512, (640, 2560), 16, 1)
     assert not taken("grad_values", 128, (4096, 14336), 128, 1)
     assert taken("forward", 128, (4096, 14336), 128, 1) == (gpu < (9, 0))

@@ -11,6 +11,7 @@ import torch
 from blockell_kernels._gluon import _forward as by_pieces
 from blockell_kernels._gluon import _grad_input as by_units
 from blockell_kernels._gluon import _grad_values as by_items
+from blockell_kernels._gluon import _streamed_values as streamed
 from blockell_kernels._gluon._support import runs_on
 from blockell_kernels._triton import _forward, _grad_input, _grad_values
 from blockell_kernels._triton._tiling import Tiling
@@ -25,6 +26,14 @@ GRAD_INPUT = {
     "256 columns": {"BN": 256, "BK": 64},
     "320 columns": {"BN": 320, "BK": 64},
     "deep": {"BN": 256, "BK": 128},
+}
+GRAD_VALUES = {
+    "192 columns, 3 parts": {"path": "gluon", "BM": 128, "BN": 192, "parts": 3},
+    "64 outputs": {"path": "gluon", "BM": 64, "BN": 256, "parts": 2},
+    "packed": {"path": "gluon packed", "BM": 128, "BN": 256, "parts": 2},
+    "streamed": {"path": "gluon streamed", "BM": 128, "BN": 256},
+    "streamed, 64 columns": {"path": "gluon streamed", "BM": 128, "BN": 64},
+    "streamed, packed": {"path": "gluon streamed packed", "BM": 128, "BN": 128},
 }
 SHAPES = {
     "tile 16, one token": {"B": 16, "R": 8, "C": 5, "K": 2, "N": 1, "G": 8},
@@ -85,21 +94,48 @@ def test_grad_values(make_problem, error, shape, dtype):
     assert torch.equal(actual, again)
 
 
-@pytest.mark.parametrize("dtype", [BF16, FP16])
-@pytest.mark.parametrize("tokens", [256, 320])
+@pytest.mark.parametrize("cut", GRAD_VALUES.values(), ids=GRAD_VALUES)
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *WIDE.values()], ids=[*SHAPES, *WIDE])
-def test_forward(make_problem, error, shape, tokens, dtype):
+def test_grad_values_in_parts(make_problem, error, shape, cut):
+    """Tiles and parts of other sizes; x packed; results that leave while the next ones come."""
+    problem = make_problem(**shape, dtype=BF16)
+    p, tiling = problem, Tiling(**cut, BK=64)
+    if not any(way.takes(p.dy, p.x, p.pattern, tiling) for way in (by_items, streamed)):
+        pytest.skip("too few rows share their columns")
+    actual = _grad_values.grad_values(p.dy, p.x, p.pattern, tiling)
+    expected, by_dense = p.expected()["grad_values"], p.by_dense()["grad_values"]
+    assert error(actual, expected) <= 1.1 * error(by_dense, expected)
+    assert not actual[:, p.K :].any()
+    assert torch.equal(actual, _grad_values.grad_values(p.dy, p.x, p.pattern, tiling))
+
+
+@pytest.mark.parametrize("dtype", [BF16, FP16])
+@pytest.mark.parametrize("cut", [(64, 64), (128, 128), (192, 128), (256, 64), (320, 128)])
+@pytest.mark.parametrize("path", ["gluon", "gluon packed"])
+@pytest.mark.parametrize("shape", [*SHAPES.values(), *WIDE.values()], ids=[*SHAPES, *WIDE])
+def test_forward(make_problem, error, shape, path, cut, dtype):
     problem = make_problem(**shape, dtype=dtype)
-    p, tiling = problem, Tiling(path="gluon", BM=tokens, BN=128, BK=64)
+    p, tiling = problem, Tiling(path=path, BM=cut[0], BN=cut[1], BK=64)
     y = torch.empty(p.N, p.R * p.B, dtype=dtype, device=p.device)
     if not by_pieces.takes(p.x, p.values, y, p.pattern, tiling):
-        pytest.skip("too few rows share their columns")
+        pytest.skip("too few rows share their columns, or rows of tiles are long enough")
     actual = _forward.forward(p.x, p.values, p.bias, p.pattern, tiling)
     expected, by_dense = p.expected()["y"], p.by_dense()["y"]
     assert error(actual, expected) <= 1.1 * error(by_dense, expected)
     without = _forward.forward(p.x, p.values, None, p.pattern, tiling)
     assert error(without, expected - p.bias.cpu().double()) < 5e-3
     assert torch.equal(actual, _forward.forward(p.x, p.values, p.bias, p.pattern, tiling))
+
+
+@pytest.mark.parametrize("path", ["gluon", "gluon packed"])
+def test_forward_of_not_finite_tokens(make_problem, path):
+    problem = make_problem(**SHAPES["tile 16"], dtype=BF16)
+    problem.x[5, 3] = float("nan")
+    problem.x[77, 200] = float("inf")
+    tiling = Tiling(path=path, BM=128, BN=128, BK=64)
+    actual = _forward.forward(problem.x, problem.values, None, problem.pattern, tiling)
+    expected = problem.expected()["y"]
+    assert torch.equal(torch.isfinite(actual.cpu()), torch.isfinite(expected))
 
 
 def test_grad_input_of_not_finite_tokens(make_problem):

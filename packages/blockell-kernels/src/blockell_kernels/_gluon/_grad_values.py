@@ -110,7 +110,8 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         outputs, columns = min(tiling.BM, outputs), tiling.BN
         product = product_of(outputs, columns)
     chunks, steps = ceil_div(K * B, columns), ceil_div(x.shape[0], BT)
-    tiles, programs = pattern.R * B // outputs * chunks, num_sms(x.device)
+    units, programs = pattern.R * B // outputs, num_sms(x.device)
+    tiles = units * chunks
     rest, per_part = split(tiles, steps, programs)
     if tiling.parts > 0:
         per_part = ceil_div(steps, tiling.parts)
@@ -132,6 +133,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         slots,
         K,
         pattern.C,
+        units,
         chunks,
         steps,
         items,
@@ -139,6 +141,8 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         max(rest, 1),
         per_part,
         **constants(B, outputs, columns, product, tiling.path == "gluon packed"),
+        DIRECT=tiling.persistent == 1,
+        GROUP=tiling.group_m,
         num_warps=4,
     )
     if rest:
@@ -149,6 +153,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
             out,
             slots,
             K,
+            units,
             chunks,
             tiles - rest,
             rest,
@@ -158,5 +163,6 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
             WIDTH=columns,
             COLUMNS=1 << (columns - 1).bit_length(),
             LINES=LINES,
+            GROUP=tiling.group_m,
             num_warps=4,
         )

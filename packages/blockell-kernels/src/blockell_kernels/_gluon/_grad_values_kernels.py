@@ -18,6 +18,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
@@ -53,6 +54,7 @@ def _load(
     slots,
     num_live,
     C,
+    units,
     chunks,
     steps,
     items,
@@ -66,6 +68,7 @@ def _load(
     BT: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """The loading warp: `OUTPUTS` columns of dy, and `PANELS` panels of x, `PANEL` wide."""
     PER_BLOCK: gl.constexpr = B // PANEL
@@ -75,7 +78,7 @@ def _load(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, t0, t1 = _part(item, steps, whole, rest, per_part)
-        unit, chunk = tile // chunks, tile % chunks
+        unit, chunk = tile_of(tile, units, chunks, GROUP)
         row_cols = cols_ptr + unit * OUTPUTS // B * slots
         cols = ()
         for s in gl.static_range(PANELS):
@@ -118,6 +121,7 @@ def _multiply(
     empty,
     slots,
     num_live,
+    units,
     chunks,
     steps,
     items,
@@ -131,6 +135,8 @@ def _multiply(
     BT: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
+    DIRECT: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """A multiplying warpgroup: half of 128 outputs, or all of 64 outputs and half the columns."""
     HALVES: gl.constexpr = OUTPUTS // 64
@@ -145,24 +151,30 @@ def _multiply(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, t0, t1 = _part(item, steps, whole, rest, per_part)
-        unit, chunk = tile // chunks, tile % chunks
+        unit, chunk = tile_of(tile, units, chunks, GROUP)
         accs = ()
         for _j in gl.static_range(ACCS):
             accs = accs + (accumulator(gl.zeros([64, WIDTH], gl.float32, mma)),)
         for _t in range(t0, t1):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            dy = dy_smem.index(stage * HALVES + half).permute((1, 0)).load(operand)
+            dy = dy_smem.index(stage * HALVES + half).permute((1, 0))
+            if not DIRECT:
+                dy = dy.load(operand)
             pending = ()
             for j in gl.static_range(ACCS):
                 x = x_smem.index(stage * PANELS + FIRST + j * (WIDTH // PANEL))
                 x = x._reinterpret(x_smem.dtype, [BT, WIDTH], x_layout)
                 pending = pending + (warpgroup_mma(dy, x, accs[j], is_async=True),)
-            done = warpgroup_mma_wait(0, deps=pending)
+            done = warpgroup_mma_wait(ACCS if DIRECT else 0, deps=pending)
             accs = ()
             for j in gl.static_range(ACCS):
                 accs = accs + (accumulator(done if ACCS == 1 else done[j]),)
-            mbarrier.arrive(empty.index(stage), count=1)
+            if DIRECT:
+                # The stage before this one has been read.
+                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
+            else:
+                mbarrier.arrive(empty.index(stage), count=1)
             step += 1
         part = work_ptr + gl.maximum(item - whole, 0).to(gl.int64) * (OUTPUTS * PANELS * PANEL)
         row = unit * OUTPUTS + m
@@ -182,7 +194,7 @@ def _multiply(
 
 @gluon.jit(
     do_not_specialize=[
-        "slots", "num_live", "C", "chunks", "steps", "items", "whole", "rest", "per_part"
+        "slots", "num_live", "C", "units", "chunks", "steps", "items", "whole", "rest", "per_part"
     ]
 )  # fmt: skip
 def grad_values_by_items(
@@ -194,6 +206,7 @@ def grad_values_by_items(
     slots,
     num_live,
     C,
+    units,
     chunks,  # tiles to a unit
     steps,  # to a tile
     items,
@@ -208,6 +221,8 @@ def grad_values_by_items(
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
+    DIRECT: gl.constexpr = False,
+    GROUP: gl.constexpr = 1,  # units that pass over their columns together, for reuse in L2
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = x_desc.dtype
@@ -228,14 +243,14 @@ def grad_values_by_items(
     gl.warp_specialize(
         [
             (_multiply, (0, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         chunks, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+                         units, chunks, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT, GROUP)),
             (_multiply, (1, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         chunks, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
+                         units, chunks, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT, GROUP)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
-                     chunks, steps, items, whole, rest, per_part,
-                     B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED)),
+                     units, chunks, steps, items, whole, rest, per_part,
+                     B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED, GROUP)),
         ],
         [4, 1],
         [208, 88],
@@ -243,12 +258,13 @@ def grad_values_by_items(
     # fmt: on
 
 
-@triton.jit(do_not_specialize=["slots", "num_live", "chunks", "whole", "rest", "parts"])
+@triton.jit(do_not_specialize=["slots", "num_live", "units", "chunks", "whole", "rest", "parts"])
 def add_parts(
     work_ptr,  # float32 [parts, rest, OUTPUTS, WIDTH]
     out_ptr,  # [R, slots, B, B]
     slots,
     num_live,
+    units,
     chunks,
     whole,
     rest,
@@ -258,6 +274,7 @@ def add_parts(
     WIDTH: tl.constexpr,  # columns of a tile
     COLUMNS: tl.constexpr,  # WIDTH rounded up to a power of two
     LINES: tl.constexpr,  # outputs of a program
+    GROUP: tl.constexpr = 1,
     OVERLAPS: tl.constexpr = False,
 ):
     """Add the parts of the tiles that were split, in their order."""
@@ -274,8 +291,10 @@ def add_parts(
         acc += tl.load(at, inside, other=0.0)
         at += rest.to(tl.int64) * (OUTPUTS * WIDTH)
     tile = whole + tl.program_id(0)
-    unit = tile // chunks
-    n += tile % chunks * WIDTH  # of the unit's columns
+    first = tile // (GROUP * chunks) * GROUP  # as `tile_of`
+    height = tl.minimum(units - first, GROUP)
+    unit = first + tile % (GROUP * chunks) % height
+    n += tile % (GROUP * chunks) // height * WIDTH  # of the unit's columns
     k = n // B
     row = unit * OUTPUTS + m
     to = (row // B).to(tl.int64) * slots * (B * B) + row % B * B

@@ -21,9 +21,9 @@ def takes(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
     """Whether the kernel can run a product by this tiling."""
     B, outputs = pattern.B, outputs_of(pattern.B, pattern.row_group)
     return (
-        tiling.path == "gluon streamed"
+        tiling.path in ("gluon streamed", "gluon streamed packed")
         and runs_on(dy)
-        and B >= 16
+        and (16 <= B <= 32 or (B > 32 and tiling.path == "gluon streamed"))
         and outputs > 0
         and product_of(min(tiling.BM, outputs), tiling.BN) >= min(B, 64)
         and describable(dy)
@@ -31,8 +31,8 @@ def takes(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
     )
 
 
-def constants(B: int, outputs: int, columns: int) -> dict[str, int | bool]:
-    """The kernel's compile-time parameters, of a tile of 128 to 256 columns."""
+def constants(B: int, outputs: int, columns: int, packed: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time parameters, of a tile of 64 to 256 columns."""
     panel = min(B, 64)
     stage = (outputs + columns) * 64 * 2
     return {
@@ -42,7 +42,7 @@ def constants(B: int, outputs: int, columns: int) -> dict[str, int | bool]:
         "PANELS": columns // panel,
         "WIDTH": min(128, product_of(outputs, columns)),
         "STAGES": min(6, (SHARED_BYTES - outputs * columns * 2) // stage),
-        "PACKED": B == 16,
+        "PACKED": packed,
     }
 
 
@@ -54,9 +54,10 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
 
     R, B, K, slots = pattern.R, pattern.B, pattern.num_live, pattern.slots
     outputs = min(tiling.BM, outputs_of(B, pattern.row_group))
-    kernel = constants(B, outputs, tiling.BN)
+    kernel = constants(B, outputs, tiling.BN, tiling.path == "gluon streamed packed")
     chunks = ceil_div(K * B, tiling.BN)
-    tiles = R * B // outputs * chunks
+    units = R * B // outputs
+    tiles = units * chunks
     if kernel["PACKED"]:
         boxes = descriptor(packed(x, B), [B // 4, 256], swizzled=False)
     else:
@@ -72,9 +73,11 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         slots,
         K,
         pattern.C,
+        units,
         chunks,
         tiles,
         R * slots * B,
         **kernel,
+        GROUP=tiling.group_m,
         num_warps=4,
     )

@@ -15,6 +15,7 @@ nowhere.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
@@ -40,6 +41,7 @@ def _load(
     slots,
     num_live,
     C,
+    units,
     chunks,
     tiles,
     B: gl.constexpr,
@@ -48,6 +50,7 @@ def _load(
     PANELS: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """The loading warp: 64 tokens of a tile's outputs and columns to a stage."""
     PER_BLOCK: gl.constexpr = B // PANEL
@@ -56,7 +59,7 @@ def _load(
     LINES: gl.constexpr = PANEL // 4 if PACKED else PANEL
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        unit, chunk = tile // chunks, tile % chunks
+        unit, chunk = tile_of(tile, units, chunks, GROUP)
         row_cols = cols_ptr + unit * OUTPUTS // B * slots
         cols = ()
         for s in gl.static_range(PANELS):
@@ -155,6 +158,7 @@ def _store(
     out_empty,
     slots,
     num_live,
+    units,
     chunks,
     tiles,
     absent,
@@ -162,6 +166,7 @@ def _store(
     OUTPUTS: gl.constexpr,
     ACCS: gl.constexpr,
     WIDTH: gl.constexpr,
+    GROUP: gl.constexpr,
 ):
     """A storing warp: of one warpgroup every second product, from the `first`."""
     HALVES: gl.constexpr = OUTPUTS // 64
@@ -171,7 +176,7 @@ def _store(
     COLUMNS: gl.constexpr = WIDTH // B if B < 128 else 1
     tile_number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        unit, chunk = tile // chunks, tile % chunks
+        unit, chunk = tile_of(tile, units, chunks, GROUP)
         mbarrier.wait(out_full.index(group), tile_number & 1)
         for j in gl.static_range(first, ACCS, 2):
             sums = out_smem.index(group * ACCS + j)
@@ -195,7 +200,7 @@ def _store(
 
 
 @gluon.jit(
-    do_not_specialize=["N", "slots", "num_live", "C", "chunks", "tiles", "absent"]
+    do_not_specialize=["N", "slots", "num_live", "C", "units", "chunks", "tiles", "absent"]
 )  # fmt: skip
 def grad_values_streamed(
     dy_desc,  # [N, R*B] in boxes [64, 64]
@@ -206,6 +211,7 @@ def grad_values_streamed(
     slots,
     num_live,
     C,
+    units,
     chunks,  # tiles to a unit
     tiles,
     absent,  # R*slots*B
@@ -216,6 +222,7 @@ def grad_values_streamed(
     WIDTH: gl.constexpr,  # of a product: 64 or 128
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
+    GROUP: gl.constexpr,  # units that pass over their columns together, for reuse in L2
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = dy_desc.dtype
@@ -248,15 +255,15 @@ def grad_values_streamed(
             (_multiply, (1, dy_smem, x_smem, out_smem, full, empty, out_full, out_empty, N, tiles,
                          OUTPUTS, PANEL, PANELS, WIDTH, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, N, slots, num_live,
-                     C, chunks, tiles, B, OUTPUTS, PANEL, PANELS, STAGES, PACKED)),
-            (_store, (0, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, chunks,
-                      tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
-            (_store, (0, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, chunks,
-                      tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
-            (_store, (1, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, chunks,
-                      tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
-            (_store, (1, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, chunks,
-                      tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
+                     C, units, chunks, tiles, B, OUTPUTS, PANEL, PANELS, STAGES, PACKED, GROUP)),
+            (_store, (0, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
+                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+            (_store, (0, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
+                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+            (_store, (1, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
+                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+            (_store, (1, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
+                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
         ],
         [4, 1, 1, 1, 1, 1],
         [168, 56, 72, 72, 72, 72],

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from blockell_kernels._backends import Case, Pattern
-from blockell_kernels._triton import _mid_forward, _mid_grad_input
+from blockell_kernels._triton import _mid_forward, _mid_grad_input, _mid_grad_values
 from blockell_kernels._triton._arithmetic import arithmetic
 from blockell_kernels._triton._device import (
     capability,
@@ -73,8 +73,12 @@ def strip_for(case: Case) -> Strip | None:
 
 def _has_another(case: Case) -> bool:
     """Whether the product has a tiling of its own."""
-    rules = {"forward": _mid_forward, "grad_input": _mid_grad_input}.get(case.direction)
-    if rules is None or case.dtype.itemsize != 2 or capability(case.device)[0] != 9:
+    rules = {
+        "forward": _mid_forward,
+        "grad_input": _mid_grad_input,
+        "grad_values": _mid_grad_values,
+    }[case.direction]
+    if case.dtype.itemsize != 2 or capability(case.device)[0] != 9:
         return False
     return rules.tiling_for(case) is not None
 

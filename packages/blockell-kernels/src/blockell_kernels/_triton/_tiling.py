@@ -35,9 +35,9 @@ class Tiling:
     path: Path = "pointers"
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
     Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
-    kernels of `_gluon` (Hopper), "gluon packed" (grad_values, tiles below 64): with a packed copy
-    of x; "gluon streamed" and "gluon streamed packed" (grad_values): of `_streamed_values`; "halves"
-    and "dense halves": those for float32, see its `_halves`."""
+    kernels of `_gluon` (Hopper), "gluon packed" (tiles 16 and 32): with a packed copy of x; "gluon
+    streamed" and "gluon streamed packed" (grad_values): those of `_streamed_values`; "halves" and
+    "dense halves": those for float32, see its `_halves`."""
     BM: int
     BN: int
     BK: int
