@@ -122,12 +122,12 @@ def grad_values_case(dtype, B, outputs, columns, packed):
     types = values_boxes(dtype, B, packed) | {"out_ptr": f"*{dtype}", "work_ptr": "*fp32"}
     product = _grad_values.product_of(outputs, columns)
     constants = _grad_values.constants(B, outputs, columns, product, packed)
-    constants |= {"DIRECT": True, "GROUP": 8}
+    constants |= {"DIRECT": True}
     return compile_one(grad_values_by_items, constants, types, {"num_warps": 4})
 
 
 def streamed_case(dtype, B, outputs, columns, packed):
-    constants = _streamed_values.constants(B, outputs, columns, packed) | {"GROUP": 8}
+    constants = _streamed_values.constants(B, outputs, columns, packed)
     blocks = (64, constants["WIDTH"]) if B == 128 else (B, B)
     types = values_boxes(dtype, B, packed)
     types |= {"out_desc": box(dtype, blocks, min(128, 2 * B))}

@@ -135,6 +135,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         pattern.C,
         units,
         chunks,
+        tiling.group_m,
         steps,
         items,
         tiles - rest,
@@ -142,7 +143,6 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         per_part,
         **constants(B, outputs, columns, product, tiling.path == "gluon packed"),
         DIRECT=tiling.persistent == 1,
-        GROUP=tiling.group_m,
         num_warps=4,
     )
     if rest:
@@ -155,6 +155,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
             K,
             units,
             chunks,
+            tiling.group_m,
             tiles - rest,
             rest,
             parts,
@@ -163,6 +164,5 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
             WIDTH=columns,
             COLUMNS=1 << (columns - 1).bit_length(),
             LINES=LINES,
-            GROUP=tiling.group_m,
             num_warps=4,
         )

@@ -18,7 +18,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
@@ -29,6 +28,15 @@ from blockell_kernels._gluon._language import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+
+
+@gluon.jit
+def tile_of(tile, units, chunks, together):
+    """(unit, chunk) of a tile: so many units pass over their columns together, for reuse in L2."""
+    first = tile // (together * chunks) * together
+    height = gl.minimum(units - first, together)
+    rest = tile - first * chunks
+    return first + rest % height, rest // height
 
 
 @gluon.jit
@@ -56,6 +64,7 @@ def _load(
     C,
     units,
     chunks,
+    together,
     steps,
     items,
     whole,
@@ -68,7 +77,6 @@ def _load(
     BT: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """The loading warp: `OUTPUTS` columns of dy, and `PANELS` panels of x, `PANEL` wide."""
     PER_BLOCK: gl.constexpr = B // PANEL
@@ -78,7 +86,7 @@ def _load(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, t0, t1 = _part(item, steps, whole, rest, per_part)
-        unit, chunk = tile_of(tile, units, chunks, GROUP)
+        unit, chunk = tile_of(tile, units, chunks, together)
         row_cols = cols_ptr + unit * OUTPUTS // B * slots
         cols = ()
         for s in gl.static_range(PANELS):
@@ -123,6 +131,7 @@ def _multiply(
     num_live,
     units,
     chunks,
+    together,
     steps,
     items,
     whole,
@@ -136,7 +145,6 @@ def _multiply(
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
     DIRECT: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """A multiplying warpgroup: half of 128 outputs, or all of 64 outputs and half the columns."""
     HALVES: gl.constexpr = OUTPUTS // 64
@@ -151,7 +159,7 @@ def _multiply(
     step = 0
     for item in range(gl.program_id(0), items, gl.num_programs(0)):
         tile, t0, t1 = _part(item, steps, whole, rest, per_part)
-        unit, chunk = tile_of(tile, units, chunks, GROUP)
+        unit, chunk = tile_of(tile, units, chunks, together)
         accs = ()
         for _j in gl.static_range(ACCS):
             accs = accs + (accumulator(gl.zeros([64, WIDTH], gl.float32, mma)),)
@@ -194,7 +202,8 @@ def _multiply(
 
 @gluon.jit(
     do_not_specialize=[
-        "slots", "num_live", "C", "units", "chunks", "steps", "items", "whole", "rest", "per_part"
+        "slots", "num_live", "C", "units", "chunks", "together", "steps", "items", "whole", "rest",
+        "per_part",
     ]
 )  # fmt: skip
 def grad_values_by_items(
@@ -208,6 +217,7 @@ def grad_values_by_items(
     C,
     units,
     chunks,  # tiles to a unit
+    together,  # units, see `tile_of`
     steps,  # to a tile
     items,
     whole,  # tiles that are not split
@@ -222,7 +232,6 @@ def grad_values_by_items(
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
     DIRECT: gl.constexpr = False,
-    GROUP: gl.constexpr = 1,  # units that pass over their columns together, for reuse in L2
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = x_desc.dtype
@@ -243,14 +252,14 @@ def grad_values_by_items(
     gl.warp_specialize(
         [
             (_multiply, (0, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         units, chunks, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT, GROUP)),
+                         units, chunks, together, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT)),
             (_multiply, (1, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
-                         units, chunks, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT, GROUP)),
+                         units, chunks, together, steps, items, whole, rest, per_part,
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
-                     units, chunks, steps, items, whole, rest, per_part,
-                     B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED, GROUP)),
+                     units, chunks, together, steps, items, whole, rest, per_part,
+                     B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED)),
         ],
         [4, 1],
         [208, 88],
@@ -258,7 +267,9 @@ def grad_values_by_items(
     # fmt: on
 
 
-@triton.jit(do_not_specialize=["slots", "num_live", "units", "chunks", "whole", "rest", "parts"])
+@triton.jit(
+    do_not_specialize=["slots", "num_live", "units", "chunks", "together", "whole", "rest", "parts"]
+)
 def add_parts(
     work_ptr,  # float32 [parts, rest, OUTPUTS, WIDTH]
     out_ptr,  # [R, slots, B, B]
@@ -266,6 +277,7 @@ def add_parts(
     num_live,
     units,
     chunks,
+    together,
     whole,
     rest,
     parts,
@@ -274,7 +286,6 @@ def add_parts(
     WIDTH: tl.constexpr,  # columns of a tile
     COLUMNS: tl.constexpr,  # WIDTH rounded up to a power of two
     LINES: tl.constexpr,  # outputs of a program
-    GROUP: tl.constexpr = 1,
     OVERLAPS: tl.constexpr = False,
 ):
     """Add the parts of the tiles that were split, in their order."""
@@ -291,10 +302,10 @@ def add_parts(
         acc += tl.load(at, inside, other=0.0)
         at += rest.to(tl.int64) * (OUTPUTS * WIDTH)
     tile = whole + tl.program_id(0)
-    first = tile // (GROUP * chunks) * GROUP  # as `tile_of`
-    height = tl.minimum(units - first, GROUP)
-    unit = first + tile % (GROUP * chunks) % height
-    n += tile % (GROUP * chunks) // height * WIDTH  # of the unit's columns
+    first = tile // (together * chunks) * together  # as `tile_of`
+    height = tl.minimum(units - first, together)
+    unit = first + (tile - first * chunks) % height
+    n += (tile - first * chunks) // height * WIDTH  # of the unit's columns
     k = n // B
     row = unit * OUTPUTS + m
     to = (row // B).to(tl.int64) * slots * (B * B) + row % B * B

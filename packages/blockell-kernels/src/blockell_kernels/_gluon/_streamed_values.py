@@ -75,9 +75,9 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         pattern.C,
         units,
         chunks,
+        tiling.group_m,
         tiles,
         R * slots * B,
         **kernel,
-        GROUP=tiling.group_m,
         num_warps=4,
     )

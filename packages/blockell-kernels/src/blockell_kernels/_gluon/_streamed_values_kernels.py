@@ -15,7 +15,7 @@ nowhere.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from blockell_kernels._gluon._grad_input_kernels import tile_of
+from blockell_kernels._gluon._grad_values_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
     fence_async_shared,
@@ -43,6 +43,7 @@ def _load(
     C,
     units,
     chunks,
+    together,
     tiles,
     B: gl.constexpr,
     OUTPUTS: gl.constexpr,
@@ -50,7 +51,6 @@ def _load(
     PANELS: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """The loading warp: 64 tokens of a tile's outputs and columns to a stage."""
     PER_BLOCK: gl.constexpr = B // PANEL
@@ -59,7 +59,7 @@ def _load(
     LINES: gl.constexpr = PANEL // 4 if PACKED else PANEL
     step = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        unit, chunk = tile_of(tile, units, chunks, GROUP)
+        unit, chunk = tile_of(tile, units, chunks, together)
         row_cols = cols_ptr + unit * OUTPUTS // B * slots
         cols = ()
         for s in gl.static_range(PANELS):
@@ -160,13 +160,13 @@ def _store(
     num_live,
     units,
     chunks,
+    together,
     tiles,
     absent,
     B: gl.constexpr,
     OUTPUTS: gl.constexpr,
     ACCS: gl.constexpr,
     WIDTH: gl.constexpr,
-    GROUP: gl.constexpr,
 ):
     """A storing warp: of one warpgroup every second product, from the `first`."""
     HALVES: gl.constexpr = OUTPUTS // 64
@@ -176,7 +176,7 @@ def _store(
     COLUMNS: gl.constexpr = WIDTH // B if B < 128 else 1
     tile_number = 0
     for tile in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        unit, chunk = tile_of(tile, units, chunks, GROUP)
+        unit, chunk = tile_of(tile, units, chunks, together)
         mbarrier.wait(out_full.index(group), tile_number & 1)
         for j in gl.static_range(first, ACCS, 2):
             sums = out_smem.index(group * ACCS + j)
@@ -200,7 +200,9 @@ def _store(
 
 
 @gluon.jit(
-    do_not_specialize=["N", "slots", "num_live", "C", "units", "chunks", "tiles", "absent"]
+    do_not_specialize=[
+        "N", "slots", "num_live", "C", "units", "chunks", "together", "tiles", "absent"
+    ]
 )  # fmt: skip
 def grad_values_streamed(
     dy_desc,  # [N, R*B] in boxes [64, 64]
@@ -213,6 +215,7 @@ def grad_values_streamed(
     C,
     units,
     chunks,  # tiles to a unit
+    together,  # units, see `tile_of`
     tiles,
     absent,  # R*slots*B
     B: gl.constexpr,
@@ -222,7 +225,6 @@ def grad_values_streamed(
     WIDTH: gl.constexpr,  # of a product: 64 or 128
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    GROUP: gl.constexpr,  # units that pass over their columns together, for reuse in L2
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = dy_desc.dtype
@@ -255,15 +257,16 @@ def grad_values_streamed(
             (_multiply, (1, dy_smem, x_smem, out_smem, full, empty, out_full, out_empty, N, tiles,
                          OUTPUTS, PANEL, PANELS, WIDTH, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, N, slots, num_live,
-                     C, units, chunks, tiles, B, OUTPUTS, PANEL, PANELS, STAGES, PACKED, GROUP)),
+                     C, units, chunks, together, tiles, B, OUTPUTS, PANEL, PANELS, STAGES,
+                     PACKED)),
             (_store, (0, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
-                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+                      chunks, together, tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
             (_store, (0, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
-                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+                      chunks, together, tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
             (_store, (1, 0, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
-                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+                      chunks, together, tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
             (_store, (1, 1, out_desc, out_smem, out_full, out_empty, slots, num_live, units,
-                      chunks, tiles, absent, B, OUTPUTS, ACCS, WIDTH, GROUP)),
+                      chunks, together, tiles, absent, B, OUTPUTS, ACCS, WIDTH)),
         ],
         [4, 1, 1, 1, 1, 1],
         [168, 56, 72, 72, 72, 72],
