@@ -65,6 +65,13 @@ def test_a_step_stays_within_the_rows_that_share_their_columns():
             assert tiling is None or tiling.BK <= B * G
 
 
+def test_programs_by_units_own_two_block_columns_or_more():
+    densities = (0.1, 0.25, 0.5, 0.75, 1.0)
+    for N, B, density in itertools.product(range(100, 8000, 170), (16, 32, 64), densities):
+        tiling = middle.tiling_for(case(N, (2048, 3072), B, 128 // B, density))
+        assert tiling is None or tiling.path != "gluon" or tiling.BN >= 2 * B
+
+
 def test_a_product_takes_longer_the_more_tokens_there_are():
     for tile in middle.WIDE:
         times = [middle.tile_us(case(N, (640, 2560), 64, 2), tile, 1) for N in range(33, 4000, 64)]

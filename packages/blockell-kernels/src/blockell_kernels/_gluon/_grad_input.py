@@ -28,6 +28,7 @@ def takes(dy: Tensor, values: Tensor, dx: Tensor, pattern: Pattern, tiling: Tili
         tiling.path == "gluon"
         and runs_on(dy)
         and 16 <= B <= 64
+        and tiling.BN >= 2 * B  # Gluon waits for one product, alone, in another way
         and power_of_two_divisor(pattern.row_group * B) % tiling.BK == 0
         and describable(dy)
         and values.is_contiguous()

@@ -130,6 +130,8 @@ def tiling_for(case: Case) -> Tiling | None:
     }
     if B < 128 and case.N >= 128:
         for columns, outputs in UNITS_CUTS[width]:
+            if columns < 2 * B:  # the kernel takes no fewer than two block columns
+                continue
             tiling = Tiling(path="gluon", BM=128, BN=columns, BK=outputs)
             found[tiling] = units_us(case, columns, outputs)
     return min(found, key=found.__getitem__)
