@@ -117,6 +117,61 @@ def grad_input_pointers(
     tl.store(dx_rows + (c * B + offset + n)[None, :], acc.to(dx_ptr.dtype.element_ty), inside)
 
 
+@triton.jit
+def tile_by_descriptors(
+    pid,
+    dy_desc,
+    w_desc,
+    dx_desc,
+    parts_ptr,
+    order_ptr,
+    col_start_ptr,
+    N,
+    slots,
+    in_features,
+    parts,
+    B: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STORE_PARTS: tl.constexpr,
+    PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The tile of that number; see `grad_input_descriptors`."""
+    pm, pn = tile_of(pid, tl.cdiv(N, BM), in_features // BN, GROUP_M)
+    offset = (pn * BN) % B
+    c, start, entries = column_of_rank(col_start_ptr, (pn * BN) // B, in_features // B, COLUMNS)
+    last = tl.maximum(entries - 1, 0)
+    begin = 0
+    end = entries * B
+    if PARTS:
+        per_part = tl.cdiv(tl.cdiv(end, BK), parts) * BK
+        begin = tl.program_id(1) * per_part
+        end = tl.minimum(begin + per_part, end)
+    acc = tl.zeros((BM, BN), tl.float32)
+    slot = tl.load(order_ptr + start + tl.minimum(begin // B, last), entries > 0, other=0)
+    for q0 in range(begin, end, BK):
+        # BK rows of one group when BK >= B, a part of one block when BK < B.
+        r, k = slot // slots, slot % slots
+        slot = tl.load(order_ptr + start + tl.minimum((q0 + BK) // B, last))
+        dy = dy_desc.load([pm * BM, r * B + q0 % B])
+        w = w_desc.load([r, k, q0 % B, offset]).reshape(BK, BN)
+        if UPCAST:
+            dy, w = dy.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(dy, w, acc, input_precision=PRECISION)
+    if PARTS:
+        m = pm * BM + tl.arange(0, BM)
+        rows = parts_ptr + (tl.program_id(1).to(tl.int64) * N + m)[:, None] * in_features
+        columns = c * B + offset + tl.arange(0, BN)
+        tl.store(rows + columns[None, :], acc, (m < N)[:, None])
+    else:
+        store_in_parts(dx_desc, pm * BM, c * B + offset, acc, BM, BN, STORE_PARTS)
+
+
 @triton.jit(do_not_specialize=["N", "slots", "parts"])
 def grad_input_descriptors(
     dy_desc,  # [N, R*B] in boxes [BM, BK]
@@ -145,38 +200,19 @@ def grad_input_descriptors(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    token_tiles, column_tiles = tl.cdiv(N, BM), in_features // BN
-    first = tl.program_id(0)
-    tiles = first + 1
+    # fmt: off
     if PROGRAMS:
-        tiles = token_tiles * column_tiles
-    for pid in tl.range(first, tiles, PROGRAMS if PROGRAMS else 1, flatten=PROGRAMS > 0):
-        pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
-        offset = (pn * BN) % B
-        rank = (pn * BN) // B
-        c, start, entries = column_of_rank(col_start_ptr, rank, in_features // B, COLUMNS)
-        last = tl.maximum(entries - 1, 0)
-        begin = 0
-        end = entries * B
-        if PARTS:
-            per_part = tl.cdiv(tl.cdiv(end, BK), parts) * BK
-            begin = tl.program_id(1) * per_part
-            end = tl.minimum(begin + per_part, end)
-        acc = tl.zeros((BM, BN), tl.float32)
-        slot = tl.load(order_ptr + start + tl.minimum(begin // B, last), entries > 0, other=0)
-        for q0 in range(begin, end, BK):
-            # BK rows of one group when BK >= B, a part of one block when BK < B.
-            r, k = slot // slots, slot % slots
-            slot = tl.load(order_ptr + start + tl.minimum((q0 + BK) // B, last))
-            dy = dy_desc.load([pm * BM, r * B + q0 % B])
-            w = w_desc.load([r, k, q0 % B, offset]).reshape(BK, BN)
-            if UPCAST:
-                dy, w = dy.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(dy, w, acc, input_precision=PRECISION)
-        if PARTS:
-            m = pm * BM + tl.arange(0, BM)
-            rows = parts_ptr + (tl.program_id(1).to(tl.int64) * N + m)[:, None] * in_features
-            columns = c * B + offset + tl.arange(0, BN)
-            tl.store(rows + columns[None, :], acc, (m < N)[:, None])
-        else:
-            store_in_parts(dx_desc, pm * BM, c * B + offset, acc, BM, BN, STORE_PARTS)
+        tiles = tl.cdiv(N, BM) * (in_features // BN)
+        for pid in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            tile_by_descriptors(
+                pid, dy_desc, w_desc, dx_desc, parts_ptr, order_ptr, col_start_ptr, N, slots,
+                in_features, parts, B, COLUMNS, BM, BN, BK, GROUP_M, STORE_PARTS, PARTS, PRECISION,
+                UPCAST,
+            )
+    else:  # not a loop of one turn: what it stores would have shared memory of its own
+        tile_by_descriptors(
+            tl.program_id(0), dy_desc, w_desc, dx_desc, parts_ptr, order_ptr, col_start_ptr, N,
+            slots, in_features, parts, B, COLUMNS, BM, BN, BK, GROUP_M, STORE_PARTS, PARTS,
+            PRECISION, UPCAST,
+        )
+    # fmt: on
