@@ -24,7 +24,7 @@ from blockell_kernels._triton._tiling import Path, Tiling, ceil_div, power_of_tw
 
 FEWEST = 32
 """Up to this many tokens the kernels for few tokens are taken."""
-MANY_FOR_SMALL = 1024
+MANY_FOR_SMALL = 512
 """From here on the general rules are as good for tiles below 64."""
 MOST_PARTS, FEWEST_STEPS = 8, 3
 """Of a column's sum, and the steps that a part has at least."""
@@ -99,20 +99,37 @@ UNITS_CUTS = {
     64: ((320, 64), (256, 64), (128, 64)),
 }
 """Columns of a program and outputs of a unit of the Gluon kernel, by width."""
-UNITS_START = {64: 1.2, 32: 2.2, 16: 2.4}
+UNITS_START = {64: 1.2, 32: 1.9, 16: 2.2}
 """us by which the Gluon kernel begins later, by tile."""
 UNITS_ROUND = 0.9
 """us that a round takes beside its units."""
-UNIT, UNIT_COLUMN = 0.3, 0.03
-"""us that a unit of 64 outputs takes for its slice of dy, and for each column, held or not."""
-UNIT_MULTIPLIED = {64: 0.42, 32: 0.56, 16: 1.03}
+UNIT, UNIT_COLUMN, UNIT_PASSED = 0.24, 0.03, 0.12
+"""us that a unit of 64 outputs takes for its slice of dy, for each column, held or not, and where
+none is held."""
+UNIT_MULTIPLIED = {64: 0.53, 32: 0.68, 16: 1.1}
 """Share of its products' time at full rate that a unit adds, by tile."""
+UNIT_SHARE = {(256, 128): 1.13, (128, 128): 0.92}
+"""As much longer units of tile 64 take that are cut so: four columns leave few stages."""
+FEWEST_HELD = 0.3
+"""Density below which the Gluon kernel was not measured, at tile 64."""
 REARRANGED_MB = 0.25
 """us per megabyte of blocks below 64, which are rearranged first, to write and read."""
 TRAFFIC_MB = 0.09
 """us per megabyte of operands and result by which the Triton kernels take longer."""
 MULTIPLIED, LOADED = 3.6e6, 80e3
 """Products, and bytes from L2, to a us and multiprocessor."""
+COMMON, SLACK = 5.6, 1.03
+"""us of every product, and as much more time in all may be taken to leave more of the GPU to what
+runs beside: the weight gradient, as a rule."""
+
+
+class Cost(NamedTuple):
+    """What a product takes by one way."""
+
+    us: float
+    """Beyond what all of them take."""
+    occupied: float
+    """us times multiprocessors."""
 
 
 def tiling_for(case: Case) -> Tiling | None:
@@ -123,18 +140,20 @@ def tiling_for(case: Case) -> Tiling | None:
     if B < 64 and (width < 128 or case.N >= MANY_FOR_SMALL):
         return None
     found = {
-        tile.tiling(parts): tile_us(case, tile, parts)
+        tile.tiling(parts): tile_cost(case, tile, parts)
         for tile in TILES[B]
-        if tile.depth <= max(width, 64)
+        if tile.depth <= width
         for parts in _parts(case, tile)
     }
-    if B < 128 and case.N >= 128:
+    if B < 128 and case.N >= 128 and (B < 64 or case.density >= FEWEST_HELD):
         for columns, outputs in UNITS_CUTS[width]:
             if columns < 2 * B:  # the kernel takes no fewer than two block columns
                 continue
             tiling = Tiling(path="gluon", BM=128, BN=columns, BK=outputs)
-            found[tiling] = units_us(case, columns, outputs)
-    return min(found, key=found.__getitem__)
+            found[tiling] = units_cost(case, columns, outputs)
+    enough = SLACK * (COMMON + min(found.values()).us) - COMMON
+    near = {tiling: cost for tiling, cost in found.items() if cost.us <= enough}
+    return min(near, key=lambda tiling: near[tiling].occupied)
 
 
 def _programs(case: Case, tile: Tile) -> int:
@@ -154,8 +173,8 @@ def _parts(case: Case, tile: Tile) -> list[int]:
     return list(range(1, max(1, most) + 1))
 
 
-def tile_us(case: Case, tile: Tile, parts: int) -> float:
-    """What a product by the Triton kernels takes, beyond what all of them take."""
+def tile_cost(case: Case, tile: Tile, parts: int) -> Cost:
+    """By the Triton kernels."""
     B, density = case.B, case.density
     programs, sms = _programs(case, tile) * parts, num_sms(case.device)
     per_sm = ceil_div(programs, sms)
@@ -173,7 +192,7 @@ def tile_us(case: Case, tile: Tile, parts: int) -> float:
     taken = max(alone + spread * tile.alone, mean)
     if parts > 1:
         taken += ADD + ADD_MB * parts * case.N * case.C * B * 4e-6
-    return taken + TRAFFIC_MB * _traffic_mb(case)
+    return Cost(taken + TRAFFIC_MB * _traffic_mb(case), programs * alone / tile.resident)
 
 
 def _traffic_mb(case: Case) -> float:
@@ -181,18 +200,21 @@ def _traffic_mb(case: Case) -> float:
     return 2e-6 * (case.N * sum(features) + case.density * features[0] * features[1])
 
 
-def units_us(case: Case, columns: int, outputs: int) -> float:
-    """What a product by units takes, beyond what the Triton kernels all take."""
+def units_cost(case: Case, columns: int, outputs: int) -> Cost:
+    """By units, on the Gluon kernel."""
     B, density = case.B, case.density
     across = min(columns // B, case.C)
     tiles = ceil_div(case.N, 128) * ceil_div(case.C * B, columns)
-    held = across * density * B
+    some, held = 1 - (1 - density) ** across, across * density * B
     multiplied = UNIT_MULTIPLIED[B] * 128 * held * outputs / MULTIPLIED
-    loaded = (128 + held) * outputs * 2 / LOADED
-    unit = max(UNIT * sqrt(outputs / 64) + UNIT_COLUMN * across + multiplied, loaded)
-    unit *= 1 - (1 - density) ** across  # units that none of the columns holds are passed by
+    loaded = (128 * some + held) * outputs * 2 / LOADED
+    unit = max(some * UNIT * sqrt(outputs / 64) + UNIT_COLUMN * across + multiplied, loaded)
+    unit += (1 - some) * UNIT_PASSED
+    if B == 64:
+        unit *= UNIT_SHARE.get((columns, outputs), 1.0)
     rounds = ceil_div(tiles, num_sms(case.device))
-    taken = UNITS_START[B] + BEGIN + rounds * (UNITS_ROUND + case.R * B / outputs * unit)
+    running = rounds * (UNITS_ROUND + case.R * B / outputs * unit)
+    taken = UNITS_START[B] + BEGIN + running
     if B < 64:
         taken += REARRANGED_MB * density * case.R * case.C * B**2 * 4e-6
-    return taken
+    return Cost(taken, min(tiles, num_sms(case.device)) * running)
