@@ -29,7 +29,6 @@ from blockell_kernels._gluon import (
 )
 from blockell_kernels._gluon._descriptors import rearranged
 from blockell_kernels._gluon._forward_kernels import forward_by_pieces
-from blockell_kernels._gluon._forward_panels_kernels import forward_by_panels
 from blockell_kernels._gluon._grad_input_kernels import grad_input_by_units
 from blockell_kernels._gluon._grad_values_kernels import grad_values_by_items
 from blockell_kernels._gluon._mlp_kernels import forward_by_turns, middle_by_turns
@@ -72,30 +71,27 @@ def spilled_bytes(cubin):
     return int(re.search(r"STACK:(\d+)", usage).group(1))
 
 
-def block_box(dtype, rows, B, lines=None):
-    """The type of a descriptor of whole blocks, or of `lines` of them."""
+def block_box(dtype, rows, B):
+    """The type of a descriptor of whole blocks."""
     if rearranged(B):
         return box(dtype, (rows, B * B // 256, 256), 0)
-    return box(dtype, (rows, lines or B, min(B, 64)), 2 * min(B, 64))
+    return box(dtype, (rows, B, min(B, 64)), 2 * min(B, 64))
 
 
-def forward_case(dtype, B, tokens, outputs=128, packed=False):
-    path = "gluon packed" if packed else "gluon"
-    tiling = Tiling(path=path, BM=tokens, BN=outputs, BK=64)
-    rows = outputs // B if outputs > B else 1
+def forward_case(dtype, B, tokens, outputs=128, packed=False, swizzled=False):
+    tiling = Tiling(path="gluon packed" if packed else "gluon", BM=tokens, BN=outputs, BK=64)
+    rows, panel = max(1, outputs // B), min(B, 64)
+    whole, part = (rows, B * B // 256, 256), (rows, min(B, outputs), panel)
+    lines = box(dtype, (64, panel), 2 * panel)
     types = {
-        "x_desc": box(dtype, (64, min(B, 64)), 2 * min(B, 64)),
-        "w_desc": block_box(dtype, rows, B, min(B, outputs)),
+        "x_desc": box(dtype, (64 * B // 256, 256), 0) if packed else lines,
+        "w_desc": box(dtype, whole, 0) if swizzled else box(dtype, part, 2 * panel),
         "y_desc": box(dtype, (64, outputs), 128),
         "cols_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
     }
-    constants = _forward.constants(B, tiling, True)
-    if not packed:
-        constants |= _forward.panels(B)
-        return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
-    types |= {"x_desc": box(dtype, (64 * B // 256, 256), 0), "values_ptr": f"*{dtype}"}
-    return compile_one(forward_by_panels, constants, types, {"num_warps": 4})
+    constants = _forward.constants(B, tiling, True, swizzled)
+    return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
 
 
 def grad_input_case(dtype, B, columns, depth):
@@ -195,7 +191,13 @@ def all_cases():
     ):
         name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
         yield name, grad_input_case, (dtype, B, columns, depth)
-    for B, *cut in ((16, 320), (64, 192), (128, 64, 64), (16, 320, 128, True), (32, 64, 64, True)):
+    for B, *cut in (
+        (16, 320, 128, False, True),
+        (64, 192),
+        (128, 64, 64),
+        (16, 320, 128, True),
+        (32, 64, 64, True, True),
+    ):
         yield f"forward tile {B}, {cut}", forward_case, ("bf16", B, *cut)
     for B, keep_pre in ((16, True), (128, False)):
         yield f"forward with f, tile {B}, {keep_pre}", activated_forward_case, ("bf16", B, keep_pre)

@@ -43,17 +43,21 @@ def rearranged(B: int) -> bool:
     return B < 64
 
 
-def weight_descriptor(
-    values: Tensor, rows: int, width: int, lines: int | None = None
-) -> TensorDescriptor:
+def block_descriptor(values: Tensor, rows: int, lines: int, width: int) -> TensorDescriptor:
+    """Boxes of `rows` block rows times `lines` of one slot of values [R, slots, B, B]."""
+    R, slots, B, _ = values.shape
+    return descriptor(values.view(R, slots * B, B), [rows, lines, width])
+
+
+def weight_descriptor(values: Tensor, rows: int, width: int) -> TensorDescriptor:
     """Boxes of `rows` block rows times one slot of values [R, slots, B, B].
 
-    Of tiles of 64 and above, boxes `width` wide and `lines`, or B, high; of tiles below, whole
-    blocks, which lie in shared memory as if they had been swizzled on the way.
+    Of tiles of 64 and above, boxes `width` wide; of tiles below, whole blocks, which lie in shared
+    memory as if they had been swizzled on the way.
     """
-    R, slots, B, _ = values.shape
+    R, B = values.shape[0], values.shape[-1]
     if not rearranged(B):
-        return descriptor(values.view(R, slots * B, B), [rows, lines or B, width])
+        return block_descriptor(values, rows, B, width)
     image = torch.empty_like(values)
     grid = (ceil_div(values.numel(), SWIZZLE_BLOCK),)
     launch(swizzle, grid, values, image, values.numel(), B=B, BLOCK=SWIZZLE_BLOCK, num_warps=4)

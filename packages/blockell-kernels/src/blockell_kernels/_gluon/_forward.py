@@ -17,6 +17,7 @@ DEPTH = 64
 """Of a stage."""
 SHARED_BYTES = 226 * 1024
 MAX_STAGES = 10
+SWIZZLE = True
 
 
 def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
@@ -36,50 +37,50 @@ def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling
     )
 
 
-def constants(B: int, tiling: Tiling, has_bias: bool) -> dict[str, int | bool]:
-    """The compile-time parameters of both kernels; `forward_by_pieces` takes two more."""
-    pieces, outputs = tiling.BM // 64, tiling.BN
+def constants(B: int, tiling: Tiling, has_bias: bool, swizzled: bool) -> dict[str, int | bool]:
+    """The kernel's compile-time parameters."""
+    pieces, panel, outputs = tiling.BM // 64, min(B, DEPTH), tiling.BN
     stage = (tiling.BM + outputs) * DEPTH * 2
     outs = min(2, pieces) * 64 * outputs * 2
     return {
         "B": B,
+        "PANEL": panel,
+        "PANELS": DEPTH // panel,
         "PIECES0": (pieces + 1) // 2,
         "PIECES1": pieces // 2,
         "STAGES": min(MAX_STAGES, (SHARED_BYTES - outs) // stage),
         "GROUP_M": tiling.group_m,
         "HAS_BIAS": has_bias,
         "OUTPUTS": outputs,
+        "PACKED": tiling.path == "gluon packed",
+        "SWIZZLED": swizzled,
     }
-
-
-def panels(B: int) -> dict[str, int]:
-    """Compile-time parameters of `forward_by_pieces` alone."""
-    return {"PANEL": min(B, DEPTH), "PANELS": DEPTH // min(B, DEPTH)}
 
 
 def forward(
     x: Tensor, values: Tensor, bias: Tensor | None, y: Tensor, pattern: Pattern, tiling: Tiling
 ) -> None:
     """Write y [N, R*B] from x [N, C*B], values [R, slots, B, B], bias [R*B]; see `takes`."""
-    from blockell_kernels._gluon._descriptors import descriptor, weight_descriptor
+    from blockell_kernels._gluon._descriptors import block_descriptor, descriptor, weight_descriptor
     from blockell_kernels._gluon._forward_kernels import forward_by_pieces
-    from blockell_kernels._gluon._forward_panels_kernels import forward_by_panels
     from blockell_kernels._gluon._panels import ROW, packed
 
-    B, outputs = pattern.B, tiling.BN
-    units = pattern.R * B // outputs
-    grid = (min(ceil_div(x.shape[0], tiling.BM) * units, num_sms(x.device)),)
-    if tiling.path == "gluon packed":
-        kernel, more = forward_by_panels, {}
-        operands = descriptor(packed(x, B), [64 * B // ROW, ROW], swizzled=False), values
+    B, outputs, panel = pattern.B, tiling.BN, min(pattern.B, DEPTH)
+    units, rows = pattern.R * B // outputs, max(1, outputs // B)
+    swizzled = B < DEPTH and SWIZZLE
+    if swizzled:
+        w = weight_descriptor(values, rows, panel)
     else:
-        kernel, more = forward_by_pieces, panels(B)
-        w = weight_descriptor(values, max(1, outputs // B), min(B, DEPTH), min(B, outputs))
-        operands = descriptor(x, [64, min(B, DEPTH)]), w
+        w = block_descriptor(values, rows, min(B, outputs), panel)
+    if tiling.path == "gluon packed":
+        boxes = descriptor(packed(x, B), [64 * B // ROW, ROW], swizzled=False)
+    else:
+        boxes = descriptor(x, [64, panel])
     launch(
-        kernel,
-        grid,
-        *operands,
+        forward_by_pieces,
+        (min(ceil_div(x.shape[0], tiling.BM) * units, num_sms(x.device)),),
+        boxes,
+        w,
         descriptor(y, [64, outputs]),
         pattern.col_indices,
         y if bias is None else bias,
@@ -88,7 +89,6 @@ def forward(
         pattern.num_live,
         pattern.C,
         units,
-        **constants(B, tiling, bias is not None),
-        **more,
+        **constants(B, tiling, bias is not None, swizzled),
         num_warps=4,
     )

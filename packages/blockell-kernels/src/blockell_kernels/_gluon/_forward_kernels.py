@@ -49,14 +49,17 @@ def _load(
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     OUTPUTS: gl.constexpr,
+    PACKED: gl.constexpr,
+    SWIZZLED: gl.constexpr,
 ):
     """The loading warp: `PANELS` panels of x and of the weight to a stage, `PANEL` wide.
 
     Columns are loaded a step ahead, and the weight, whose place is known, before x.
     """
     PER_BLOCK: gl.constexpr = B // PANEL
-    # Of a block in the weight's descriptor.
-    LINES: gl.constexpr = B if B >= 64 else B * B // 256
+    # Of a block in the weight's descriptor, and of a panel of a packed x.
+    LINES: gl.constexpr = B * B // 256 if SWIZZLED else B
+    ROWS: gl.constexpr = 64 * PANEL // 256
     token_tiles = gl.cdiv(N, 64 * PIECES)
     panels = num_live * PER_BLOCK
     step = 0
@@ -66,7 +69,7 @@ def _load(
         row_cols = cols_ptr + row * slots
         cols = ()
         for s in gl.static_range(PANELS):
-            cols = cols + (gl.load(row_cols + s // PER_BLOCK, mask=s < panels, other=C),)
+            cols = cols + (gl.load(row_cols + gl.minimum(s // PER_BLOCK, num_live - 1)),)
         for first in range(0, panels, PANELS):
             stage = step % STAGES
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
@@ -78,7 +81,7 @@ def _load(
                 offset = ((first + s) % PER_BLOCK) * PANEL
                 tma.async_copy_global_to_shared(
                     w_desc,
-                    [row, k * LINES + pn * OUTPUTS % B * (B >= 64), offset],
+                    [row, k * LINES + pn * OUTPUTS % B, offset],
                     bar,
                     w_smem.index(stage * PANELS + s)._reinterpret(
                         w_smem.dtype, w_desc.block_shape, w_desc.layout
@@ -86,18 +89,19 @@ def _load(
                 )
             following = ()
             for s in gl.static_range(PANELS):
-                k = (first + PANELS + s) // PER_BLOCK
-                following = following + (gl.load(row_cols + k, mask=k < num_live, other=C),)
+                k = gl.minimum((first + PANELS + s) // PER_BLOCK, num_live - 1)
+                following = following + (gl.load(row_cols + k),)
             for s in gl.static_range(PANELS):
-                # Behind the last column: reads zeros.
                 column = cols[s] * B + ((first + s) % PER_BLOCK) * PANEL
                 for piece in gl.static_range(PIECES):
-                    tma.async_copy_global_to_shared(
-                        x_desc,
-                        [(pm * PIECES + piece) * 64, column],
-                        bar,
-                        x_smem.index((stage * PIECES + piece) * PANELS + s),
-                    )
+                    token = pm * PIECES + piece
+                    x = x_smem.index((stage * PIECES + piece) * PANELS + s)
+                    if PACKED:
+                        panel = token * C + cols[s]
+                        flat = x._reinterpret(x_smem.dtype, [ROWS, 256], x_desc.layout)
+                        tma.async_copy_global_to_shared(x_desc, [panel * ROWS, 0], bar, flat)
+                    else:
+                        tma.async_copy_global_to_shared(x_desc, [token * 64, column], bar, x)
             cols = following
             step += 1
 
@@ -110,7 +114,7 @@ def _wait(pending: gl.constexpr, accs, pieces: gl.constexpr):
 
 
 @gluon.jit
-def multiply(
+def _multiply(
     first: gl.constexpr,
     pieces: gl.constexpr,
     y_desc,
@@ -131,7 +135,6 @@ def multiply(
     GROUP_M: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     OUTPUTS: gl.constexpr,
-    GATHERED: gl.constexpr,
 ):
     """A multiplying warpgroup: `pieces` of 64 tokens, from the `first` on."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, 16])
@@ -146,8 +149,6 @@ def multiply(
         for _q in range(steps):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            if GATHERED:  # not by the copy engine
-                fence_async_shared()
             for s in gl.static_range(PANELS):
                 w = w_smem.index(stage * PANELS + s).permute((1, 0))
                 pending = ()
@@ -179,7 +180,7 @@ def multiply(
 
 @gluon.jit(do_not_specialize=["N", "slots", "num_live", "C", "units"])
 def forward_by_pieces(
-    x_desc,  # [N, C*B] in boxes [64, PANEL]
+    x_desc,  # [N, C*B] in boxes [64, PANEL], or packed in boxes [PANEL/4, 256], see `_panels`
     w_desc,  # [R, slots*B, B] in boxes [OUTPUTS/B, B, PANEL], or swizzled, in rows of 256 elements
     y_desc,  # [N, R*B] in boxes [64, OUTPUTS]
     cols_ptr,  # [R, slots]
@@ -198,13 +199,16 @@ def forward_by_pieces(
     GROUP_M: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     OUTPUTS: gl.constexpr,
+    PACKED: gl.constexpr,
+    SWIZZLED: gl.constexpr,
     OVERLAPS: gl.constexpr = False,
 ):
     PIECES: gl.constexpr = PIECES0 + PIECES1
     dtype: gl.constexpr = x_desc.dtype
     w_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 2, 16, 2)
     bars: gl.constexpr = mbarrier.MBarrierLayout()
-    x_smem = gl.allocate_shared_memory(dtype, [STAGES * PIECES * PANELS, 64, PANEL], x_desc.layout)
+    x_layout: gl.constexpr = gl.NVMMASharedLayout(PANEL * 2, 16, 2)
+    x_smem = gl.allocate_shared_memory(dtype, [STAGES * PIECES * PANELS, 64, PANEL], x_layout)
     w_smem = gl.allocate_shared_memory(dtype, [STAGES * PANELS, OUTPUTS, PANEL], w_layout)
     out0 = gl.allocate_shared_memory(dtype, [64, OUTPUTS], y_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], bars)
@@ -221,14 +225,15 @@ def forward_by_pieces(
         out1 = gl.allocate_shared_memory(dtype, [64, OUTPUTS], y_desc.layout)
         gl.warp_specialize(
             [
-                (multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
+                (_multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
                             num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, HAS_BIAS,
-                            OUTPUTS, False)),
-                (multiply, (PIECES0, PIECES1, y_desc, bias_ptr, x_smem, w_smem, out1, full, empty,
+                            OUTPUTS)),
+                (_multiply, (PIECES0, PIECES1, y_desc, bias_ptr, x_smem, w_smem, out1, full, empty,
                             N, num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
-                            HAS_BIAS, OUTPUTS, False)),
+                            HAS_BIAS, OUTPUTS)),
                 (_load, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots, num_live,
-                         C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, OUTPUTS)),
+                         C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, OUTPUTS, PACKED,
+                         SWIZZLED)),
             ],
             [4, 1],
             [208 if PIECES1 == 3 else 168, 56],
@@ -236,11 +241,12 @@ def forward_by_pieces(
     else:
         gl.warp_specialize(
             [
-                (multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
+                (_multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
                             num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, HAS_BIAS,
-                            OUTPUTS, False)),
+                            OUTPUTS)),
                 (_load, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots, num_live,
-                         C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, OUTPUTS)),
+                         C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, OUTPUTS, PACKED,
+                         SWIZZLED)),
             ],
             [1],
             [56],

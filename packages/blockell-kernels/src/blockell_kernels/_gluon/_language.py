@@ -1,7 +1,6 @@
 # mypy: ignore-errors
 """The names of Gluon that the kernels use, in one place: they change from release to release."""
 
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -17,7 +16,6 @@ from triton.language.extra.cuda import gdc_wait as wait_for_the_one_before
 
 __all__ = [
     "accumulator",
-    "async_copy",
     "fence_async_shared",
     "let_the_next_one_start",
     "mbarrier",
