@@ -18,6 +18,7 @@ DEPTH = 64
 SHARED_BYTES = 226 * 1024
 MAX_STAGES = 10
 SWIZZLE = True
+FETCHES = False
 
 
 def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
@@ -54,6 +55,7 @@ def constants(B: int, tiling: Tiling, has_bias: bool, swizzled: bool) -> dict[st
         "OUTPUTS": outputs,
         "PACKED": tiling.path == "gluon packed",
         "SWIZZLED": swizzled,
+        "FETCHES": FETCHES,
     }
 
 

@@ -19,7 +19,7 @@ and stages may arrive out of order.
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from blockell_kernels._gluon._forward_kernels import _load as load_rows
+from blockell_kernels._gluon._forward_kernels import load_rows
 from blockell_kernels._gluon._grad_input_kernels import tile_of
 from blockell_kernels._gluon._language import (
     accumulator,
@@ -187,7 +187,7 @@ def forward_by_turns(
                              N, num_live, units, B, PANEL, PANELS, STAGES, GROUP_M, ROWS, HAS_BIAS,
                              KEEP_PRE, ACTIVATION, ARITHMETIC)),
             (load_rows, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots, num_live,
-                         C, units, B, PANEL, PANELS, 2, STAGES, GROUP_M)),
+                         C, units, B, PANEL, PANELS, 2, STAGES, GROUP_M, 128, False, B < 64)),
         ],
         [4, 1],
         [216, 72],
