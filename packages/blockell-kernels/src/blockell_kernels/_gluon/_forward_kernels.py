@@ -107,7 +107,7 @@ def load_rows(
 
 
 @gluon.jit
-def _fetch_and_load(
+def _load(
     x_desc,
     w_desc,
     y_desc,
@@ -283,9 +283,9 @@ def forward_by_pieces(
                 (_multiply, (PIECES0, PIECES1, y_desc, bias_ptr, x_smem, w_smem, out1, full, empty,
                              N, num_live, units, fetched, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
                              HAS_BIAS, OUTPUTS, FETCHES)),
-                (_fetch_and_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
-                                   fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES,
-                                   STAGES, GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
+                (_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
+                         fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES, STAGES,
+                         GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
             ],
             [4, 1],
             [208 if PIECES1 == 3 else 168, 56],
@@ -296,9 +296,9 @@ def forward_by_pieces(
                 (_multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
                              num_live, units, fetched, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
                              HAS_BIAS, OUTPUTS, FETCHES)),
-                (_fetch_and_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
-                                   fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES,
-                                   STAGES, GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
+                (_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
+                         fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES, STAGES,
+                         GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
             ],
             [1],
             [56],

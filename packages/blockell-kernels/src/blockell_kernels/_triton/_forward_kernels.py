@@ -242,6 +242,55 @@ def forward_packed(
     )
 
 
+@triton.jit
+def tile_by_descriptors(
+    pid,
+    x_desc,
+    w_desc,
+    y_desc,
+    pre_desc,
+    cols_ptr,
+    bias_ptr,
+    N,
+    slots,
+    num_live,
+    out_features,
+    B: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    STORE_PARTS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    ARITHMETIC: tl.constexpr,
+    KEEP_PRE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    UPCAST: tl.constexpr,
+):
+    """The tile of that number; see `forward_descriptors`."""
+    STEPS: tl.constexpr = B // BK
+    pm, pn = tile_of(pid, tl.cdiv(N, BM), out_features // BN, GROUP_M)
+    r = (pn * BN) // B
+    row_cols = cols_ptr + r.to(tl.int64) * slots
+    acc = tl.zeros((BM, BN), tl.float32)
+    c = tl.load(row_cols)
+    for t in range(num_live * STEPS):
+        x_col = c * B + (t % STEPS) * BK
+        c = tl.load(row_cols + tl.minimum((t + 1) // STEPS, num_live - 1))
+        x = x_desc.load([pm * BM, x_col])
+        w = w_desc.load([r, t // STEPS, (pn * BN) % B, (t % STEPS) * BK]).reshape(BN, BK)
+        if UPCAST:
+            x, w = x.to(tl.float32), w.to(tl.float32)
+        acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
+    row, col = pm * BM, pn * BN
+    store_activated(
+        y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, ARITHMETIC, KEEP_PRE
+    )
+
+
 @triton.jit(do_not_specialize=["N"])
 def forward_descriptors(
     x_desc,  # [N, C*B] in boxes [BM, BK]
@@ -272,29 +321,19 @@ def forward_descriptors(
     if OVERLAPS:
         gdc_launch_dependents()
         gdc_wait()
-    STEPS: tl.constexpr = B // BK
-    token_tiles, column_tiles = tl.cdiv(N, BM), out_features // BN
-    first = tl.program_id(0)
-    tiles = first + 1
+    # fmt: off
     if PROGRAMS:
-        tiles = token_tiles * column_tiles
-    for pid in tl.range(first, tiles, PROGRAMS if PROGRAMS else 1, flatten=PROGRAMS > 0):
-        pm, pn = tile_of(pid, token_tiles, column_tiles, GROUP_M)
-        r = (pn * BN) // B
-        row_cols = cols_ptr + r.to(tl.int64) * slots
-        acc = tl.zeros((BM, BN), tl.float32)
-        c = tl.load(row_cols)
-        for t in range(num_live * STEPS):
-            x_col = c * B + (t % STEPS) * BK
-            c = tl.load(row_cols + tl.minimum((t + 1) // STEPS, num_live - 1))
-            x = x_desc.load([pm * BM, x_col])
-            w = w_desc.load([r, t // STEPS, (pn * BN) % B, (t % STEPS) * BK]).reshape(BN, BK)
-            if UPCAST:
-                x, w = x.to(tl.float32), w.to(tl.float32)
-            acc = tl.dot(x, w.T, acc, input_precision=PRECISION)
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + pn * BN + tl.arange(0, BN)).to(tl.float32)[None, :]
-        row, col = pm * BM, pn * BN
-        store_activated(
-            y_desc, pre_desc, row, col, acc, BM, BN, STORE_PARTS, ACTIVATION, ARITHMETIC, KEEP_PRE
+        tiles = tl.cdiv(N, BM) * (out_features // BN)
+        for pid in tl.range(tl.program_id(0), tiles, PROGRAMS, flatten=True):
+            tile_by_descriptors(
+                pid, x_desc, w_desc, y_desc, pre_desc, cols_ptr, bias_ptr, N, slots, num_live,
+                out_features, B, BM, BN, BK, GROUP_M, STORE_PARTS, HAS_BIAS, ACTIVATION, ARITHMETIC,
+                KEEP_PRE, PRECISION, UPCAST,
+            )
+    else:  # not a loop of one turn: what it stores would have shared memory of its own
+        tile_by_descriptors(
+            tl.program_id(0), x_desc, w_desc, y_desc, pre_desc, cols_ptr, bias_ptr, N, slots,
+            num_live, out_features, B, BM, BN, BK, GROUP_M, STORE_PARTS, HAS_BIAS, ACTIVATION,
+            ARITHMETIC, KEEP_PRE, PRECISION, UPCAST,
         )
+    # fmt: on
