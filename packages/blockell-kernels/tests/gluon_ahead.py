@@ -116,9 +116,7 @@ def values_boxes(dtype, B, packed):
 
 def grad_values_case(dtype, B, outputs, columns, packed):
     types = values_boxes(dtype, B, packed) | {"out_ptr": f"*{dtype}", "work_ptr": "*fp32"}
-    product = _grad_values.product_of(outputs, columns)
-    constants = _grad_values.constants(B, outputs, columns, product, packed)
-    constants |= {"DIRECT": True}
+    constants = _grad_values.constants(B, outputs, columns, packed)
     return compile_one(grad_values_by_items, constants, types, {"num_warps": 4})
 
 

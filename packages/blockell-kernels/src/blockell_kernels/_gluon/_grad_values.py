@@ -5,8 +5,6 @@ Legend: R block rows, C block columns, K live blocks per row, B tile side, N tok
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 from torch import Tensor
 
@@ -19,6 +17,9 @@ from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divi
 BT = 64
 """Tokens of a step."""
 SHARED_BYTES = 226 * 1024
+TOGETHER = 8
+"""Units that pass over their columns together where x is wider than dy, and falls out of L2: up to
+half the time there; where it is not, one after the other is faster by a few percent."""
 MIN_STEPS = 4
 """Of a part: fewer cost more in partial sums than they gain."""
 LINES = 8
@@ -29,23 +30,6 @@ def outputs_of(B: int, row_group: int) -> int:
     """Outputs of a unit: 128 or 64 that share their columns, or 0 if fewer do."""
     width = min(128, power_of_two_divisor(row_group * B))
     return width if width >= 64 else 0
-
-
-@lru_cache(maxsize=1024)
-def cut(B: int, outputs: int, K: int) -> tuple[int, int]:
-    """(columns of a tile, columns of one product): least work, padding included.
-
-    Products 64 wide take a fifth longer than wider ones (measured); dy counts as 64 columns.
-    """
-    wide = [(256, 256), (320, 64), (192, 64), (128, 128)]
-    if outputs == 64:
-        wide = [(512, 256), (640, 64), (384, 64), (256, 128)]
-
-    def cost(option: tuple[int, int]) -> float:
-        columns, product = option
-        return ceil_div(K * B, columns) * (columns + 64) * (1.2 if product == 64 else 1.0)
-
-    return min((o for o in wide if o[0] % B == 0 and o[1] >= min(B, 64)), key=cost)
 
 
 def product_of(outputs: int, columns: int) -> int:
@@ -61,15 +45,18 @@ def takes(dy: Tensor, x: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
         and runs_on(dy)
         and (16 <= B <= 32 or (B > 32 and tiling.path == "gluon"))
         and outputs > 0
-        and (not tiling.parts or product_of(min(tiling.BM, outputs), tiling.BN) >= min(B, 64))
+        and product_of(min(tiling.BM, outputs), tiling.BN) >= min(B, 64)
         and describable(dy)
         and describable(x)
     )
 
 
-def constants(
-    B: int, outputs: int, columns: int, product: int, packed: bool = False
-) -> dict[str, int | bool]:
+def together(pattern: Pattern) -> int:
+    """Units that pass over their columns together."""
+    return TOGETHER if pattern.C > pattern.R else 1
+
+
+def constants(B: int, outputs: int, columns: int, packed: bool) -> dict[str, int | bool]:
     """The kernel's compile-time parameters."""
     panel = min(B, 64)
     return {
@@ -78,7 +65,7 @@ def constants(
         "PANEL": panel,
         "PANELS": columns // panel,
         "BT": BT,
-        "WIDTH": product,
+        "WIDTH": product_of(outputs, columns),
         "STAGES": min(6, SHARED_BYTES // ((outputs + columns) * BT * 2)),
         "PACKED": packed,
     }
@@ -104,18 +91,15 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
     from blockell_kernels._gluon._panels import packed
 
     B, K, slots = pattern.B, pattern.num_live, pattern.slots
-    outputs = outputs_of(B, pattern.row_group)
-    columns, product = cut(B, outputs, K)
-    if tiling.parts:
-        outputs, columns = min(tiling.BM, outputs), tiling.BN
-        product = product_of(outputs, columns)
+    outputs, columns = min(tiling.BM, outputs_of(B, pattern.row_group)), tiling.BN
     chunks, steps = ceil_div(K * B, columns), ceil_div(x.shape[0], BT)
     units, programs = pattern.R * B // outputs, num_sms(x.device)
     tiles = units * chunks
-    rest, per_part = split(tiles, steps, programs)
-    if tiling.parts > 0:
+    if tiling.parts:
         per_part = ceil_div(steps, tiling.parts)
         rest = tiles if per_part < steps else 0
+    else:
+        rest, per_part = split(tiles, steps, programs)
     parts = ceil_div(steps, per_part)
     items = tiles - rest + rest * parts
     boxes = descriptor(x, [BT, min(B, 64)])
@@ -135,14 +119,13 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         pattern.C,
         units,
         chunks,
-        tiling.group_m,
+        together(pattern),
         steps,
         items,
         tiles - rest,
         max(rest, 1),
         per_part,
-        **constants(B, outputs, columns, product, tiling.path == "gluon packed"),
-        DIRECT=tiling.persistent == 1,
+        **constants(B, outputs, columns, tiling.path == "gluon packed"),
         num_warps=4,
     )
     if rest:
@@ -155,7 +138,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
             K,
             units,
             chunks,
-            tiling.group_m,
+            together(pattern),
             tiles - rest,
             rest,
             parts,

@@ -144,7 +144,6 @@ def _multiply(
     BT: gl.constexpr,
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
-    DIRECT: gl.constexpr,
 ):
     """A multiplying warpgroup: half of 128 outputs, or all of 64 outputs and half the columns."""
     HALVES: gl.constexpr = OUTPUTS // 64
@@ -166,23 +165,17 @@ def _multiply(
         for _t in range(t0, t1):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            dy = dy_smem.index(stage * HALVES + half).permute((1, 0))
-            if not DIRECT:
-                dy = dy.load(operand)
+            dy = dy_smem.index(stage * HALVES + half).permute((1, 0)).load(operand)
             pending = ()
             for j in gl.static_range(ACCS):
                 x = x_smem.index(stage * PANELS + FIRST + j * (WIDTH // PANEL))
                 x = x._reinterpret(x_smem.dtype, [BT, WIDTH], x_layout)
                 pending = pending + (warpgroup_mma(dy, x, accs[j], is_async=True),)
-            done = warpgroup_mma_wait(ACCS if DIRECT else 0, deps=pending)
+            done = warpgroup_mma_wait(0, deps=pending)
             accs = ()
             for j in gl.static_range(ACCS):
                 accs = accs + (accumulator(done if ACCS == 1 else done[j]),)
-            if DIRECT:
-                # The stage before this one has been read.
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
-            else:
-                mbarrier.arrive(empty.index(stage), count=1)
+            mbarrier.arrive(empty.index(stage), count=1)
             step += 1
         part = work_ptr + gl.maximum(item - whole, 0).to(gl.int64) * (OUTPUTS * PANELS * PANEL)
         row = unit * OUTPUTS + m
@@ -231,7 +224,6 @@ def grad_values_by_items(
     WIDTH: gl.constexpr,
     STAGES: gl.constexpr,
     PACKED: gl.constexpr,
-    DIRECT: gl.constexpr = False,
     OVERLAPS: gl.constexpr = False,
 ):
     dtype: gl.constexpr = x_desc.dtype
@@ -253,10 +245,10 @@ def grad_values_by_items(
         [
             (_multiply, (0, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
                          units, chunks, together, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT)),
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
             (_multiply, (1, out_ptr, work_ptr, dy_smem, x_smem, full, empty, slots, num_live,
                          units, chunks, together, steps, items, whole, rest, per_part,
-                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES, DIRECT)),
+                         B, OUTPUTS, PANEL, PANELS, BT, WIDTH, STAGES)),
             (_load, (dy_desc, x_desc, cols_ptr, dy_smem, x_smem, full, empty, slots, num_live, C,
                      units, chunks, together, steps, items, whole, rest, per_part,
                      B, OUTPUTS, PANEL, PANELS, BT, STAGES, PACKED)),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from blockell_kernels._backends import Pattern
-from blockell_kernels._gluon._grad_values import outputs_of, product_of
+from blockell_kernels._gluon._grad_values import outputs_of, product_of, together
 from blockell_kernels._gluon._support import runs_on
 from blockell_kernels._triton._device import describable, num_sms
 from blockell_kernels._triton._launch import launch
@@ -75,7 +75,7 @@ def grad_values(dy: Tensor, x: Tensor, out: Tensor, pattern: Pattern, tiling: Ti
         pattern.C,
         units,
         chunks,
-        tiling.group_m,
+        together(pattern),
         tiles,
         R * slots * B,
         **kernel,

@@ -2,9 +2,10 @@
 
 Legend: R block rows, K live blocks per row, B tile side, N tokens.
 
-By a model of the time: every cut has a few times of its own, fitted to what 1180 products of 128 to
-8192 tokens took on one H200. The cut, and the number of parts of the tokens, that would take the
-least is chosen.
+By a model of the time: every cut has a few times of its own, fitted to 1700 products of 32 to 8192
+tokens on one H200, some 15 cuts each. Of the cut, and the number of parts of the tokens, that would
+take the least, the time was 2.4% above the least of all that were measured, on average over 200
+products that the fit had not seen.
 """
 
 from __future__ import annotations
@@ -31,78 +32,82 @@ class Cut(NamedTuple):
     columns: int
     warps: int
     stages: int
-    step: float
-    """Of 64 tokens, where a multiprocessor works on one program."""
+    alone: float
+    """Of a step of 64 tokens."""
     shared: float
-    """Of a step for each of the programs that it works on at a time; of "streamed" kernels, what
-    passes between the steps of two tiles."""
+    """Of a step for each program of a multiprocessor, where all multiprocessors load."""
     start: float
     """Until the first step."""
     store: float
-    """Of results."""
+    """Of results; of "streamed" kernels, no tile takes less."""
     store_part: float
-    """Of float32 sums over a part of the tokens."""
+    """Of float32 sums over a part of the tokens; of "streamed" kernels, between two tiles."""
 
     @property
-    def by_program(self) -> bool:
-        """Whether a program is a tile: several run on a multiprocessor at a time."""
-        return self.path in ("pointers", "descriptors")
+    def persistent(self) -> bool:
+        """Whether a program takes one tile after the other."""
+        return self.path not in ("pointers", "descriptors")
 
 
 # fmt: off
 WIDE = (
-    Cut("descriptors", 64, 64, 4, 4, 0.356, 0.12, 0.75, 0.43, 0.4),
-    Cut("descriptors", 64, 64, 4, 6, 0.219, 0.139, 1.33, 0.24, 0.18),
-    Cut("descriptors", 64, 128, 4, 4, 0.36, 0.209, 1.91, 0.23, 0.09),
-    Cut("descriptors", 64, 128, 4, 8, 0.249, 0.075, 1.83, 0.63, 0.8),
-    Cut("descriptors", 64, 256, 4, 5, 0.319, 0.338, 1.84, 0.96, 1.22),
-    Cut("descriptors", 128, 64, 4, 4, 0.363, 0.207, 1.41, 0.54, 0.87),
-    Cut("descriptors", 128, 64, 4, 8, 0.247, 0.234, 1.71, 0.52, 0.98),
-    Cut("descriptors", 128, 128, 4, 3, 0.552, 0.345, 1.52, 0.87, 0.82),
-    Cut("descriptors", 128, 128, 4, 6, 0.346, 0.338, 1.92, 1.01, 1.19),
-    Cut("descriptors", 128, 256, 8, 4, 0.5, 0.626, 1.58, 2.14, 2.24),
-    Cut("gluon", 64, 384, 4, 3, 0.628, 0.515, 3.03, 3.28, 1.73),
-    Cut("gluon", 64, 512, 4, 3, 0.771, 0.751, 3.73, 4.43, 2.36),
-    Cut("gluon", 128, 192, 4, 3, 0.496, 0.311, 3.18, 3.47, 1.35),
-    Cut("gluon streamed", 64, 256, 4, 3, 0.485, 0.535, 2.87, 0.5, 0.5),
-    Cut("gluon streamed", 128, 128, 4, 3, 0.348, 0.496, 3.46, 0.5, 0.5),
-    Cut("gluon streamed", 128, 256, 4, 3, 0.71, 1.466, 3.75, 1, 1),
+    Cut("descriptors", 64, 64, 4, 4, 0.335, 0.158, 0.98, 0.28, 0.15),
+    Cut("descriptors", 64, 64, 4, 6, 0.234, 0.168, 0.63, 0.54, 0.4),
+    Cut("descriptors", 64, 128, 4, 3, 0.054, 0.288, 1.54, 0.01, 0.09),
+    Cut("descriptors", 64, 128, 4, 4, 0.358, 0.224, 1.61, 0.4, 0.22),
+    Cut("descriptors", 64, 128, 4, 8, 0.249, 0.13, 1.75, 0.65, 0.7),
+    Cut("descriptors", 128, 64, 4, 4, 0.362, 0.274, 1.33, 0.5, 0.51),
+    Cut("descriptors", 128, 128, 4, 3, 0.542, 0.382, 1.39, 0.94, 1.01),
+    Cut("descriptors", 128, 128, 4, 6, 0.317, 0.377, 1.76, 1.09, 1.16),
+    Cut("descriptors", 128, 256, 8, 4, 0.601, 0.666, 1.78, 1.86, 2.22),
+    Cut("gluon", 64, 384, 4, 3, 0.674, 0.594, 2.55, 2.83, 1.11),
+    Cut("gluon", 64, 512, 4, 3, 0.501, 0.889, 3.51, 4.09, 2.24),
+    Cut("gluon", 128, 192, 4, 3, 0.508, 0.492, 2.58, 3.09, 1.12),
+    Cut("gluon", 128, 256, 4, 3, 0.654, 0.367, 3.23, 4.18, 1.36),
+    Cut("gluon", 128, 320, 4, 3, 0.823, 0.653, 3.71, 4.69, 2.53),
+    Cut("gluon streamed", 64, 256, 4, 3, 0.375, 0.477, 2.09, 0.5, 0.51),
+    Cut("gluon streamed", 128, 128, 4, 3, 0.308, 0.363, 2.45, 0.53, 0.39),
+    Cut("gluon streamed", 128, 256, 4, 3, 0.661, 0.727, 1.58, 1, 1.68),
 )
 TILE_32 = (
-    Cut("gluon", 128, 64, 4, 3, 0.307, 0.171, 1.99, 0.63, 1.48),
-    Cut("gluon", 128, 128, 4, 3, 0.38, 0.251, 1.94, 2.44, 2.95),
-    Cut("gluon", 128, 160, 4, 3, 0.437, 0.287, 2.17, 2.88, 3.64),
-    Cut("gluon", 128, 192, 4, 3, 0.495, 0.435, 3.54, 2.02, 1.99),
-    Cut("gluon", 128, 320, 4, 3, 0.774, 0.669, 3.58, 3.92, 4.63),
-    Cut("gluon streamed", 128, 128, 4, 3, 0.344, 0.684, 3.4, 0.5, 0.5),
-    Cut("gluon streamed", 128, 256, 4, 3, 0.736, 1.385, 4.13, 1, 1),
-    Cut("pointers", 64, 64, 4, 4, 0.375, 0.162, 1.09, 0.45, 0.55),
-    Cut("pointers", 64, 64, 4, 6, 0.181, 0.223, 1.92, 0.01, 0.17),
-    Cut("pointers", 128, 128, 4, 3, 0.615, 0.429, 1.07, 1.39, 1.64),
-    Cut("pointers", 128, 128, 4, 6, 0.45, 0.399, 2.04, 1.21, 1.43),
+    Cut("gluon", 128, 64, 4, 3, 0.289, 0.257, 1.17, 0.58, 0.1),
+    Cut("gluon", 128, 192, 4, 3, 0.515, 0.499, 2.09, 2.26, 2.24),
+    Cut("gluon", 128, 256, 4, 3, 0.608, 0.692, 2.52, 3.14, 3.53),
+    Cut("gluon", 128, 320, 4, 3, 0.835, 0.796, 2.82, 3.61, 4.42),
+    Cut("gluon streamed", 128, 128, 4, 3, 0.35, 0.01, 2.08, 0.5, 0.68),
+    Cut("gluon streamed", 128, 256, 4, 3, 0.733, 0.507, 1.72, 1, 1.67),
+    Cut("pointers", 64, 64, 4, 4, 0.375, 0.211, 1.15, 0.33, 0.3),
+    Cut("pointers", 64, 64, 4, 6, 0.374, 0.168, 0.04, 1.05, 1.07),
+    Cut("pointers", 128, 128, 4, 3, 0.609, 0.468, 1.17, 1.36, 1.65),
+    Cut("pointers", 128, 128, 4, 6, 0.453, 0.127, 1.87, 1.28, 1.43),
 )
 TILE_16 = (
-    Cut("gluon", 128, 64, 4, 3, 0.333, 0.065, 1.41, 0.6, 2.07),
-    Cut("gluon", 128, 192, 4, 3, 0.73, 0.727, 2.51, 1.58, 3.71),
-    Cut("gluon packed", 128, 128, 4, 3, 0.338, 0.224, 1.9, 1.35, 0.95),
-    Cut("gluon packed", 128, 256, 4, 3, 0.531, 0.586, 2.05, 2.12, 3.11),
-    Cut("gluon streamed packed", 128, 128, 4, 3, 0.363, 0.968, 2.74, 0.5, 0.5),
-    Cut("gluon streamed packed", 128, 256, 4, 3, 0.642, 2.319, 3.83, 1, 1),
-    Cut("pointers", 64, 64, 4, 4, 0.163, 0.218, 2.12, 0.01, 0.08),
-    Cut("pointers", 64, 64, 4, 6, 0.26, 0.244, 1.78, 0.15, 0.45),
-    Cut("pointers", 128, 64, 4, 4, 0.431, 0.316, 1.61, 0.63, 0.84),
-    Cut("pointers", 128, 128, 4, 3, 0.645, 0.438, 1.12, 1.47, 1.85),
-    Cut("pointers", 128, 128, 4, 6, 0.485, 0.391, 1.86, 1.44, 2.49),
+    Cut("gluon", 128, 64, 4, 3, 0.326, 0.216, 0.93, 0.3, 0.23),
+    Cut("gluon packed", 128, 256, 4, 3, 0.675, 0.675, 1.84, 1.01, 2.84),
+    Cut("gluon packed", 128, 320, 4, 3, 0.828, 0.764, 1.85, 2.07, 4.99),
+    Cut("gluon streamed packed", 128, 128, 4, 3, 0.383, 0.148, 1.35, 0.5, 1),
+    Cut("gluon streamed packed", 128, 256, 4, 3, 0.623, 0.701, 1.5, 1.14, 2.52),
+    Cut("pointers", 64, 64, 4, 4, 0.4, 0.229, 1.01, 0.43, 0.53),
+    Cut("pointers", 64, 64, 4, 6, 0.414, 0.204, 0.01, 1.1, 1.25),
+    Cut("pointers", 128, 64, 4, 4, 0.444, 0.353, 1.11, 0.92, 1.06),
+    Cut("pointers", 128, 128, 4, 3, 0.637, 0.494, 1.1, 1.47, 1.92),
+    Cut("pointers", 128, 128, 4, 6, 0.486, 0.202, 2.25, 1, 2.01),
 )
 # fmt: on
+BASE, PERSISTENT = 5.0, 1.2
+"""us of any product, and of a persistent kernel more."""
 MOST_PARTS = 12
-SUM_US, SUM_US_PER_MB = 1.6, 0.35
-"""Of adding up the parts."""
-PACK_US, PACK_US_PER_MB = 1.2, 0.67
-"""Of a packed copy of x."""
-MB_PER_US = 3.6
-"""From and to memory."""
-FEWEST = 64
+SPLIT = 1.05
+"""Parts have to gain this much: other kernels, beside, then find more of the GPU free."""
+ADD, ADD_MB = 2.2, 0.3
+"""us of adding up the parts, and per MB of them."""
+PACK, PACK_MB = 1.6, 0.45
+"""us of packing x, and per MB of it."""
+L2_BYTES, BEYOND_L2 = 35e6, 1.25
+"""Of x and dy, beyond which steps that are bound by loads take longer."""
+MEMORY = 3.0
+"""MB per us."""
+FEWEST = 32
 """Up to this many tokens, writing the blocks once decides: `_few_tokens`."""
 STEP = 64
 SHARED_BYTES = 227 * 1024
@@ -117,11 +122,11 @@ def tiling_for(case: Case) -> Tiling | None:
     best = _fastest(case, cuts)
     if best.path in ("pointers", "descriptors"):
         return best
-    return replace(best, otherwise=_fastest(case, [cut for cut in cuts if cut.by_program]))
+    return replace(best, otherwise=_fastest(case, [cut for cut in cuts if not cut.persistent]))
 
 
 def _fits(cut: Cut, case: Case, width: int) -> bool:
-    if cut.rows > width or (not cut.by_program and cut.rows < width):
+    if cut.rows > width or (cut.persistent and cut.rows < width):
         return False
     return cut.path != "descriptors" or cut.columns in (case.B, 2 * case.B)
 
@@ -131,9 +136,10 @@ def _fastest(case: Case, cuts: list[Cut]) -> Tiling:
     ways = []
     for cut in cuts:
         tiles = tiles_of(case, cut)
-        for parts in range(1, MOST_PARTS + 1 if "streamed" not in cut.path else 2):
-            if parts == 1 or (2 * parts <= steps and tiles * parts <= 4 * sms):
-                ways.append((product_us(case, cut, parts), cut, parts))
+        most = 1 if "streamed" in cut.path else min(MOST_PARTS, steps // 2, 4 * sms // tiles)
+        ways += [(product_us(case, cut, parts), cut, parts) for parts in range(1, max(most, 1) + 1)]
+        if cut.persistent and most and sms < tiles < 4 * sms and tiles % sms:
+            ways.append((product_us(case, cut, 0), cut, 0))
     _, cut, parts = min(ways, key=lambda way: way[0])
     return Tiling(
         path=cut.path, BM=cut.rows, BN=cut.columns, BK=STEP, warps=cut.warps, stages=cut.stages,
@@ -142,35 +148,53 @@ def _fastest(case: Case, cuts: list[Cut]) -> Tiling:
 
 
 def tiles_of(case: Case, cut: Cut) -> int:
-    """Programs, or what they take one after the other, for every part of the tokens."""
+    """Tiles of the gradient."""
     columns = cut.columns
-    if cut.by_program:
+    if not cut.persistent:
         columns = min(columns, round_up_to_power_of_two(case.K) * case.B)
     return case.R * case.B // cut.rows * ceil_div(case.K * case.B, columns)
 
 
 def product_us(case: Case, cut: Cut, parts: int) -> float:
-    """What a product takes, beyond what every way takes."""
-    N, inputs, outputs = case.N, case.C * case.B, case.R * case.B
-    steps = ceil_div(ceil_div(N, STEP), parts)
-    turns = ceil_div(tiles_of(case, cut) * parts, num_sms(case.device))
-    store = cut.store if parts == 1 else cut.store_part
-    if "streamed" in cut.path:
-        us = cut.start + turns * max(steps * cut.step + cut.shared, cut.store)
-    else:
-        at_a_time = 1
-        if cut.by_program:
-            of_one = (cut.rows + cut.columns) * STEP * 2 * cut.stages
-            at_a_time = max(1, min(4, SHARED_BYTES // of_one))
-        us = 0.0
-        for programs in [at_a_time] * (turns // at_a_time) + [turns % at_a_time]:
-            step = max(cut.step, programs * cut.shared)
-            us += (cut.start + steps * step + programs * store) * (programs > 0)
-    megabytes = outputs * case.K * case.B / 1e6
-    read = N * (min(inputs, 3 * case.K * case.B) + outputs) / 1e6
-    us = max(us, 2 * (read + megabytes) / MB_PER_US)
-    if parts > 1:
-        us += SUM_US + SUM_US_PER_MB * 4 * parts * megabytes
+    """What a product takes by one cut, its tokens in parts; 0: those of the last round's tiles."""
+    sms, steps, items = num_sms(case.device), ceil_div(case.N, STEP), tiles_of(case, cut)
+    megabytes = case.R * case.K * case.B**2 / 1e6
+    inputs, outputs = case.C * case.B, case.R * case.B
+    if not cut.persistent and 2 * case.N * (inputs + outputs) > L2_BYTES:
+        cut = cut._replace(shared=cut.shared * BEYOND_L2)
+    us, summed, per_part = 0.0, 0.0, ceil_div(steps, max(parts, 1))
+    if parts == 0:
+        rest = items % sms
+        us = items // sms * (cut.start + steps * max(cut.alone, cut.shared) + cut.store)
+        per_part = ceil_div(steps, max(1, min(sms // rest, steps // 4)))
+        pieces = ceil_div(steps, per_part)
+        summed, items = (pieces > 1) * pieces * megabytes * rest / items, rest * pieces
+    elif parts > 1:
+        summed, items = parts * megabytes, items * parts
+    us += _rounds_us(cut, items, sms, per_part, cut.store_part if summed else cut.store)
+    read = case.N * (min(inputs, 3 * case.K * case.B) + outputs) / 1e6
+    us = max(us, 2 * (read + megabytes) / MEMORY) + BASE + PERSISTENT * cut.persistent
+    if summed:
+        us += ADD + ADD_MB * 4 * summed
     if "packed" in cut.path:
-        us += PACK_US + PACK_US_PER_MB * 2 * N * inputs / 1e6
+        us += PACK + PACK_MB * 2 * case.N * inputs / 1e6
+    return us * SPLIT if parts > 1 else us
+
+
+def _rounds_us(cut: Cut, items: int, sms: int, steps: int, store: float) -> float:
+    """Items in rounds of as many programs as the multiprocessors hold at a time."""
+    held = 1
+    if not cut.persistent:
+        of_one = (cut.rows + cut.columns) * STEP * 2 * cut.stages
+        held = max(1, min(4, SHARED_BYTES // of_one))
+    rounds, rest = divmod(items, held * sms)
+    last = ceil_div(rest, sms)
+    busy = rest / (sms * max(last, 1))
+    if "streamed" in cut.path:
+        whole = max(steps * max(cut.alone, cut.shared) + cut.store_part, cut.store)
+        part = max(steps * max(cut.alone, busy * cut.shared) + cut.store_part, cut.store)
+        return cut.start + rounds * whole + (last > 0) * part
+    us = rounds * (cut.start + steps * max(cut.alone, held * cut.shared) + held * store)
+    if last:
+        us += cut.start + steps * max(cut.alone, last * busy * cut.shared) + last * store
     return us
