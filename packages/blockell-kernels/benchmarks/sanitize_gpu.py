@@ -163,6 +163,11 @@ def cases() -> Iterator[tuple[str, Kernel, torch.Tensor]]:
             p = Problem(B, G, R, C, K, N, bf16)
             for name, kernel, expected in shipped(p):
                 yield f"shipped, tile {B}x{G}, {N} tokens: {name}", kernel, expected
+    for B, G in ((128, 1), (64, 2), (64, 1), (32, 4), (16, 8)):
+        for N in (300, 1100):
+            p = Problem(B, G, 640 // B, 512 // B, 256 // B, N, bf16)
+            for name, kernel, expected in shipped(p):
+                yield f"middle, tile {B}x{G}, {N} tokens: {name}", kernel, expected
     for boxes in (False, True):
         walk = _walk.Walk(BM=64, BN=64, BK=32, parts=2, boxes=boxes, stages=3)
         for name, kernel, expected in walks(Problem(*narrow), walk):
