@@ -78,19 +78,19 @@ def block_box(dtype, rows, B):
     return box(dtype, (rows, B, min(B, 64)), 2 * min(B, 64))
 
 
-def forward_case(dtype, B, tokens, outputs=128, packed=False, swizzled=False):
-    tiling = Tiling(path="gluon packed" if packed else "gluon", BM=tokens, BN=outputs, BK=64)
+def forward_case(dtype, B, tokens, outputs=128, path="gluon"):
+    tiling = Tiling(path=path, BM=tokens, BN=outputs, BK=64)
     rows, panel = max(1, outputs // B), min(B, 64)
-    whole, part = (rows, B * B // 256, 256), (rows, min(B, outputs), panel)
-    lines = box(dtype, (64, panel), 2 * panel)
+    lines, part = box(dtype, (64, panel), 2 * panel), (rows, min(B, outputs), panel)
+    whole = box(dtype, (rows, B * B // 256, 256), 0)
     types = {
-        "x_desc": box(dtype, (64 * B // 256, 256), 0) if packed else lines,
-        "w_desc": box(dtype, whole, 0) if swizzled else box(dtype, part, 2 * panel),
+        "x_desc": box(dtype, (64 * B // 256, 256), 0) if path == "gluon packed" else lines,
+        "w_desc": whole if _forward.swizzles(B, tiling) else box(dtype, part, 2 * panel),
         "y_desc": box(dtype, (64, outputs), 128),
         "cols_ptr": "*i32",
         "bias_ptr": f"*{dtype}",
     }
-    constants = _forward.constants(B, tiling, True, swizzled)
+    constants = _forward.constants(B, tiling, True)
     return compile_one(forward_by_pieces, constants, types, {"num_warps": 4})
 
 
@@ -190,11 +190,11 @@ def all_cases():
         name = f"grad_input {dtype} tile {B}, {columns} columns, {depth} deep"
         yield name, grad_input_case, (dtype, B, columns, depth)
     for B, *cut in (
-        (16, 320, 128, False, True),
+        (16, 320),
         (64, 192),
         (128, 64, 64),
-        (16, 320, 128, True),
-        (32, 64, 64, True, True),
+        (16, 320, 128, "gluon packed"),
+        (32, 256, 128, "gluon direct"),
     ):
         yield f"forward tile {B}, {cut}", forward_case, ("bf16", B, *cut)
     for B, keep_pre in ((16, True), (128, False)):

@@ -41,8 +41,29 @@ def test_outputs_of_a_tile_share_their_columns():
 
 def test_a_product_takes_longer_the_more_there_is_to_it():
     for cut in ((64, 64), (192, 128), (320, 128)):
-        times = [middle.product_us(case(N, (640, 2560), 128, 1), *cut) for N in range(65, 4000, 7)]
-        assert times == sorted(times)
+        for B, G, path in ((128, 1, "gluon"), (32, 4, "gluon direct"), (16, 8, "gluon packed")):
+            cases = [case(N, (640, 2560), B, G) for N in range(65, 4000, 37)]
+            times = [middle.product_us(c, path, *cut) for c in cases]
+            assert times == sorted(times)
+
+
+@pytest.mark.parametrize(
+    ("N", "shape", "path"),
+    [
+        (777, (2048, 3072), "gluon packed"),  # every column is read by half of 24 groups
+        (2048, (2560, 640), "gluon"),  # a weight smaller than x
+        (128, (640, 2560), "gluon direct"),  # too short for a launch before it
+    ],
+)
+def test_short_lines_are_copied_where_that_pays(N, shape, path):
+    assert middle.tiling_for(case(N, shape, 16, 8)).path == path
+
+
+def test_long_sums_of_few_results_are_left_to_others():
+    for N, shape in ((128, (2560, 640)), (4096, (3072, 768))):
+        assert middle.tiling_for(case(N, shape, 16, 8)) is None
+    assert middle.tiling_for(case(4096, (3072, 768), 32, 4)).path == "gluon direct"
+    assert middle.tiling_for(case(777, (640, 2560), 16, 1)) is None
 
 
 def test_few_tokens_and_narrow_groups_are_left_to_others():

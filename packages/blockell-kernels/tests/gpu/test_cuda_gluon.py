@@ -111,7 +111,7 @@ def test_grad_values_in_parts(make_problem, error, shape, cut):
 
 @pytest.mark.parametrize("dtype", [BF16, FP16])
 @pytest.mark.parametrize("cut", [(64, 64), (128, 128), (192, 128), (256, 64), (320, 128)])
-@pytest.mark.parametrize("path", ["gluon", "gluon packed"])
+@pytest.mark.parametrize("path", ["gluon", "gluon direct", "gluon packed"])
 @pytest.mark.parametrize("shape", [*SHAPES.values(), *WIDE.values()], ids=[*SHAPES, *WIDE])
 def test_forward(make_problem, error, shape, path, cut, dtype):
     problem = make_problem(**shape, dtype=dtype)
@@ -127,7 +127,7 @@ def test_forward(make_problem, error, shape, path, cut, dtype):
     assert torch.equal(actual, _forward.forward(p.x, p.values, p.bias, p.pattern, tiling))
 
 
-@pytest.mark.parametrize("path", ["gluon", "gluon packed"])
+@pytest.mark.parametrize("path", ["gluon", "gluon direct", "gluon packed"])
 def test_forward_of_not_finite_tokens(make_problem, path):
     problem = make_problem(**SHAPES["tile 16"], dtype=BF16)
     problem.x[5, 3] = float("nan")

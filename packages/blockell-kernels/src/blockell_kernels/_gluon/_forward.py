@@ -17,15 +17,14 @@ DEPTH = 64
 """Of a stage."""
 SHARED_BYTES = 226 * 1024
 MAX_STAGES = 10
-SWIZZLE = True
-FETCHES = False
 
 
 def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling) -> bool:
     """Whether a kernel can run a product by this tiling: 64 to 320 tokens x 64 or 128 outputs."""
     B = pattern.B
     return (
-        (tiling.path == "gluon" or (tiling.path == "gluon packed" and B in (16, 32)))
+        tiling.path in ("gluon", "gluon direct", "gluon packed")
+        and (B < DEPTH or tiling.path != "gluon packed")
         and tiling.BM in (64, 128, 192, 256, 320)
         and tiling.BN in (64, 128)
         and runs_on(x)
@@ -38,7 +37,12 @@ def takes(x: Tensor, values: Tensor, y: Tensor, pattern: Pattern, tiling: Tiling
     )
 
 
-def constants(B: int, tiling: Tiling, has_bias: bool, swizzled: bool) -> dict[str, int | bool]:
+def swizzles(B: int, tiling: Tiling) -> bool:
+    """Whether the weight is swizzled first, see `_descriptors`."""
+    return tiling.path == "gluon" and B < DEPTH
+
+
+def constants(B: int, tiling: Tiling, has_bias: bool) -> dict[str, int | bool]:
     """The kernel's compile-time parameters."""
     pieces, panel, outputs = tiling.BM // 64, min(B, DEPTH), tiling.BN
     stage = (tiling.BM + outputs) * DEPTH * 2
@@ -54,8 +58,7 @@ def constants(B: int, tiling: Tiling, has_bias: bool, swizzled: bool) -> dict[st
         "HAS_BIAS": has_bias,
         "OUTPUTS": outputs,
         "PACKED": tiling.path == "gluon packed",
-        "SWIZZLED": swizzled,
-        "FETCHES": FETCHES,
+        "SWIZZLED": swizzles(B, tiling),
     }
 
 
@@ -69,8 +72,7 @@ def forward(
 
     B, outputs, panel = pattern.B, tiling.BN, min(pattern.B, DEPTH)
     units, rows = pattern.R * B // outputs, max(1, outputs // B)
-    swizzled = B < DEPTH and SWIZZLE
-    if swizzled:
+    if swizzles(B, tiling):
         w = weight_descriptor(values, rows, panel)
     else:
         w = block_descriptor(values, rows, min(B, outputs), panel)
@@ -91,6 +93,6 @@ def forward(
         pattern.num_live,
         pattern.C,
         units,
-        **constants(B, tiling, bias is not None, swizzled),
+        **constants(B, tiling, bias is not None),
         num_warps=4,
     )

@@ -107,51 +107,6 @@ def load_rows(
 
 
 @gluon.jit
-def _load(
-    x_desc,
-    w_desc,
-    y_desc,
-    cols_ptr,
-    x_smem,
-    w_smem,
-    out_smem,
-    full,
-    empty,
-    fetched,
-    N,
-    slots,
-    num_live,
-    C,
-    units,
-    B: gl.constexpr,
-    PANEL: gl.constexpr,
-    PANELS: gl.constexpr,
-    PIECES: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    OUTPUTS: gl.constexpr,
-    PACKED: gl.constexpr,
-    SWIZZLED: gl.constexpr,
-    FETCHES: gl.constexpr,
-):
-    """`load_rows`, behind a load by each descriptor that it, or the storing, waits for otherwise.
-
-    The engine fetches a descriptor from memory when it is first used: here while the columns are
-    on their way, too. What is loaded is not used.
-    """
-    if FETCHES:
-        mbarrier.expect(fetched.index(0), 64 * (PANEL + OUTPUTS) * 2)
-        x_shape: gl.constexpr = [64 * PANEL // 256, 256] if PACKED else [64, PANEL]
-        spare = out_smem._reinterpret(out_smem.dtype, x_shape, x_desc.layout)
-        tma.async_copy_global_to_shared(x_desc, [0, 0], fetched.index(0), spare)
-        tma.async_copy_global_to_shared(y_desc, [0, 0], fetched.index(0), out_smem)
-    # fmt: off
-    load_rows(x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots, num_live, C, units,
-              B, PANEL, PANELS, PIECES, STAGES, GROUP_M, OUTPUTS, PACKED, SWIZZLED)
-    # fmt: on
-
-
-@gluon.jit
 def _wait(pending: gl.constexpr, accs, pieces: gl.constexpr):
     """The accumulators, as a tuple, once no more than `pending` products are under way."""
     done = warpgroup_mma_wait(pending, deps=accs)
@@ -172,7 +127,6 @@ def _multiply(
     N,
     num_live,
     units,
-    fetched,
     B: gl.constexpr,
     PANEL: gl.constexpr,
     PANELS: gl.constexpr,
@@ -181,7 +135,6 @@ def _multiply(
     GROUP_M: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     OUTPUTS: gl.constexpr,
-    FETCHES: gl.constexpr,
 ):
     """A multiplying warpgroup: `pieces` of 64 tokens, from the `first` on."""
     mma: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, OUTPUTS, 16])
@@ -211,8 +164,6 @@ def _multiply(
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=step > 0)
             step += 1
         done = _wait(0, accs, pieces)
-        if FETCHES:
-            mbarrier.wait(fetched.index(0), 0)
         n = pn * OUTPUTS + gl.arange(0, OUTPUTS, gl.SliceLayout(0, mma))
         for p in gl.static_range(pieces):
             y = done[p]
@@ -250,7 +201,6 @@ def forward_by_pieces(
     OUTPUTS: gl.constexpr,
     PACKED: gl.constexpr,
     SWIZZLED: gl.constexpr,
-    FETCHES: gl.constexpr,
     OVERLAPS: gl.constexpr = False,
 ):
     PIECES: gl.constexpr = PIECES0 + PIECES1
@@ -266,8 +216,6 @@ def forward_by_pieces(
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2 if PIECES1 else 1)
-    fetched = gl.allocate_shared_memory(gl.int64, [1, 1], bars)
-    mbarrier.init(fetched.index(0), count=1)
     fence_async_shared()
     if OVERLAPS:
         let_the_next_one_start()
@@ -278,14 +226,14 @@ def forward_by_pieces(
         gl.warp_specialize(
             [
                 (_multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
-                             num_live, units, fetched, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
-                             HAS_BIAS, OUTPUTS, FETCHES)),
+                             num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, HAS_BIAS,
+                             OUTPUTS)),
                 (_multiply, (PIECES0, PIECES1, y_desc, bias_ptr, x_smem, w_smem, out1, full, empty,
-                             N, num_live, units, fetched, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
-                             HAS_BIAS, OUTPUTS, FETCHES)),
-                (_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
-                         fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES, STAGES,
-                         GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
+                             N, num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
+                             HAS_BIAS, OUTPUTS)),
+                (load_rows, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots,
+                             num_live, C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
+                             OUTPUTS, PACKED, SWIZZLED)),
             ],
             [4, 1],
             [208 if PIECES1 == 3 else 168, 56],
@@ -294,11 +242,11 @@ def forward_by_pieces(
         gl.warp_specialize(
             [
                 (_multiply, (0, PIECES0, y_desc, bias_ptr, x_smem, w_smem, out0, full, empty, N,
-                             num_live, units, fetched, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
-                             HAS_BIAS, OUTPUTS, FETCHES)),
-                (_load, (x_desc, w_desc, y_desc, cols_ptr, x_smem, w_smem, out0, full, empty,
-                         fetched, N, slots, num_live, C, units, B, PANEL, PANELS, PIECES, STAGES,
-                         GROUP_M, OUTPUTS, PACKED, SWIZZLED, FETCHES)),
+                             num_live, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M, HAS_BIAS,
+                             OUTPUTS)),
+                (load_rows, (x_desc, w_desc, cols_ptr, x_smem, w_smem, full, empty, N, slots,
+                             num_live, C, units, B, PANEL, PANELS, PIECES, STAGES, GROUP_M,
+                             OUTPUTS, PACKED, SWIZZLED)),
             ],
             [1],
             [56],

@@ -16,6 +16,7 @@ Path = Literal[
     "descriptors",
     "packed",
     "gluon",
+    "gluon direct",
     "gluon packed",
     "gluon streamed",
     "gluon streamed packed",
@@ -36,8 +37,9 @@ class Tiling:
     """Loads through pointers (any GPU) or tensor descriptors (TMA, Hopper); "packed" (forward,
     Hopper): x through pointers, a packed copy of the weight through descriptors; "gluon": the
     kernels of `_gluon` (Hopper), "gluon packed" (tiles 16 and 32): with a packed copy of x; "gluon
-    streamed" and "gluon streamed packed" (grad_values): those of `_streamed_values`; "halves" and
-    "dense halves": those for float32, see its `_halves`."""
+    direct" (forward, tiles 16 and 32): with no copy of the weight, either; "gluon streamed" and
+    "gluon streamed packed" (grad_values): those of `_streamed_values`; "halves" and "dense halves":
+    those for float32, see its `_halves`."""
     BM: int
     BN: int
     BK: int
