@@ -82,9 +82,10 @@ def test_a_product_takes_longer_the_more_tokens_there_are():
 
 def test_what_is_not_modelled_is_left_to_others():
     assert middle.tiling_for(case(middle.FEWEST, (640, 2560), 128, 1)) is None
+    assert middle.tiling_for(case(middle.FEWEST_OF_SMALL, (640, 2560), 16, 8)) is None
     assert middle.tiling_for(case(777, (640, 2560), 8, 16)) is None
     assert middle.tiling_for(case(777, (640, 2560), 16, 1)) is None
-    assert middle.tiling_for(case(512, (640, 2560), 16, 8)) is None
+    assert middle.tiling_for(case(2048, (640, 2560), 16, 8)) is None
 
 
 def test_there_is_one_behind_it_for_operands_that_it_does_not_take():

@@ -258,7 +258,7 @@ def grad_values(dy: Tensor, x: Tensor, pattern: Pattern, strip: Strip) -> Tensor
 
 def add_parts_of(parts: Tensor, bias: Tensor | None, out: Tensor) -> None:
     """out [N, features] = sum of parts [count, N, features] + bias [features]."""
-    size, count, BLOCK = out.numel(), parts.shape[0], 512
+    size, count, BLOCK = out.numel(), parts.shape[0], 256
     launch(
         add_parts,
         (ceil_div(size, BLOCK),),

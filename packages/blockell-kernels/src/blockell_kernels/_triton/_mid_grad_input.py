@@ -3,9 +3,10 @@
 Legend: R block rows, C block columns, B tile side, N tokens; width: outputs that share a column
 list (row_group*B).
 
-By a model of the time, in microseconds, fitted to the products of 930 layers (64 to 4096 tokens, 25
-to 100% density, 640 to 14336 features, some 35 tilings each, one H200). Of tiles 64 and 128 its
-choice takes 2.7% more than the best of them all does; the rules that it replaced took 13% more.
+By a model of the time, in microseconds, fitted to the products of 1250 layers (17 to 6000 tokens,
+25 to 100% density, 640 to 14336 features, some 35 tilings each, one H200). Of tiles 64 and 128 its
+choice takes 2% more than the best of them all does; the rules that it replaced took 7 to 57% more,
+but for tile 64 in pairs of rows from 1100 tokens on (1%).
 
 A program takes a while to find its column and to fetch the first blocks, then so long per step:
 `alone` on a multiprocessor what its loads take to arrive, beside others no less than a share of
@@ -20,12 +21,12 @@ from typing import NamedTuple
 
 from blockell_kernels._backends import Case
 from blockell_kernels._triton._device import num_sms
-from blockell_kernels._triton._tiling import Path, Tiling, ceil_div, power_of_two_divisor
+from blockell_kernels._triton._tiling import Tiling, ceil_div, power_of_two_divisor
 
-FEWEST = 32
-"""Up to this many tokens the kernels for few tokens are taken."""
-MANY_FOR_SMALL = 512
-"""From here on the general rules are as good for tiles below 64."""
+FEWEST, FEWEST_OF_SMALL = 16, 32
+"""Up to so many tokens the kernels for few tokens are taken, the latter for tiles below 64."""
+MANY_FOR_SMALL = 1024
+"""Beyond, the general rules are as good for tiles below 64."""
 MOST_PARTS, FEWEST_STEPS = 8, 3
 """Of a column's sum, and the steps that a part has at least."""
 MOST_PROGRAMS = 2.5
@@ -46,9 +47,8 @@ ADD, ADD_MB = 0.84, 0.43
 
 
 class Tile(NamedTuple):
-    """What a program of the Triton kernels owns, and what its steps take."""
+    """What a program of the Triton kernel owns, and what its steps take."""
 
-    path: Path
     tokens: int
     columns: int
     depth: int
@@ -57,40 +57,40 @@ class Tile(NamedTuple):
     """Programs that a multiprocessor holds."""
     alone: float
     busy: float
+    warps: int = 4
 
     def tiling(self, parts: int) -> Tiling:
         """As the launchers take it."""
         return Tiling(
-            path=self.path, BM=self.tokens, BN=self.columns, BK=self.depth, stages=self.stages,
-            parts=parts,
+            path="descriptors", BM=self.tokens, BN=self.columns, BK=self.depth, warps=self.warps,
+            stages=self.stages, store_parts=self.warps // 4, parts=parts,
         )  # fmt: skip
 
 
 WIDE = (
-    Tile("descriptors", 64, 64, 64, 6, 2, 0.22, 0.17),
-    Tile("descriptors", 64, 64, 128, 4, 1, 0.32, 0.32),
-    Tile("descriptors", 128, 64, 64, 3, 3, 0.42, 0.24),
-    Tile("descriptors", 128, 64, 64, 5, 1, 0.25, 0.25),
-    Tile("descriptors", 256, 64, 64, 4, 1, 0.41, 0.41),
-    Tile("descriptors", 128, 128, 64, 3, 2, 0.48, 0.34),
-    Tile("descriptors", 128, 128, 64, 4, 1, 0.34, 0.34),
+    Tile(64, 64, 64, 6, 2, 0.23, 0.18),
+    Tile(64, 64, 128, 4, 1, 0.33, 0.33),
+    Tile(128, 64, 64, 3, 3, 0.44, 0.25),
+    Tile(128, 64, 64, 4, 2, 0.37, 0.24),
+    Tile(128, 64, 64, 5, 1, 0.26, 0.26),
+    Tile(256, 64, 64, 4, 1, 0.44, 0.44),
+    Tile(64, 128, 64, 4, 2, 0.32, 0.21),
+    Tile(128, 128, 64, 3, 2, 0.5, 0.34),
+    Tile(128, 128, 64, 4, 1, 0.36, 0.36),
+    Tile(256, 128, 64, 4, 1, 0.64, 0.64, warps=8),
 )
 TILES = {
     128: WIDE,
     64: tuple(tile for tile in WIDE if tile.columns == 64),
     32: (
-        Tile("descriptors", 64, 32, 128, 4, 2, 0.33, 0.29),
-        Tile("descriptors", 128, 32, 64, 5, 2, 0.27, 0.23),
-        Tile("descriptors", 256, 32, 64, 4, 1, 0.36, 0.36),
-        Tile("pointers", 64, 32, 128, 3, 3, 0.44, 0.29),
-        Tile("pointers", 128, 32, 64, 3, 3, 0.42, 0.22),
+        Tile(64, 32, 128, 4, 2, 0.34, 0.3),
+        Tile(128, 32, 64, 5, 2, 0.27, 0.26),
+        Tile(256, 32, 64, 4, 1, 0.4, 0.4),
     ),
     16: (
-        Tile("descriptors", 64, 16, 128, 4, 2, 0.36, 0.27),
-        Tile("descriptors", 128, 16, 128, 4, 1, 0.41, 0.41),
-        Tile("descriptors", 128, 16, 64, 6, 2, 0.31, 0.23),
-        Tile("pointers", 64, 16, 128, 3, 3, 0.44, 0.25),
-        Tile("pointers", 128, 16, 64, 3, 4, 0.46, 0.21),
+        Tile(64, 16, 128, 4, 2, 0.37, 0.28),
+        Tile(128, 16, 128, 4, 1, 0.43, 0.43),
+        Tile(128, 16, 64, 6, 2, 0.33, 0.24),
     ),
 }
 
@@ -135,14 +135,15 @@ class Cost(NamedTuple):
 def tiling_for(case: Case) -> Tiling | None:
     """The tiling of a case, None: that of the general rules."""
     B, width = case.B, min(128, power_of_two_divisor(case.row_group * case.B))
-    if case.N <= FEWEST or B not in TILES:
+    few = case.N <= FEWEST if B >= 64 else case.N <= FEWEST_OF_SMALL
+    if B not in TILES or few:
         return None
-    if B < 64 and (width < 128 or case.N >= MANY_FOR_SMALL):
+    if B < 64 and (width < 128 or case.N > MANY_FOR_SMALL):
         return None
     found = {
         tile.tiling(parts): tile_cost(case, tile, parts)
         for tile in TILES[B]
-        if tile.depth <= width
+        if tile.depth <= width and tile.tokens <= max(64, 2 * case.N - 1)
         for parts in _parts(case, tile)
     }
     if B < 128 and case.N >= 128 and (B < 64 or case.density >= FEWEST_HELD):
@@ -162,8 +163,6 @@ def _programs(case: Case, tile: Tile) -> int:
 
 def _parts(case: Case, tile: Tile) -> list[int]:
     """Into how many parts sums may be split."""
-    if tile.path == "pointers":
-        return [1]
     most = min(
         MOST_PARTS,
         int(MOST_PROGRAMS * num_sms(case.device)) // _programs(case, tile),
