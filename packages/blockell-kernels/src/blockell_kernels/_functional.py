@@ -208,7 +208,7 @@ def explain(
     dtype = compute_dtype(x)
     cases = [Case(direction, x.device, dtype, *sizes) for direction in DIRECTIONS]
     choices = [_with_details(select(case, requested), case) for case in cases]
-    if keeps_copy(cases[0], choices[0], choices[1], requested):
+    if keeps_copy(cases[0], choices, requested):
         choices[:2] = [_shared(choice) for choice in choices[:2]]
     return Explanation(*choices)
 

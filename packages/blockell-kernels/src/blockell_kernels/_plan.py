@@ -8,6 +8,7 @@ methods are the operator's forward and backward over checked operands.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -296,9 +297,15 @@ def may_keep(case: Case) -> bool:
     return case.density <= KEPT_FOR_FEW_TOKENS and activations <= room
 
 
-def keeps_copy(case: Case, forward: Choice, grad_input: Choice, requested: str) -> bool:
-    """Whether a training step keeps one dense copy of the weight for both products."""
+def keeps_copy(case: Case, choices: Sequence[Choice], requested: str) -> bool:
+    """Whether a training step keeps one dense copy of the weight for both products.
+
+    Beside a weight gradient that is dense, too, and gathered, a copy hides less: nine such steps
+    took 1.4% longer on the mean than with one copy for both.
+    """
+    forward, grad_input, grad_values = choices
     beside = case.device.type == "cuda" and _is_small(case) and _gains_by_forks(case)
+    beside = beside and grad_values.backend != "dense"
     return (
         case.device.type in ("cuda", "cpu")
         and may_keep(case)
@@ -333,7 +340,7 @@ def _make(
     R, C, B, row_group, num_live = sizes
     case = Case("forward", device, dtype, N, R, C, num_live, B, row_group)
     choices = [select(case._replace(direction=direction), requested) for direction in DIRECTIONS]
-    keeps = keeps_copy(case, choices[0], choices[1], requested)
+    keeps = keeps_copy(case, choices, requested)
     # A large dense copy must be gone before the weight's gradient is computed, for memory.
     copies = keeps or "dense" in (choices[1].backend, choices[2].backend)
     lean = _is_small(case) or not copies
