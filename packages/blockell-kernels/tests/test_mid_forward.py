@@ -36,7 +36,7 @@ def test_tiles_fill_whole_rounds():
 
 def test_outputs_of_a_tile_share_their_columns():
     for N in (65, 200, 511):
-        assert middle.tiling_for(case(N, (640, 2560), 64, 1)).BN == 64
+        assert middle.tiling_for(case(N, (2560, 640), 64, 1)).BN == 64
 
 
 def test_a_product_takes_longer_the_more_there_is_to_it():
@@ -52,7 +52,7 @@ def test_a_product_takes_longer_the_more_there_is_to_it():
     [
         (777, (2048, 3072), "gluon packed"),  # every column is read by half of 24 groups
         (2048, (2560, 640), "gluon"),  # a weight smaller than x
-        (128, (640, 2560), "gluon direct"),  # too short for a launch before it
+        (320, (640, 2560), "gluon direct"),  # too short for a launch before it
     ],
 )
 def test_short_lines_are_copied_where_that_pays(N, shape, path):
@@ -64,6 +64,12 @@ def test_long_sums_of_few_results_are_left_to_others():
         assert middle.tiling_for(case(N, shape, 16, 8)) is None
     assert middle.tiling_for(case(4096, (3072, 768), 32, 4)).path == "gluon direct"
     assert middle.tiling_for(case(777, (640, 2560), 16, 1)) is None
+
+
+def test_short_sums_and_small_weights_are_left_to_others():
+    assert middle.tiling_for(case(777, (2048, 3072), 128, 1, 0.2)) is None
+    assert middle.tiling_for(case(2048, (640, 2560), 64, 2)) is None
+    assert middle.tiling_for(case(256, (640, 2560), 32, 4)) is None
 
 
 def test_few_tokens_and_narrow_groups_are_left_to_others():
