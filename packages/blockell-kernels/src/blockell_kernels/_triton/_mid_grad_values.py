@@ -102,7 +102,7 @@ TILE_16 = (
 # fmt: on
 BASE, PERSISTENT = 5.0, 1.2
 """us of any product, and of a persistent kernel more."""
-MOST_PARTS = 12
+MOST_PARTS = 24
 SPLIT = 1.05
 """Parts have to gain this much: other kernels, beside, then find more of the GPU free."""
 ADD, ADD_MB = 2.2, 0.3

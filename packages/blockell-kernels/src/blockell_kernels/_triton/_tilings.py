@@ -171,6 +171,10 @@ def _grad_values(case: Case) -> Tiling:
         return Tiling(path="descriptors", BM=128, BN=BN, BK=64, warps=8, stages=stages)
     if B == 64:
         by: dict[str, Any] = {"path": "descriptors", "BM": width, "BN": 128, "BK": 64}
+        parts = sms // tiles
+        full = parts * tiles >= (0.75 if case.N < MANY_TOKENS else 0.9) * sms
+        if long and 1 <= parts <= width // 64 and full:  # nearly a round, of few parts
+            return Tiling(**by, warps=4, stages=8 if width == 64 else 6)
         if width == 128 and long and 3 * tiles <= sms:
             return Tiling(**by, warps=8, stages=4)
         deep = width == 64 and long and (case.N < MANY_TOKENS or case.density >= 0.4)
