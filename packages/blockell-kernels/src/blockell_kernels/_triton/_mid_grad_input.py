@@ -118,8 +118,8 @@ TRAFFIC_MB = 0.09
 """us per megabyte of operands and result by which the Triton kernels take longer."""
 MULTIPLIED, LOADED = 3.6e6, 80e3
 """Products, and bytes from L2, to a us and multiprocessor."""
-COMMON, SLACK = 5.6, 1.03
-"""us of every product, and as much more time in all may be taken to leave more of the GPU to what
+COMMON, SLACK = 5.6, 1.06
+"""us of every product; and as much more time in all may be taken to leave more of the GPU to what
 runs beside: the weight gradient, as a rule."""
 
 
@@ -189,9 +189,11 @@ def tile_cost(case: Case, tile: Tile, parts: int) -> Cost:
     flowing = max(1.0, programs / sms) * max(alone / beside, busy)
     mean = WHOLE * whole + (1 - WHOLE) * flowing + spread * tile.busy
     taken = max(alone + spread * tile.alone, mean)
+    occupied = programs * max(alone / tile.resident, busy)
     if parts > 1:
-        taken += ADD + ADD_MB * parts * case.N * case.C * B * 4e-6
-    return Cost(taken + TRAFFIC_MB * _traffic_mb(case), programs * alone / tile.resident)
+        adding = ADD + ADD_MB * parts * case.N * case.C * B * 4e-6
+        taken, occupied = taken + adding, occupied + sms * adding
+    return Cost(taken + TRAFFIC_MB * _traffic_mb(case), occupied)
 
 
 def _traffic_mb(case: Case) -> float:
