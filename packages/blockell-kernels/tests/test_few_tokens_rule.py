@@ -75,3 +75,11 @@ def test_with_more_tokens_it_depends_on_the_case(gpu):
     assert taken("grad_input", 512, (640, 2560), 128, 1) == (gpu < (9, 0))
     assert taken("grad_input", 512, (640, 2560), 128, 1, torch.float32)
     assert not taken("grad_input", 512, (2560, 640), 128, 1)
+
+
+def test_long_sums_of_input_gradients_are_split_on_hopper(gpu):
+    """16 tokens, 4096 -> 14336: 64 strips of 64 results, sums of 7168."""
+    strip = few.strip_for(case("grad_input", 16, (4096, 14336), 128, 1))
+    assert (strip.BN, strip.parts) == ((64, 8) if gpu >= (9, 0) else (32, 2))
+    short = few.strip_for(case("grad_input", 16, (2560, 640), 64, 1))
+    assert short.parts == 1

@@ -94,6 +94,10 @@ def _one_tile(case: Case) -> Strip:
     else:
         width, results = case.B, case.C * case.B
         depth = ceil_div(case.R * case.K, case.C) * case.B
+        if case.dtype.itemsize == 2 and capability(case.device)[0] >= 9:
+            strip = _long_sums(min(width, 64), results, depth, case.N, num_sms(case.device))
+            if strip is not None:
+                return strip
     return _strip(min(width, 64), results, depth, case.N, num_sms(case.device), case.direction)
 
 
@@ -141,6 +145,19 @@ def _strip(width: int, results: int, depth: int, N: int, sms: int, direction: st
     if direction == "forward" and depth <= 2048 and width >= 32:
         return Strip(BN=16, BK=256)
     return Strip(BN=min(width, 16), BK=128, parts=8, stages=3)
+
+
+def _long_sums(width: int, results: int, depth: int, N: int, sms: int) -> Strip | None:
+    """Of an input gradient, 16-bit, on Hopper, from a search of 16 and 32 tokens; else None."""
+    if results >= 48 * sms or depth <= 512 or width < 16:
+        return None
+    if depth <= 1024 and results >= 12 * sms:
+        return Strip(BN=min(width, 32), BK=128)
+    if width == 64:
+        return Strip(BN=64, BK=64, parts=8)
+    if width == 32:
+        return Strip(BN=32, BK=128, parts=8 if results < 15 * sms else 4)
+    return Strip(BN=16, BK=128, parts=4 if N <= 16 else 2) if results >= 24 * sms else None
 
 
 def _token_tile(N: int) -> int:
