@@ -59,6 +59,15 @@ def test_short_lines_are_copied_where_that_pays(N, shape, path):
     assert middle.tiling_for(case(N, shape, 16, 8)).path == path
 
 
+def test_x_is_packed_for_long_sums_of_many_outputs_at_any_number_of_tokens():
+    """Gathering 16 columns at a time takes longer than multiplying; each is read by many groups."""
+    paths = [
+        _tilings.tiling_for(case(8192, shape, 16, 8)).path
+        for shape in ((4096, 14336), (14336, 4096), (640, 2560), (2560, 640))
+    ]
+    assert paths == ["gluon packed", "packed", "gluon", "gluon"]
+
+
 def test_long_sums_of_few_results_are_left_to_others():
     for N, shape in ((128, (2560, 640)), (4096, (3072, 768))):
         assert middle.tiling_for(case(N, shape, 16, 8)) is None
