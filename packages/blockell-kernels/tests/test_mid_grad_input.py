@@ -50,7 +50,7 @@ def test_few_tiles_share_a_column_between_programs():
 
 def test_parts_have_steps_to_work_off_and_memory_for_their_sums():
     shapes = [(640, 2560), (2560, 640), (128, 128), (4096, 14336)]
-    for N, shape, B, density in itertools.product((33, 200, 999), shapes, (64, 128), (0.1, 1.0)):
+    for N, shape, B, density in itertools.product((65, 200, 999), shapes, (64, 128), (0.1, 1.0)):
         asked = case(N, shape, B, 128 // B, density)
         tiling = middle.tiling_for(asked)
         assert N * shape[0] * tiling.parts <= max(N * shape[0], middle.MOST_SUMMED)
@@ -81,7 +81,9 @@ def test_a_product_takes_longer_the_more_tokens_there_are():
 
 
 def test_what_is_not_modelled_is_left_to_others():
-    assert middle.tiling_for(case(middle.FEWEST, (640, 2560), 128, 1)) is None
+    assert middle.tiling_for(case(middle.FEWEST, (4096, 4096), 128, 1)) is None
+    assert middle.tiling_for(case(64, (640, 2560), 128, 1)) is None
+    assert middle.tiling_for(case(32, (2560, 640), 128, 1)) is None
     assert middle.tiling_for(case(middle.FEWEST_OF_SMALL, (640, 2560), 16, 8)) is None
     assert middle.tiling_for(case(777, (640, 2560), 8, 16)) is None
     assert middle.tiling_for(case(777, (640, 2560), 16, 1)) is None
