@@ -71,3 +71,21 @@ def test_a_product_takes_longer_the_more_tokens_it_has(table):
 )
 def test_others_are_left_to_others(N, B, G):
     assert middle.tiling_for(case(N, (640, 2560), B, G)) is None
+
+
+@pytest.mark.parametrize("density", [0.25, 0.5, 0.75, 0.9])
+@pytest.mark.parametrize("shape", [(640, 2560), (2560, 640), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("N", [777, 8191, 8192, 65536])
+def test_a_copy_of_x_takes_no_more_than_absent_blocks_save(N, shape, density):
+    """Or than partial sums take anyhow: the weight, its gradient and two moments are smaller."""
+    wanted = case(N, shape, 16, 8, density)
+    if "packed" in _tilings.tiling_for(wanted).path:
+        inputs, outputs = shape
+        saved = 4 * (1 - wanted.density) * inputs * outputs
+        assert N * inputs <= max(2**23, saved)
+
+
+def test_x_is_packed_where_memory_allows_it():
+    large = _tilings.tiling_for(case(8192, (4096, 14336), 16, 8))
+    many = _tilings.tiling_for(case(65536, (640, 2560), 16, 8))
+    assert (large.path, many.path) == ("gluon packed", "gluon")

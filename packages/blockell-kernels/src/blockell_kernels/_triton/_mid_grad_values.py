@@ -23,6 +23,7 @@ from blockell_kernels._triton._tiling import (
     power_of_two_divisor,
     round_up_to_power_of_two,
 )
+from blockell_kernels._triton._tilings_gluon import may_pack
 
 
 class Cut(NamedTuple):
@@ -135,6 +136,8 @@ def tiling_for(case: Case) -> Tiling | None:
 
 def _fits(cut: Cut, case: Case, width: int) -> bool:
     if cut.rows > width or (cut.persistent and cut.rows < width):
+        return False
+    if "packed" in cut.path and not may_pack(case):
         return False
     return cut.path != "descriptors" or cut.columns in (case.B, 2 * case.B)
 

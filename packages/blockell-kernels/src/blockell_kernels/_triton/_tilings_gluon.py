@@ -33,6 +33,8 @@ LONG_SUMS, MANY_OUTPUTS = 768, 4096
 packed copy of x: 5 to 16% measured."""
 STREAMED = 6
 """Tiles of 128 columns, per multiprocessor, of which results are stored beside the products."""
+PACKED_FREELY = 2**23
+"""Elements that a packed copy of x may have anyhow: 16 MiB, what partial sums take at most."""
 
 
 def prefer_gluon(case: Case, triton: Tiling) -> Tiling:
@@ -43,6 +45,16 @@ def prefer_gluon(case: Case, triton: Tiling) -> Tiling:
         return triton
     path = "gluon" if found.path == "pointers" else found.path
     return replace(found, path=path, otherwise=triton)
+
+
+def may_pack(case: Case) -> bool:
+    """Whether a weight gradient may hold a packed copy of x, for the sake of memory.
+
+    The copy lies beside the gradient of x. Blocks that are absent save a weight, its gradient and
+    two moments each: a training step then takes no more memory than a dense one.
+    """
+    saved = 4 * (1 - case.density) * case.R * case.C * case.B**2
+    return max(PACKED_FREELY, saved) >= case.N * case.C * case.B
 
 
 def _width(case: Case) -> int:
@@ -132,7 +144,8 @@ def _grad_values(case: Case) -> Tiling | None:
     """Long sums, in tiles of 256 or 320 columns with little padding; or a last round to split.
 
     Of many tiles results leave while the next tile is multiplied, 4% faster, unless x is the wider
-    one and falls out of L2. Tile 16 has x packed where that is short beside the product.
+    one and falls out of L2. Tile 16 has x packed where that is short beside the product and memory
+    allows it.
     """
     B, width = case.B, _width(case)
     if B < 16 or width < 64:
@@ -157,8 +170,11 @@ def _grad_values(case: Case) -> Tiling | None:
     widens = case.R > case.C
     long = tiles * ceil_div(case.N, 64) >= LONG_STEPS * sms
     if B == 16:
-        packs = long and outputs * depth >= PACKED * case.C * B
-        return replace(taken, path="gluon packed") if packs else None
+        if not long or outputs * depth < PACKED * case.C * B:
+            return None
+        if may_pack(case):
+            return replace(taken, path="gluon packed")
+        return taken if widens else None
     if widens and outputs // 128 * ceil_div(depth, 128) >= STREAMED * sms:
         return Tiling(path="gluon streamed", BM=128, BN=128, BK=64)
     gains = B < 128 or (widens and depth >= DEEP)
