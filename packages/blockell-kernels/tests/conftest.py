@@ -118,3 +118,17 @@ def tf32():
     yield matmul
     matmul.allow_tf32 = before
     _backends.forget()
+
+
+@pytest.fixture(scope="module")
+def pretended_hopper():
+    """An H200 to the rules that cut products, where there may be none."""
+    from blockell_kernels._triton import _tilings, _tilings_gluon
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_tilings, "capability", lambda device: (9, 0))
+        for module in (_tilings, _tilings_gluon, *_tilings._MIDDLE.values()):
+            patch.setattr(module, "num_sms", lambda device: 132)
+        _tilings.tiling_for.cache_clear()
+        yield
+    _tilings.tiling_for.cache_clear()

@@ -9,17 +9,9 @@ from blockell_kernels._backends import Case
 
 pytest.importorskip("triton")
 from blockell_kernels._triton import _mid_forward as middle
-from blockell_kernels._triton import _tilings, _tilings_gluon
+from blockell_kernels._triton import _tilings
 
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(_tilings, "capability", lambda device: (9, 0))
-    for module in (middle, _tilings, _tilings_gluon):
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
-    _tilings.tiling_for.cache_clear()
-    yield
-    _tilings.tiling_for.cache_clear()
+pytestmark = pytest.mark.usefixtures("pretended_hopper")
 
 
 def case(N, shape, B, G, density=0.5):

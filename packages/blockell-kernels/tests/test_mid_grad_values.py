@@ -9,20 +9,12 @@ from blockell_kernels._backends import Case
 
 pytest.importorskip("triton")
 from blockell_kernels._triton import _mid_grad_values as middle
-from blockell_kernels._triton import _tilings, _tilings_gluon
+from blockell_kernels._triton import _tilings
+
+pytestmark = pytest.mark.usefixtures("pretended_hopper")
 
 STRUCTURES = [(128, 1), (64, 2), (64, 1), (32, 4), (16, 8)]
 SHARED_BYTES = 227 * 1024
-
-
-@pytest.fixture(autouse=True)
-def hopper(monkeypatch):
-    monkeypatch.setattr(_tilings, "capability", lambda device: (9, 0))
-    for module in (middle, _tilings, _tilings_gluon):
-        monkeypatch.setattr(module, "num_sms", lambda device: 132)
-    _tilings.tiling_for.cache_clear()
-    yield
-    _tilings.tiling_for.cache_clear()
 
 
 def case(N, shape, B, G, density=0.5):

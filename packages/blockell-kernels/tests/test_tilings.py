@@ -8,20 +8,11 @@ from hypothesis import strategies as st
 from blockell_kernels._backends import DIRECTIONS, Case
 
 pytest.importorskip("triton")
-from blockell_kernels._triton import _tilings, _tilings_gluon
+from blockell_kernels._triton import _tilings
 from blockell_kernels._triton._tiling import power_of_two_divisor
 
+pytestmark = pytest.mark.usefixtures("pretended_hopper")
 SHARED_BYTES = 227 * 1024
-
-
-@pytest.fixture(autouse=True, scope="module")
-def hopper():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_tilings, "capability", lambda device: (9, 0))
-        for module in (_tilings, _tilings_gluon, *_tilings._MIDDLE.values()):
-            patch.setattr(module, "num_sms", lambda device: 132, raising=False)
-        yield
-    _tilings.tiling_for.cache_clear()
 
 
 def shared_bytes(case, tiling):
