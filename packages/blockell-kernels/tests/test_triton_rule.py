@@ -94,12 +94,14 @@ def measured(monkeypatch):
         if whole is not None:
             made["whole"] = {"forward half 16": whole}
         monkeypatch.setattr(rule, "table", lambda: made)
-        rule._verdict.cache_clear()
-        rule.takes_whole.cache_clear()
+        forget()
+
+    def forget():
+        for looked_up in (rule._measured, rule._nearest, rule._verdict, rule.takes_whole):
+            looked_up.cache_clear()
 
     yield use
-    rule._verdict.cache_clear()
-    rule.takes_whole.cache_clear()
+    forget()
 
 
 def test_between_densities_and_beyond_them_a_line_is_followed(measured):

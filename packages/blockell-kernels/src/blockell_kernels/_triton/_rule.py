@@ -91,18 +91,23 @@ def arithmetic(case: Case) -> str:
     return "float32" if _halves.available(case.device) else "3xtf32"
 
 
-def distance(case: Case, shape: Shape, density: float | None = None) -> float:
-    """In octaves; a density outside of those measured at the shape counts, too, if one is given."""
-    N = abs(math.log2(max(case.N, 1) / shape.N))
-    inputs = abs(math.log2(case.C * case.B / shape.in_features))
-    outputs = abs(math.log2(case.R * case.B / shape.out_features))
-    if density is None:
-        beyond = 0.0
-    else:
-        low, high = math.log2(shape.points[0][0]), math.log2(shape.points[-1][0])
-        octaves = math.log2(density)
-        beyond = max(0.0, octaves - high, low - octaves)
-    return N + FEATURES * (inputs + outputs) + DENSITIES * beyond
+class Logs(NamedTuple):
+    """log2 of a measured shape's sizes, and of the least and greatest density measured at it."""
+
+    N: float
+    in_features: float
+    out_features: float
+    low: float
+    high: float
+
+
+@cache
+def _measured(section: str, key: str) -> tuple[list[Shape], list[Logs]]:
+    """The shapes of one of the table's lists, in order, and their logarithms."""
+    shapes = sorted(Shape(*row) for row in table()[section][key])
+    densities = [(shape.points[0][0], shape.points[-1][0]) for shape in shapes]
+    sizes = [(*shape[:3], *ends) for shape, ends in zip(shapes, densities, strict=True)]
+    return shapes, [Logs(*map(math.log2, numbers)) for numbers in sizes]
 
 
 def interpolated(shape: Shape, density: float, column: int) -> float:
@@ -129,18 +134,30 @@ def nearest(
     if not fitting:
         return None
     at = case.density if density is None else density
-    return _nearest(case, table()["rows"][f"{prefix}{max(fitting)}"], at), max(fitting)
+    return _nearest(case, "rows", f"{prefix}{max(fitting)}", at), max(fitting)
 
 
-def _nearest(
-    case: Case, rows: list[list[Any]], density: float | None = None
-) -> list[tuple[float, Shape]]:
-    """(weight, shape) of the nearest of some rows; of the first alone if it is the case's own."""
-    shapes = [Shape(*row) for row in rows]
-    near = sorted((distance(case, shape, density), shape) for shape in shapes)[:NEIGHBOURS]
+@lru_cache(maxsize=64)  # a case is asked about several times
+def _nearest(case: Case, section: str, key: str, density: float) -> list[tuple[float, Shape]]:
+    """(weight, shape) of the nearest of a list; of the first alone if it is the case's own.
+
+    What counts is octaves: of tokens, of features, and of densities beyond those measured there.
+    """
+    N, octaves = math.log2(max(case.N, 1)), math.log2(density)
+    inputs, outputs = math.log2(case.C * case.B), math.log2(case.R * case.B)
+    shapes, logs = _measured(section, key)
+    near = sorted(
+        (
+            abs(N - n)
+            + FEATURES * (abs(inputs - i) + abs(outputs - o))
+            + DENSITIES * max(0.0, octaves - high, low - octaves),
+            at,
+        )
+        for at, (n, i, o, low, high) in enumerate(logs)
+    )[:NEIGHBOURS]
     if near[0][0] <= SAME:
         near = near[:1]
-    return [((octaves + CLOSE) ** -2, shape) for octaves, shape in near]
+    return [((far + CLOSE) ** -2, shapes[at]) for far, at in near]
 
 
 def _mean(
@@ -175,12 +192,11 @@ def expected(
 
 def expected_whole(case: Case, kind: str, copied: bool = True) -> Found | None:
     """As `expected`, of the product by the whole weight; None where that is not measured."""
-    rows = table().get("whole", {}).get(f"{case.direction} {kind} {case.B}")
+    key, at = f"{case.direction} {kind} {case.B}", case.density
     found = nearest(case, kind)
-    if rows is None or found is None or not _by_whole.available(case.device):
+    if key not in table()["whole"] or found is None or not _by_whole.available(case.device):
         return None
-    at = case.density
-    near = _nearest(case, rows, at)
+    near = _nearest(case, "whole", key, at)
     octaves = _mean(near, lambda shape: interpolated(shape, at, 1), math.inf)
     if copied:  # what the copy adds to the dense product, by the same measurements as elsewhere
         octaves -= _mean(
