@@ -2,8 +2,9 @@
 
 Triton cannot index shared memory, nor give warps different work. Some of these kernels are
 variants of the Triton ones behind the same launchers (`_triton/_grad_input.py`, ...), which take
-them where a tiling asks for the path "gluon" and `runs_on` allows it; the others (float32 as
-float16 halves, products by the whole weight, the MLP's products by turns) have rules of their own.
+them where a tiling asks for "gluon" or a path that begins so, and `runs_on` allows it; the others
+(float32 as float16 halves, products by the whole weight, the MLP's products by turns) have rules of
+their own.
 
 Legend: R block rows, C block columns, K live blocks per row, B tile side, N tokens.
 """
